@@ -1,0 +1,28 @@
+"""Send what PyTorch training loops produce to an `echo <https://github.com/instadeepai/echo>`_ replay buffer."""
+
+from .client import Client, TcpClient
+from .errors import (
+    ConnectionClosedError,
+    DeliveryTimeoutError,
+    HandshakeError,
+    ProtocolError,
+    SpecMismatchError,
+)
+from .sink import EchoSink, SinkStats
+from .spec import numpy_example
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Client",
+    "ConnectionClosedError",
+    "DeliveryTimeoutError",
+    "EchoSink",
+    "HandshakeError",
+    "ProtocolError",
+    "SinkStats",
+    "SpecMismatchError",
+    "TcpClient",
+    "__version__",
+    "numpy_example",
+]

@@ -1,0 +1,243 @@
+"""`TcpClient`: speaks echo wire v1, call for call like ``echo.TcpClient``.
+
+What it adds: every leaf is checked, several threads may use it, nothing hangs when the peer dies, and blocks of
+samples are sent at once (`send_rows`).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from .connection import Connection
+from .deadline import Deadline, check_timeout
+from .dial import dial, hang_up, peer_name
+from .errors import SpecMismatchError
+from .pack import columns, filler
+from .ring import Ring
+from .spec import Array, SampleSpec, check_numpy, flatten
+
+_log = logging.getLogger(__name__)
+
+# Seconds that `TcpClient.close` may take for what is un-acked: a learner that drains at all needs far less.
+CLOSE_TIMEOUT_S = 5.0
+
+
+@runtime_checkable
+class Client(Protocol):
+    """What an `EchoSink` needs of a client: `TcpClient`, ``echo.TcpClient``, or one for another transport."""
+
+    def send(self, data: Any, /) -> None:
+        """Send one sample, a pytree of numpy arrays; when it returns, the arrays may be changed."""
+
+    def wait(self) -> None:
+        """Block until everything sent is acknowledged."""
+
+    def close(self) -> None:
+        """End the connection; may be called again."""
+
+
+class TcpClient:
+    """Sends samples to an ``echo.Server``; a drop-in for ``echo.TcpClient``.
+
+    Thread-safe. A forked child cannot use its parent's client: calls there raise `ConnectionClosedError`. Dropping the
+    last reference delivers what was sent, for up to 5 s, and closes; so does the end of the interpreter.
+
+    Args:
+        host: name, IPv4 or IPv6 address.
+        port: the server's TCP port.
+        data_sample: pytree of numpy arrays with the structure, shapes and dtypes of one sample.
+        max_inflight_msgs: most samples that are un-acked at a time; `send` blocks above.
+        connect_timeout: seconds for resolving, connecting and the handshake together; None for no limit.
+        stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
+        buffer_bytes: host memory for samples not yet acked; by default ``max_inflight_msgs`` samples. With more,
+            `send` and `send_rows` run ahead of the window.
+        replay_acked: how many acked samples are kept in the buffer for ``close(replay_tail=True)``.
+        retry_refused: while nobody listens at the address yet, try again until ``connect_timeout``.
+
+    Raises:
+        TypeError: a leaf of ``data_sample`` is no numpy array, or an argument has the wrong type.
+        ValueError: a sample without bytes, or an argument out of range.
+        HandshakeError: the peer is no echo server of wire version 1.
+        SpecMismatchError: the server expects other samples.
+        ConnectionClosedError: the peer hung up during the handshake.
+        TimeoutError: ``connect_timeout`` passed.
+        OSError: as connecting raises it (``ConnectionRefusedError``, ``socket.gaierror``, ...).
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        data_sample: Any,
+        max_inflight_msgs: int = 32,
+        *,
+        connect_timeout: float | None = 10.0,
+        stall_timeout: float | None = 1800.0,
+        buffer_bytes: int | None = None,
+        replay_acked: int = 0,
+        retry_refused: bool = False,
+    ) -> None:
+        check_numpy(data_sample)
+        self._spec = SampleSpec(data_sample, root="data")
+        window = check_count("max_inflight_msgs", max_inflight_msgs, least=1)
+        replay = check_count("replay_acked", replay_acked, least=0)
+        check_timeout("stall_timeout", stall_timeout)
+        size = self._spec.payload_size
+        rows = ring_rows(size, buffer_bytes, replay) if buffer_bytes is not None else window + replay
+        self._peer = peer_name(host, port)
+        sock, theirs = dial(host, port, Deadline(connect_timeout), retry_refused=retry_refused)
+        try:
+            self._spec.check_server(theirs, self._peer)
+            buffer = np.empty(rows * size, np.uint8).data
+            self._columns = columns(buffer, rows, size, self._spec.leaves)
+            self._connection = Connection(sock, self._peer, Ring(buffer, size, replay), window, stall_timeout)
+        except BaseException:
+            hang_up(sock)
+            raise
+        weakref.finalize(self, _abandon, self._connection).atexit = False
+
+    def send(self, data: Any, *, timeout: float | None = None) -> None:
+        """Send one sample; when it returns, ``data`` may be changed.
+
+        Args:
+            data: pytree like ``data_sample``, with the same key paths, shapes and dtypes.
+            timeout: most seconds to wait for room; None to wait as long as the server acks at all.
+
+        Raises:
+            SpecMismatchError: a leaf differs from ``data_sample``; the message contains ``Payload size`` if the
+                number of bytes does. Nothing was sent.
+            TypeError: a leaf is no dense array of numbers. Nothing was sent.
+            ConnectionClosedError: closed, or the peer is gone.
+            DeliveryTimeoutError: no room in time. Nothing was sent.
+        """
+        try:
+            arrays = self._spec.match(data, batched=False).arrays
+        except SpecMismatchError as error:
+            raise _with_payload_size(error, data, self._spec.payload_size) from None
+        self._connection.send_rows(1, filler(self._columns, arrays, False), Deadline(timeout))
+
+    def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
+        """Send a block of samples whose leaves were checked and stacked before.
+
+        Args:
+            arrays: one per leaf in optree's order, shape ``(B, *leaf.shape)``, in the dtype of ``data_sample``.
+            timeout: as for `send`.
+
+        Raises:
+            ValueError: an array has another shape or dtype. Nothing was sent.
+            ConnectionClosedError, DeliveryTimeoutError: as `send`; ``rows_accepted`` says how many were taken.
+        """
+        rows = len(arrays[0]) if arrays and arrays[0].ndim else 0
+        for array, leaf in zip(arrays, self._spec.leaves, strict=True):
+            if array.shape != (rows, *leaf.shape) or array.dtype != leaf.travels_as:
+                expected = f"{leaf.travels_as} {[rows, *leaf.shape]}"
+                raise ValueError(f"arrays{leaf.path}: got {array.dtype} {list(array.shape)}, expected {expected}")
+        self._connection.send_rows(rows, filler(self._columns, arrays, True), Deadline(timeout))
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until everything sent so far is acked.
+
+        Raises:
+            ConnectionClosedError: the connection ended before that; ``unacked`` says how many samples are open.
+            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on.
+        """
+        self._connection.wait(Deadline(timeout))
+
+    def close(self, timeout: float | None = CLOSE_TIMEOUT_S, *, replay_tail: bool = False) -> None:
+        """Deliver what was sent, then end the connection; idempotent, and leaves no thread and no open descriptor.
+
+        Args:
+            timeout: most seconds for what is un-acked.
+            replay_tail: send the last ``replay_acked`` samples once more, so that the server cannot discard samples
+                that it acked and still has queued when the connection ends.
+
+        Raises:
+            DeliveryTimeoutError: samples were un-acked when the time was up. Closed all the same.
+            ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
+        """
+        self._connection.close(Deadline(timeout), tail=replay_tail)
+
+    @property
+    def in_flight(self) -> int:
+        """Samples that were sent and are not acked, as far as is known without waiting."""
+        self._connection.refresh()
+        return self._connection.ring.unacked
+
+    @property
+    def sent(self) -> int:
+        """Samples that were accepted since the client was made; a tail sent again does not count."""
+        return self._connection.ring.packed - self._connection.tail_rows
+
+    @property
+    def blocked_seconds(self) -> float:
+        """Seconds that calls of `send` and `send_rows` waited for room."""
+        return self._connection.blocked_seconds
+
+    @property
+    def closed(self) -> bool:
+        """Whether `send` can only fail: closed, or the peer is gone."""
+        return self._connection.closed
+
+    @property
+    def peer(self) -> str:
+        """The server, as ``host:port``."""
+        return self._peer
+
+    def __enter__(self) -> TcpClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        close_after(error, self.close, self._peer)
+
+    def __repr__(self) -> str:
+        return f"<TcpClient {self._peer} {'closed' if self.closed else 'open'}>"
+
+
+def _with_payload_size(error: SpecMismatchError, data: Any, expected: int) -> SpecMismatchError:
+    """The same error, opening with the sizes if they differ, as the stock client words it."""
+    got = sum(np.asarray(leaf).nbytes for leaf in flatten(data)[0])
+    return error if got == expected else SpecMismatchError(f"Payload size {got} != expected {expected}: {error}")
+
+
+def check_count(name: str, count: int, *, least: int) -> int:
+    """Give ``count`` back if it is a whole number of at least ``least``."""
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+        raise TypeError(f"{name}: got {count!r}, expected a whole number")
+    if count < least:
+        raise ValueError(f"{name}: got {count!r}, expected at least {least}")
+    return int(count)
+
+
+def ring_rows(payload_size: int, buffer_bytes: int, replay_acked: int) -> int:
+    """How many samples fit into ``buffer_bytes``; ValueError if those are too few to work with."""
+    rows = check_count("buffer_bytes", buffer_bytes, least=1) // payload_size
+    least = replay_acked + 2
+    if rows < least:
+        need = least * payload_size
+        raise ValueError(
+            f"buffer_bytes: got {buffer_bytes}, room for {rows} samples of {payload_size} bytes; "
+            f"expected at least {need}, for the {replay_acked} kept to be sent again and 2 more"
+        )
+    return rows
+
+
+def close_after(error: BaseException | None, close: Callable[[], None], peer: str) -> None:
+    """Close at the end of a ``with`` block, without ever masking the exception that ended it."""
+    if error is None:
+        close()
+        return
+    try:
+        close()
+    except Exception as problem:
+        _log.warning("%s: while closing after %s: %s", peer, type(error).__name__, problem)
+
+
+def _abandon(connection: Connection) -> None:
+    """May run anywhere, inside any lock: so it takes none, and the I/O thread finds the flag."""
+    connection.abandoned = True

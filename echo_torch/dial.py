@@ -1,0 +1,188 @@
+"""From a host name to a socket that has shaken hands, under one deadline.
+
+Every address that the name resolves to is tried in turn (IPv6 literals and v6-only names included). A resolver cannot
+be interrupted, so a name is looked up on a daemon thread that is left behind when the deadline passes.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import queue
+import random
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from .deadline import Deadline
+from .errors import ConnectionClosedError, HandshakeError
+from .wire import Handshake, WireLeaf
+
+# How long to wait before the next try while a server is not listening yet: short enough not to be felt, long enough
+# for a thousand actors not to hammer the learner's host. Grows to the second figure.
+_RETRY_S = (0.05, 1.0)
+# An address must leave this share of what is left of the deadline to the addresses after it.
+_PATIENCE = 0.5
+
+_Address = tuple[socket.AddressFamily, Any]
+
+
+def peer_name(host: str, port: int) -> str:
+    """``host:port`` as messages name it, IPv6 literals in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def dial(
+    host: str, port: int, deadline: Deadline, *, retry_refused: bool = False
+) -> tuple[socket.socket, tuple[WireLeaf, ...]]:
+    """Connect and read the server's greeting; gives a non-blocking socket and the leaves that the server expects.
+
+    Args:
+        host: name, IPv4 or IPv6 address.
+        port: 1 to 65535.
+        deadline: covers resolving, connecting and the handshake.
+        retry_refused: try again until the deadline while nobody listens there.
+
+    Raises:
+        OSError: as the system reports it (``ConnectionRefusedError``, ``socket.gaierror``, ...).
+        TimeoutError: the deadline passed.
+        ConnectionClosedError: the peer hung up before its greeting was complete.
+        HandshakeError: the peer is no echo server of wire version 1.
+    """
+    if isinstance(port, bool) or not isinstance(port, int):
+        raise TypeError(f"port: got {port!r}, expected a whole number")
+    if not 0 < port < 65536:
+        raise ValueError(f"port: got {port}, expected 1 to 65535")
+    peer = peer_name(host, port)
+    pause, longest = _RETRY_S
+    while True:
+        try:
+            sock = _connect(_resolve(host, port, deadline), peer, deadline)
+            break
+        except ConnectionRefusedError:
+            if not retry_refused or deadline.remaining() <= pause:
+                raise
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, longest)
+    try:
+        leaves = _shake_hands(sock, peer, deadline)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setblocking(False)
+        return sock, leaves
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _resolve(host: str, port: int, deadline: Deadline) -> Sequence[_Address]:
+    if _is_literal(host):
+        return _lookup(host, port)
+    answers: queue.SimpleQueue[Sequence[_Address] | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answers.put(_lookup(host, port))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=look_up, name=f"echo_torch resolve {host}", daemon=True).start()
+    try:
+        answer = answers.get(timeout=None if deadline.timeout is None else deadline.remaining())
+    except queue.Empty:
+        raise TimeoutError(f"{peer_name(host, port)}: name not resolved within {deadline.timeout:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _lookup(host: str, port: int) -> Sequence[_Address]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _connect(addresses: Sequence[_Address], peer: str, deadline: Deadline) -> socket.socket:
+    """Connect to the first address that answers; of several failures the first is raised."""
+    failure: OSError | None = None
+    for index, (family, address) in enumerate(addresses):
+        left = deadline.remaining()
+        share = left if index == len(addresses) - 1 else left * _PATIENCE
+        try:
+            return _connect_one(family, address, None if deadline.timeout is None else share)
+        except OSError as error:
+            # "Timed out" is what an address is worth only if no other had more to say.
+            if failure is None or isinstance(failure, TimeoutError):
+                failure = error
+    if isinstance(failure, TimeoutError):
+        raise TimeoutError(f"{peer}: no connection within {deadline.timeout:g} s") from failure
+    assert failure is not None  # getaddrinfo gives at least one address or raises
+    raise _named(failure, peer)
+
+
+def _connect_one(family: socket.AddressFamily, address: Any, timeout: float | None) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # Zero would mean "do not wait" to the socket, which then says "in progress" instead of "timed out".
+        sock.settimeout(None if timeout is None else max(timeout, 1e-3))
+        sock.connect(address)
+        # Loopback can join a port that nobody listens on to itself when it happens to be picked as the source.
+        if sock.getsockname() == sock.getpeername():
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself: nobody listens there")
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _named(failure: OSError, peer: str) -> OSError:
+    """The same failure, its text naming the peer."""
+    if failure.errno is None:
+        return failure
+    return type(failure)(failure.errno, f"{failure.strerror} ({peer})")
+
+
+def _shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> tuple[WireLeaf, ...]:
+    handshake = Handshake()
+    while handshake.leaves is None:
+        sock.settimeout(None if deadline.timeout is None else max(deadline.remaining(), 1e-3))
+        try:
+            data = sock.recv(handshake.missing)
+        except TimeoutError:
+            data = b""
+            if deadline.expired:
+                raise _late(handshake, peer, deadline) from None
+        except OSError as error:
+            raise ConnectionClosedError(f"{peer} broke the connection off during the handshake: {error}") from error
+        else:
+            if not data:
+                got = len(handshake.received)
+                raise ConnectionClosedError(f"{peer} closed the connection during the handshake, after {got} bytes")
+        try:
+            handshake.feed(data)
+        except HandshakeError as error:
+            raise HandshakeError(f"{peer}: {error}") from None
+        if handshake.leaves is None and deadline.expired:  # bytes that dribble in do not extend the deadline
+            raise _late(handshake, peer, deadline)
+    return handshake.leaves
+
+
+def _late(handshake: Handshake, peer: str, deadline: Deadline) -> TimeoutError:
+    got = len(handshake.received)
+    return TimeoutError(f"{peer}: handshake not complete within {deadline.timeout:g} s; got {got} bytes of it")
+
+
+def hang_up(sock: socket.socket) -> None:
+    """End the connection and free the descriptor, whatever state it is in."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()

@@ -1,0 +1,50 @@
+"""Every exception that echo_torch raises on its own account.
+
+::
+
+    ConnectionClosedError(ConnectionError)   closed, or the peer is gone
+      ProtocolError                          the peer broke wire v1
+    DeliveryTimeoutError(TimeoutError)       not acked in time; delivery goes on
+    HandshakeError(ValueError)               not an echo server, or nonsense from one
+    SpecMismatchError(ValueError)            two descriptions of one sample differ
+
+Each takes one string and survives ``type(e)(str(e))`` and pickling, because DataLoader workers rebuild the exceptions
+of a worker from its text alone. The counts are attributes, so that losing them never loses the message, which names
+them too.
+
+Refused and unreachable addresses stay what the operating system makes of them (``ConnectionRefusedError``,
+``socket.gaierror``, ...), and running out of ``connect_timeout`` is a plain ``TimeoutError``.
+"""
+
+
+class _CountedError(Exception):
+    """An exception that says what became of the samples."""
+
+    unacked: int = 0
+    """Samples that were accepted by ``send`` and are not acknowledged: maybe stored, maybe lost."""
+
+    rows_accepted: int = 0
+    """How many samples of the batch whose ``send`` raised were accepted before it did."""
+
+
+class ConnectionClosedError(_CountedError, ConnectionError):
+    """The client was closed, or its peer is gone. Later calls raise it again, from the first failure."""
+
+
+class ProtocolError(ConnectionClosedError):
+    """The peer sent what wire version 1 does not allow; the connection was dropped."""
+
+
+class DeliveryTimeoutError(_CountedError, TimeoutError):
+    """A ``timeout`` passed, or nothing was acknowledged for ``stall_timeout``. Nothing is dropped: delivery goes on."""
+
+
+class HandshakeError(ValueError):
+    """What the peer said on accept is no echo handshake of wire version 1."""
+
+
+class SpecMismatchError(ValueError):
+    """A server and an example, or a batch and an example, describe different samples."""
+
+    rows_accepted: int = 0
+    """Always 0: a batch is checked as a whole before any of it is sent."""

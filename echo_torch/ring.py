@@ -1,0 +1,150 @@
+"""A fixed number of rows, the five counters that say where each row is, and the callers who wait for them.
+
+A sample is one row of ``row_bytes`` bytes, and its bytes exist once: from packing until the row is released. So the
+ring is the staging area, the backpressure, the bound on memory and the retransmission buffer, all at once::
+
+    released <= acked <= written <= packed <= reserved <= released + capacity      released = max(0, acked - replay)
+
+* The counters count rows since the ring was made and only grow; row ``i`` lies at slot ``i % capacity``.
+* Callers move ``reserved`` and ``packed``, in turns (`turn`). Whoever holds the connection's I/O lock moves
+  ``written`` and ``acked``. Nobody else writes a counter, so none needs a lock to be read.
+* An interrupt (Ctrl-C) can strike the main thread after any call. Hence a packer writes into rows that are not
+  counted yet and then counts them by plain assignments, which nothing can come between: a packing that was broken off
+  leaves no trace and no hole. That is also why packers take turns: a hole between two runs of rows would have to be
+  skipped by writing, acking and replaying. The turn is held for as long as one memcpy into the ring and never while
+  waiting.
+* Who waits, waits for ``acked`` to reach a number, parked on a lock of its own in C code. A wake-up looks at the
+  counters and not at what changed, so one that an interrupt broke off is made good by the next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import suppress
+from typing import NamedTuple
+
+from .deadline import bounded_wait
+
+
+class Waiter(NamedTuple):
+    """One caller's wait for ``acked`` to reach ``threshold``."""
+
+    threshold: int
+    gate: threading.Lock
+    """Held from the start, released to wake the waiter."""
+
+    def park(self, seconds: float) -> None:
+        """Wait in C code to be woken; ``seconds`` may be infinite. May return early: look and park again."""
+        self.gate.acquire(timeout=bounded_wait(seconds))
+
+    def open(self) -> None:
+        with suppress(RuntimeError):  # open already
+            self.gate.release()
+
+
+class Ring:
+    """``capacity`` rows of ``row_bytes`` bytes each; see the module's rules.
+
+    Args:
+        buffer: writable, contiguous, ``capacity * row_bytes`` bytes.
+        row_bytes: bytes of one sample's payload.
+        replay: how many acked rows are kept, to be sent again by a new connection.
+    """
+
+    def __init__(self, buffer: memoryview, row_bytes: int, replay: int = 0) -> None:
+        if row_bytes < 1:
+            raise ValueError(f"row_bytes: got {row_bytes}, expected at least 1")
+        self.row_bytes = row_bytes
+        self.capacity = buffer.nbytes // row_bytes
+        self.replay = replay
+        if self.capacity < replay + 1:
+            raise ValueError(f"a ring of {buffer.nbytes} bytes has {self.capacity} rows, fewer than {replay + 1}")
+        self.buffer = buffer.cast("B")
+        self.turn = threading.RLock()
+        self.acked = 0
+        self.written = 0
+        self.packed = 0
+        self.reserved = 0
+        self.refusing = False
+        self.stopped = False
+        self._waiters: deque[Waiter] = deque()
+
+    @property
+    def released(self) -> int:
+        return max(0, self.acked - self.replay)
+
+    @property
+    def unacked(self) -> int:
+        """Rows that were packed and are not acked."""
+        return self.packed - self.acked
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether anybody is parked."""
+        return bool(self._waiters)
+
+    # Packing: by the caller who holds `turn`.
+
+    def free_run(self, want: int) -> tuple[int, int]:
+        """The slot and the length, at most ``want`` and maybe 0, of the free rows up to the buffer's end."""
+        slot = self.reserved % self.capacity
+        free = self.capacity - (self.reserved - self.released)
+        return slot, min(want, free, self.capacity - slot)
+
+    def commit(self, rows: int, last: bool = False) -> bool:
+        """Count the next ``rows`` rows, which the caller has filled, as packed; False if the ring accepts none now.
+
+        ``last`` rows are accepted by a ring that refuses others.
+        """
+        if self.stopped or (self.refusing and not last):
+            return False
+        end = self.packed + rows
+        self.reserved = end
+        self.packed = end
+        return True
+
+    # Writing and acking: by the holder of the I/O lock.
+
+    def written_view(self, skip: int, limit: int, max_bytes: int) -> memoryview:
+        """The next bytes to write: rows from ``written`` to ``limit``, less ``skip`` bytes, up to the buffer's end."""
+        slot = self.written % self.capacity
+        rows = min(limit - self.written, self.capacity - slot)
+        start = slot * self.row_bytes
+        return self.buffer[start + skip : min(start + rows * self.row_bytes, start + skip + max_bytes)]
+
+    # Waiting: by anybody.
+
+    def rows_free_at(self, rows: int) -> int:
+        """The value of ``acked`` at which ``rows`` rows are free, as things stand now."""
+        return self.reserved + rows - self.capacity + self.replay
+
+    def enlist(self, threshold: int) -> Waiter:
+        """Announce a wait for ``acked`` to reach ``threshold``; look at ``acked`` once more before parking on it."""
+        waiter = Waiter(threshold, threading.Lock())
+        waiter.gate.acquire()
+        self._waiters.append(waiter)
+        return waiter
+
+    def forget(self, waiter: Waiter) -> None:
+        """Take the announcement back. One that stays behind costs a wake-up too many, never one too few."""
+        with suppress(ValueError):  # forgotten already
+            self._waiters.remove(waiter)
+
+    def wake(self, everybody: bool = False) -> None:
+        """Wake all whose wait is over, or everybody."""
+        for waiter in list(self._waiters):
+            if everybody or self.stopped or waiter.threshold <= self.acked:
+                waiter.open()
+                self.forget(waiter)
+
+    def refuse(self) -> None:
+        """Accept no more rows, and wake everybody to see it. What is packed is still delivered."""
+        with self.turn:
+            self.refusing = True
+        self.wake(everybody=True)
+
+    def stop(self) -> None:
+        """Nothing will move any more: accept no rows and wake everybody."""
+        self.stopped = True
+        self.wake()

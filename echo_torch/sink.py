@@ -1,0 +1,337 @@
+"""`EchoSink`: from what a training loop holds to an ``echo.Server``.
+
+A sink is configuration. It pickles as such, and opens one connection in each process that uses it, at the first use:
+which process that is, is looked up before any lock is touched, so that a fork at any moment is harmless.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import optree
+import torch
+
+from .client import Client, TcpClient, check_count, close_after, ring_rows
+from .deadline import check_timeout
+from .dial import peer_name
+from .errors import ConnectionClosedError
+from .routes import RingRoute, Route, RowRoute
+from .spec import SampleSpec, flatten
+
+_log = logging.getLogger(__name__)
+
+_Batch = TypeVar("_Batch")
+_Sink = TypeVar("_Sink", bound="EchoSink")
+
+# Most payload bytes un-acked at a time: more than a fast network's bandwidth-delay product, and few enough that what
+# a cut may duplicate stays small.
+WINDOW_BYTES = 8 * 1024 * 1024
+# Seconds that `EchoSink.close` may take: a learner in the middle of an evaluation still gets what was sent.
+CLOSE_TIMEOUT_S = 60.0
+# Seconds that leaving a `with` block by an exception may take.
+EXCEPTION_CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SinkStats:
+    """What a sink did in this process. Counts of samples and of their payload bytes since it connected."""
+
+    samples_sent: int
+    """Samples that ``send`` accepted."""
+    bytes_sent: int
+    samples_acked: int
+    """Samples that the server acknowledged."""
+    bytes_acked: int
+    in_flight: int
+    """Samples accepted and not acknowledged; after a connection was lost, those it took with it, maybe stored."""
+    dropped: int
+    """Samples given to ``send`` after the learner was gone, with ``on_error="warn"``."""
+    blocked_seconds: float
+    """Seconds that ``send`` waited for room."""
+
+
+class _Session:
+    """What a sink has in one process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.route: Route | None = None
+        self.closed = False
+        self.told = False  # how the first batch was read
+        self.warned = False  # that the learner is gone
+        self.dropped = 0
+
+
+class EchoSink:
+    """Sends batches from a training loop to an ``echo.Server``, sample by sample.
+
+    Thread-safe, picklable, and usable in forked children, which open connections of their own.
+
+    Args:
+        host: the learner's name, IPv4 or IPv6 address.
+        port: its TCP port.
+        example: one sample as the server shall get it, ``dataset[0]`` for instance: a pytree of tensors, numpy arrays
+            and scalars. Only structure, shapes and dtypes count.
+        max_inflight_msgs: most samples un-acked at a time, and at most 8 MiB of them.
+        buffer_bytes: host memory for samples that are not acked; `send` blocks when it is full.
+        select: makes what the server wants (like ``example``) of what is sent; a module-level function, to pickle.
+        client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that gives a `Client`,
+            such as ``echo.TcpClient``. Other clients than ours know no timeouts, and their promises hold.
+        connect_timeout: seconds in which the connection must stand; until then a learner that does not listen yet is
+            tried again.
+        stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
+        on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and drop and count what is sent after.
+        replay_acked: samples that are kept after their ack and sent once more by `close`; at least the server's
+            ``producer_queue_size``.
+        replay_tail: whether `close` does so. Without it, the server may discard the last samples at `close`.
+
+    Raises:
+        TypeError: a leaf of ``example`` is no dense array of numbers, or an argument has the wrong type.
+        ValueError: a sample without bytes, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        example: Any,
+        *,
+        max_inflight_msgs: int = 1024,
+        buffer_bytes: int = 64 * 1024 * 1024,
+        select: Callable[[Any], Any] | None = None,
+        client: Callable[..., Client] = TcpClient,
+        connect_timeout: float | None = 10.0,
+        stall_timeout: float | None = 1800.0,
+        on_error: Literal["raise", "warn"] = "raise",
+        replay_acked: int = 8,
+        replay_tail: bool = True,
+    ) -> None:
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'warn'")
+        self._host = host
+        self._port = port
+        self._spec = SampleSpec(example)
+        self._window = check_count("max_inflight_msgs", max_inflight_msgs, least=1)
+        self._buffer_bytes = buffer_bytes
+        self._select = select
+        self._make_client = client
+        self._connect_timeout = check_timeout("connect_timeout", connect_timeout)
+        self._stall_timeout = check_timeout("stall_timeout", stall_timeout)
+        self._on_error = on_error
+        self._replay_acked = check_count("replay_acked", replay_acked, least=0)
+        self._replay_tail = replay_tail
+        ring_rows(self._spec.payload_size, buffer_bytes, self._replay_acked)
+        self._sessions: dict[int, _Session] = {}
+
+    @classmethod
+    def from_batch(cls: type[_Sink], host: str, port: int, batch: Any, **options: Any) -> _Sink:
+        """A sink whose example is one sample of ``batch``.
+
+        Args:
+            host, port, options: as for the class.
+            batch: what the loader yields: leaves ``(B, *shape)``. ``select``, if given, is applied to it first.
+
+        Raises:
+            ValueError: a leaf has no batch dimension.
+        """
+        select = options.get("select")
+        leaves, treespec = flatten(batch if select is None else select(batch))
+        for leaf, accessor in zip(leaves, treespec.accessors(), strict=True):
+            if np.ndim(leaf) == 0:
+                raise ValueError(f"{accessor.codify('batch')}: got a scalar, expected [B, ...]")
+        return cls(host, port, optree.tree_unflatten(treespec, map(_one_of, leaves)), **options)
+
+    def connect(self: _Sink) -> _Sink:
+        """Connect now rather than at the first `send`; gives the sink itself.
+
+        Raises:
+            OSError, TimeoutError, HandshakeError, SpecMismatchError: as `TcpClient` raises them; and
+            ConnectionClosedError after `close`. ``on_error`` has no say here.
+        """
+        self._route(self._session())
+        return self
+
+    def send(self, batch: Any, *, batched: bool | None = None, timeout: float | None = None) -> None:
+        """Send one sample, or a batch of them; when it returns, ``batch`` may be changed.
+
+        Args:
+            batch: like the example, its leaves matched by key path; or with one more first dimension B on every leaf,
+                which makes it B samples. A batch of 0 samples sends nothing.
+            batched: says which of the two it is; None to tell by the number of dimensions.
+            timeout: most seconds to wait for room; None to wait as long as the server acks at all.
+
+        Raises:
+            SpecMismatchError: the batch differs from the example; names path, got, expected. Nothing was sent.
+            TypeError: a leaf is no dense array of numbers. Nothing was sent.
+            ConnectionClosedError: closed, or the learner is gone (``on_error="raise"``).
+            DeliveryTimeoutError: no room in time. Both carry ``rows_accepted``.
+            OSError, HandshakeError: from connecting, as `connect`.
+        """
+        session = self._session()
+        if self._select is not None:
+            batch = self._select(batch)
+        match = self._spec.match(batch, batched)
+        if not session.told:
+            self._tell_how_read(session, match.rows, match.batched)
+        try:
+            self._route(session).send(match, timeout)
+        except ConnectionError as error:
+            if self._on_error == "raise" or session.closed:
+                raise
+            self._drop(session, match.rows - getattr(error, "rows_accepted", 0), error)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until everything sent so far, by this process, is acked.
+
+        Raises:
+            ConnectionClosedError: the connection ended before that (``on_error="raise"``).
+            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on.
+        """
+        session = self._session()
+        if session.route is None:
+            return
+        try:
+            session.route.wait(timeout)
+        except ConnectionError as error:
+            if self._on_error == "raise":
+                raise
+            self._drop(session, 0, error)
+
+    def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
+        """Deliver what was sent, make the tail of it safe in the server, and end this process's connection.
+
+        Idempotent. The descriptors and the thread are freed in any case.
+
+        Args:
+            timeout: most seconds for what is un-acked.
+
+        Raises:
+            DeliveryTimeoutError: samples were un-acked when the time was up; ``unacked`` says how many.
+            ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
+        """
+        session = self._session()
+        with session.lock:
+            session.closed = True
+        if session.route is None:
+            return
+        try:
+            session.route.close(timeout)
+        except ConnectionError as error:
+            if self._on_error == "raise":
+                raise
+            self._drop(session, 0, error)
+
+    def tee(self, loader: Iterable[_Batch]) -> Tee[_Batch]:
+        """Iterate over ``loader``, sending each batch before it is handed on, and `wait` when it is exhausted."""
+        return Tee(self, loader)
+
+    def stats(self) -> SinkStats:
+        """What was sent, acked and dropped by this process, and what that cost."""
+        session = self._session()
+        route, size = session.route, self._spec.payload_size
+        if route is None:
+            return SinkStats(0, 0, 0, 0, 0, session.dropped, 0.0)
+        unacked = route.unacked
+        sent = max(route.sent, unacked)
+        acked = sent - unacked
+        return SinkStats(sent, sent * size, acked, acked * size, unacked, session.dropped, route.blocked_seconds)
+
+    @property
+    def peer(self) -> str:
+        """The learner, as ``host:port``."""
+        return peer_name(self._host, self._port)
+
+    def __enter__(self: _Sink) -> _Sink:
+        return self.connect()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        timeout = CLOSE_TIMEOUT_S if error is None else EXCEPTION_CLOSE_TIMEOUT_S
+        close_after(error, functools.partial(self.close, timeout), self.peer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sessions": {}}
+
+    def __repr__(self) -> str:
+        return f"<EchoSink {self.peer} {self._spec.describe()}>"
+
+    def _session(self) -> _Session:
+        """This process's own; without a lock, for a lock may have been copied by a fork while it was held."""
+        pid = os.getpid()
+        session = self._sessions.get(pid)
+        return session if session is not None else self._sessions.setdefault(pid, _Session())
+
+    def _route(self, session: _Session) -> Route:
+        """The open route, connecting first if there is none."""
+        route = session.route
+        if route is not None and not session.closed:
+            return route
+        with session.lock:
+            if session.closed:
+                raise ConnectionClosedError(f"{self.peer}: this sink was closed")
+            if session.route is None:
+                session.route = self._open()
+            return session.route
+
+    def _open(self) -> Route:
+        window = max(1, min(self._window, WINDOW_BYTES // self._spec.payload_size))
+        sample = self._spec.numpy_sample()
+        make = self._make_client
+        if isinstance(make, type) and issubclass(make, TcpClient):
+            client = make(
+                self._host,
+                self._port,
+                sample,
+                window,
+                connect_timeout=self._connect_timeout,
+                stall_timeout=self._stall_timeout,
+                buffer_bytes=self._buffer_bytes,
+                replay_acked=self._replay_acked,
+                retry_refused=True,
+            )
+            return RingRoute(client, self._replay_tail)
+        return RowRoute(self._make_client(self._host, self._port, sample, window), self._spec, self.peer)
+
+    def _tell_how_read(self, session: _Session, rows: int, batched: bool) -> None:
+        session.told = True
+        what = f"{rows} samples" if batched else "one sample"
+        _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
+
+    def _drop(self, session: _Session, rows: int, error: ConnectionError) -> None:
+        with session.lock:
+            session.dropped += rows
+            if session.warned:
+                return
+            session.warned = True
+        _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
+
+
+class Tee(Generic[_Batch]):
+    """A loader whose batches are sent as they pass; see `EchoSink.tee`."""
+
+    def __init__(self, sink: EchoSink, loader: Iterable[_Batch]) -> None:
+        self._sink = sink
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[_Batch]:
+        for batch in self._loader:
+            self._sink.send(batch)
+            yield batch
+        self._sink.wait()
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]  # raises as the loader does
+
+
+def _one_of(leaf: Any) -> Any:
+    """An example of one item of a stacked leaf, which may have none."""
+    if isinstance(leaf, torch.Tensor):
+        return torch.empty(leaf.shape[1:], dtype=leaf.dtype)
+    return np.zeros(np.shape(leaf)[1:], np.asarray(leaf).dtype)

@@ -1,0 +1,383 @@
+"""What one sample looks like, and whether a batch is made of such samples.
+
+The wire knows nothing but item sizes, so every leaf of every batch is checked here: its key path, shape and dtype.
+
+* The wire order is optree's: dict keys sorted, OrderedDict and sequences in their own order, ``None`` dropped.
+* Leaves match by key path: mappings of any type are interchangeable, and so are list, tuple and namedtuple. Whatever
+  order a batch has its keys in, its leaves travel in the example's order.
+* No value is ever cast. A Python scalar has the dtype that ``default_collate`` would give it.
+* dtypes that numpy lacks (bfloat16, complex32, the float8 types) travel as unsigned integers of their size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import optree
+import torch
+
+from .errors import SpecMismatchError
+from .wire import WireLeaf
+
+Array = npt.NDArray[Any]
+
+# How many structures of batches are remembered; a loader yields one or two, and a fresh one each time is no leak.
+_MAX_STRUCTURES = 64
+# How many wrong leaves an error names.
+_MAX_NAMED = 8
+
+# Stands for values of a wrong dtype: no leaf has this one.
+_NOT_SENT = np.array(None, dtype=object)
+_ARRAY_TYPES = (torch.Tensor, np.ndarray, np.generic, bool, int, float, complex)
+_SCALAR_DTYPES: dict[type, torch.dtype] = {
+    bool: torch.bool,
+    int: torch.int64,
+    float: torch.float64,
+    complex: torch.complex128,
+}
+_UNSIGNED: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+
+
+def _dtype_pairs() -> dict[torch.dtype, np.dtype[Any]]:
+    """How each dense torch dtype travels."""
+    pairs: dict[torch.dtype, np.dtype[Any]] = {}
+    names = ["bfloat16", "complex32", *(name for name in dir(torch) if name.startswith("float8_"))]
+    for name in names:
+        dtype: torch.dtype = getattr(torch, name)
+        pairs[dtype] = _UNSIGNED[dtype.itemsize]
+    shared = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
+    for name in shared.split():
+        pairs[getattr(torch, name)] = np.dtype(name)
+    return pairs
+
+
+_TRAVELS_AS = _dtype_pairs()
+_TORCH_OF = {dtype: tensor for tensor, dtype in _TRAVELS_AS.items() if str(tensor) == f"torch.{dtype}"}
+
+_OPAQUE = _TRAVELS_AS.keys() - _TORCH_OF.values()
+
+
+class Leaf(NamedTuple):
+    """One array of a sample."""
+
+    path: str
+    """As one would index the sample: ``['obs']['camera']``; empty if the sample is this one array."""
+    key: tuple[Hashable, ...]
+    """The path, alike for containers that are interchangeable."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype | np.dtype[Any]
+    """The dtype of the values; a torch dtype where torch has it."""
+    travels_as: np.dtype[Any]
+    """The numpy dtype of the bytes on the wire and at the learner."""
+    offset: int
+    """Where the leaf starts in a sample's payload, in bytes."""
+    opaque: bool
+    """Whether numpy lacks the dtype, so that only its bytes travel."""
+
+    @property
+    def wire(self) -> WireLeaf:
+        return WireLeaf(self.travels_as.itemsize, self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.dtype} {list(self.shape)}" if self.path else f"{self.dtype} {list(self.shape)}"
+
+
+class Match(NamedTuple):
+    """A batch that was found to be right."""
+
+    arrays: list[Array]
+    """One array per leaf in wire order, shape ``(rows, *leaf.shape)``, sharing the batch's memory where possible."""
+    rows: int
+    batched: bool
+    """False if the batch was one sample; its arrays then have no leading dimension."""
+
+
+class SampleSpec:
+    """The leaves of one sample, made from an example of it.
+
+    Args:
+        example: pytree of tensors, numpy arrays and Python or numpy scalars; only shapes and dtypes count.
+        root: what messages call the data that is matched.
+
+    Raises:
+        TypeError: a leaf is no dense array of numbers; the message names its path.
+        ValueError: a sample has no bytes.
+    """
+
+    def __init__(self, example: Any, root: str = "batch") -> None:
+        self.root = root
+        flat, self.treespec = flatten(example)
+        keys, paths = _keys_and_paths(self.treespec)
+        offset = 0
+        leaves = []
+        for leaf, key, path in zip(flat, keys, paths, strict=True):
+            dtype, travels_as = _dtypes_of(leaf, f"example{path}")
+            shape = tuple(np.shape(leaf))
+            leaves.append(Leaf(path, key, shape, dtype, travels_as, offset, dtype in _OPAQUE))
+            offset += leaves[-1].wire.nbytes
+        self.leaves = tuple(leaves)
+        self.payload_size = offset
+        if offset == 0:
+            raise ValueError(f"a sample has no bytes: {self.describe()}; the example needs a leaf that is not empty")
+        self._orders: dict[Any, tuple[int, ...]] = {}
+        self._shapes_for: tuple[int, list[tuple[int, ...]]] = (-1, [])
+
+    def describe(self) -> str:
+        """All leaves on one line."""
+        return "{" + ", ".join(map(str, self.leaves)) + "}"
+
+    def numpy_sample(self) -> Any:
+        """The example's structure with zeroed numpy arrays, as ``echo.Server`` and clients take it."""
+        return optree.tree_unflatten(self.treespec, [np.zeros(leaf.shape, leaf.travels_as) for leaf in self.leaves])
+
+    def unflatten(self, arrays: Iterable[Any]) -> Any:
+        """A sample of the example's structure from leaves in wire order."""
+        return optree.tree_unflatten(self.treespec, arrays)
+
+    def check_server(self, theirs: Sequence[WireLeaf], peer: str) -> None:
+        """Compare with what a server expects.
+
+        Raises:
+            SpecMismatchError: naming both sides, leaf by leaf.
+        """
+        ours = [leaf.wire for leaf in self.leaves]
+        if list(theirs) == ours:
+            return
+        lines = []
+        for index, (server, mine) in enumerate(itertools.zip_longest(theirs, ours)):
+            if server != mine:
+                example = f"{self.leaves[index]} ({mine.itemsize}-byte items)" if mine else "nothing"
+                expected = f"{server.itemsize}-byte items {list(server.shape)}" if server else "nothing"
+                lines.append(f"leaf {index}: server expects {expected}, example has {example}")
+        what = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(ours)}"
+        raise SpecMismatchError(_listing(what, lines))
+
+    def match(self, batch: Any, batched: bool | None = None) -> Match:
+        """Check ``batch`` against the example, leaf by leaf.
+
+        Args:
+            batch: one sample, or samples stacked along a new first dimension that all leaves share.
+            batched: says which of the two; None to tell by the rank of the leaves.
+
+        Raises:
+            SpecMismatchError: structure, shape or dtype differ; names path, got, expected and remedy.
+            TypeError: a leaf is no dense array of numbers.
+        """
+        flat, treespec = flatten(batch)
+        order = self._orders.get(treespec)
+        if order is None:
+            order = self._learn(treespec)
+        leaves = self.leaves
+        arrays = [as_array(flat[i], leaf, self.root) for i, leaf in zip(order, leaves, strict=True)]
+        first = arrays[0]
+        stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
+        rows = len(first) if stacked and first.ndim else 1
+        for array, leaf, shape in zip(arrays, leaves, self._shapes(rows, stacked), strict=True):
+            if array.shape != shape or array.dtype != leaf.travels_as:
+                self._refuse([flat[i] for i in order], batched)
+        return Match(arrays, rows, stacked)
+
+    def _shapes(self, rows: int, batched: bool) -> list[tuple[int, ...]]:
+        """The shapes that the arrays of a batch must have."""
+        wanted = rows if batched else -2
+        known, shapes = self._shapes_for
+        if known != wanted:
+            shapes = [(rows, *leaf.shape) if batched else leaf.shape for leaf in self.leaves]
+            self._shapes_for = (wanted, shapes)
+        return shapes
+
+    def _learn(self, treespec: Any) -> tuple[int, ...]:
+        """Where each leaf of the example is found among the leaves of a structure not seen before."""
+        keys, paths = _keys_and_paths(treespec)
+        found = dict(zip(keys, range(len(keys)), strict=True))
+        wanted = {leaf.key for leaf in self.leaves}
+        missing = [f"{self.root}{leaf}: missing" for leaf in self.leaves if leaf.key not in found]
+        extra = [f"{self.root}{path}: unexpected" for key, path in zip(keys, paths, strict=True) if key not in wanted]
+        if missing or extra:
+            remedy = "send what the example holds (select= picks it), or give an example of what is sent"
+            problems = [*missing[:_MAX_NAMED], *extra[:_MAX_NAMED], remedy]
+            raise SpecMismatchError(_listing(f"{self.root} has not the structure of the example", problems))
+        if len(self._orders) >= _MAX_STRUCTURES:
+            self._orders.clear()
+        order = tuple(found[leaf.key] for leaf in self.leaves)
+        self._orders[treespec] = order
+        return order
+
+    def _refuse(self, flat: Sequence[Any], batched: bool | None) -> NoReturn:
+        """Raise the error that names every wrong leaf."""
+        shapes = [tuple(np.shape(value)) for value in flat]
+        # One leaf with a batch dimension makes it a batch, in which the leaves without one are the mistake.
+        stacked = any(s[1:] == leaf.shape and s for s, leaf in zip(shapes, self.leaves, strict=True))
+        stacked = stacked if batched is None else batched
+        problems = []
+        sizes: dict[int, str] = {}
+        for value, shape, leaf in zip(flat, shapes, self.leaves, strict=True):
+            path = self.root + leaf.path
+            dtype = _dtypes_of(value, path)[0]
+            got = f"{path}: got {dtype} {list(shape)}, expected {leaf.dtype} {_expected_shape(leaf, batched)}"
+            if dtype != leaf.dtype:
+                problems.append(f"{got}; {_cast(value, leaf.dtype)}")
+            elif len(shape) != len(leaf.shape) + stacked or shape[int(stacked) :] != leaf.shape:
+                problems.append(f"{got}{_reshape(leaf, shape, stacked)}")
+            elif stacked:
+                sizes.setdefault(shape[0], path)
+        if len(sizes) > 1:
+            found = ", ".join(f"{size} at {path}" for size, path in sizes.items())
+            problems.append(f"leaves differ in the number of samples: {found}")
+        raise SpecMismatchError(_listing(f"{self.root} does not match the example", problems))
+
+
+def numpy_example(example: Any) -> Any:
+    """What to pass to ``echo.Server`` for samples like ``example``.
+
+    Args:
+        example: one sample: a pytree of tensors, numpy arrays and scalars.
+
+    Returns:
+        The same structure with numpy arrays of the same shapes, zeroed. bfloat16 becomes uint16 and the float8 types
+        become uint8: the learner gets the values back with ``torch.from_numpy(leaf).view(torch.bfloat16)``.
+
+    Raises:
+        TypeError: a leaf is no dense array of numbers.
+        ValueError: the sample has no bytes.
+    """
+    return SampleSpec(example).numpy_sample()
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and treespec, after containers that optree takes for leaves have been made into dicts."""
+    leaves, treespec = optree.tree_flatten(tree)
+    for leaf in leaves:
+        if not isinstance(leaf, _ARRAY_TYPES) and _opened(leaf) is not leaf:
+            leaves, treespec = optree.tree_flatten(optree.tree_map(_open_all, tree))
+            break
+    return leaves, treespec
+
+
+def _open_all(leaf: Any) -> Any:
+    opened = _opened(leaf)
+    return leaf if opened is leaf else optree.tree_map(_open_all, opened)
+
+
+def _opened(leaf: Any) -> Any:
+    """A mapping or dataclass instance as a dict of its items, anything else as it is."""
+    if isinstance(leaf, Mapping):
+        return {key: leaf[key] for key in leaf}
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    return leaf
+
+
+def _keys_and_paths(treespec: Any) -> tuple[list[tuple[Hashable, ...]], list[str]]:
+    keys: list[tuple[Hashable, ...]] = []
+    paths = []
+    for accessor in treespec.accessors():
+        keys.append(tuple((isinstance(entry, optree.MappingEntry), entry.entry) for entry in accessor))
+        paths.append("".join(f"[{entry.entry!r}]" for entry in accessor))
+    return keys, paths
+
+
+def as_array(value: Any, leaf: Leaf, root: str) -> Array:
+    """``value`` as a numpy array in which it travels, without a copy where that is possible.
+
+    Its shape is not looked at. A value of another dtype than the leaf's never comes out in the dtype of the leaf.
+
+    Raises:
+        TypeError: no dense array of numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.dtype is leaf.dtype:
+            return _numpy_view(value, leaf, root)
+    elif isinstance(value, np.ndarray):
+        if not leaf.opaque:
+            return value
+    elif not leaf.opaque and isinstance(value, _ARRAY_TYPES):
+        return np.asarray(value, _dtypes_of(value, root + leaf.path)[1])
+    _dtypes_of(value, root + leaf.path)
+    return np.broadcast_to(_NOT_SENT, tuple(np.shape(value)))
+
+
+def _numpy_view(tensor: torch.Tensor, leaf: Leaf, root: str) -> Array:
+    """The tensor's values on the host; detached, conj and neg bits resolved."""
+    try:
+        if leaf.opaque:
+            tensor = tensor.view(_TORCH_OF[leaf.travels_as])
+        return tensor.numpy(force=True)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise TypeError(f"{root}{leaf.path}: {_kind(tensor)} cannot be sent: {error}") from None
+
+
+def _dtypes_of(value: Any, path: str) -> tuple[torch.dtype | np.dtype[Any], np.dtype[Any]]:
+    """The dtype of a leaf's values, and the one in which they travel.
+
+    Raises:
+        TypeError: no dense array of numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or value.is_meta or value.dtype not in _TRAVELS_AS:
+            raise TypeError(f"{path}: got {_kind(value)}, expected a dense tensor that holds values")
+        return value.dtype, _TRAVELS_AS[value.dtype]
+    if type(value) in _SCALAR_DTYPES:
+        dtype = _SCALAR_DTYPES[type(value)]
+        return dtype, _TRAVELS_AS[dtype]
+    if not isinstance(value, (np.ndarray, np.generic)):
+        remedy = "encode it as numbers, or leave it out with select="
+        raise TypeError(f"{path}: got {type(value).__name__}, expected a tensor, numpy array or number; {remedy}")
+    if value.dtype.hasobject:
+        raise TypeError(f"{path}: got numpy dtype {value.dtype}, which holds references and no values")
+    return _TORCH_OF.get(value.dtype, value.dtype), value.dtype
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    layout = "" if tensor.layout is torch.strided else f"{tensor.layout} "
+    return f"{layout}{tensor.dtype} {type(tensor).__name__} on {tensor.device}"
+
+
+def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
+    single, stacked = f"{list(leaf.shape)}", "[" + ", ".join(["B", *map(str, leaf.shape)]) + "]"
+    if batched is None:
+        return f"{single} or {stacked}"
+    return stacked if batched else single
+
+
+def _cast(value: Any, dtype: torch.dtype | np.dtype[Any]) -> str:
+    """How to convert a value, in the words of the library it is from."""
+    if isinstance(dtype, np.dtype):
+        return f"convert with np.asarray(x, '{dtype}')"
+    if isinstance(value, torch.Tensor):
+        return f"convert with .to({dtype})"
+    if dtype in _OPAQUE:
+        return f"send a tensor of {dtype}"
+    name = _TRAVELS_AS[dtype].name
+    return f"convert with .astype('{name}')" if isinstance(value, np.ndarray) else f"convert with np.{name}(x)"
+
+
+def _reshape(leaf: Leaf, shape: tuple[int, ...], batched: bool) -> str:
+    if batched and len(shape) == len(leaf.shape):
+        return "; a batch needs it once per sample: .expand(B, ...)"
+    if len(shape) == len(leaf.shape) + batched:
+        return "; pad or crop all samples to the example's shape"
+    return ""
+
+
+def _listing(what: str, problems: list[str]) -> str:
+    if len(problems) > _MAX_NAMED + 1:
+        problems = [*problems[:_MAX_NAMED], f"... and {len(problems) - _MAX_NAMED} more"]
+    return f"{what}: {problems[0]}" if len(problems) == 1 else "\n  ".join([f"{what}:", *problems])
+
+
+def check_numpy(data_sample: Any) -> None:
+    """Raise TypeError unless every leaf is a numpy array, as the stock client demands of its ``data_sample``."""
+    leaves, treespec = flatten(data_sample)
+    for leaf, path in zip(leaves, _keys_and_paths(treespec)[1], strict=True):
+        if not isinstance(leaf, np.ndarray):
+            raise TypeError(f"data_sample{path}: got {type(leaf).__name__}, expected a numpy array")
+
+
+Select = Callable[[Any], Any]
+"""Makes of what a loader yields what the server wants."""
