@@ -1,0 +1,39 @@
+"""Fixtures, and what holds after every test: no thread of ours is left, and no descriptor."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+LEFT_OVER_S = 10.0
+"""Seconds in which dropped clients must have ended their threads."""
+
+
+def our_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("echo_torch")]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """Fails a test that leaves a thread of echo_torch behind."""
+    yield
+    gc.collect()
+    deadline = time.monotonic() + LEFT_OVER_S
+    while our_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not our_threads()
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """Fails a test that leaves more open file descriptors than it found."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    gc.collect()
+    after = set(os.listdir("/proc/self/fd"))
+    assert len(after) <= len(before), sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in after - before)

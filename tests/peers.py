@@ -1,0 +1,135 @@
+"""Scripted peers: servers that do what a real one cannot be made to do.
+
+A `Peer` listens on a port of its own and runs a script, a function of one accepted `Line`, on a thread for each
+connection. What the script raises is raised again when the peer is closed, unless it is only that the client left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import optree
+
+from echo_torch.wire import ACK, WireLeaf, encode_handshake
+
+PATIENCE_S = 30.0
+"""Seconds after which a peer that hears nothing gives up."""
+
+LOST_ON_RESET = struct.pack("ii", 1, 0)
+
+
+class Line:
+    """The peer's end of one connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.received = bytearray()
+
+    def greet(self, data_sample: Any) -> None:
+        """Send the greeting of a server for samples like ``data_sample`` (numpy)."""
+        self.say(greeting(data_sample))
+
+    def say(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def ack(self, count: int = 1) -> None:
+        self.say(ACK * count)
+
+    def hear(self, count: int) -> bytes:
+        """Read exactly ``count`` bytes."""
+        data = bytearray()
+        while len(data) < count:
+            piece = self.sock.recv(count - len(data))
+            if not piece:
+                raise ConnectionError(f"the client left after {len(data)} of {count} bytes")
+            data += piece
+        self.received += data
+        return bytes(data)
+
+    def hear_all(self, ack_every: int = 0) -> None:
+        """Read until the client leaves; with ``ack_every``, ack each payload of that many bytes."""
+        acked = 0
+        while piece := self.sock.recv(1 << 20):
+            self.received += piece
+            if ack_every:
+                whole = len(self.received) // ack_every
+                self.ack(whole - acked)
+                acked = whole
+
+    def hang_up(self) -> None:
+        """FIN."""
+        self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    def reset(self) -> None:
+        """RST."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LOST_ON_RESET)
+        self.sock.close()
+
+
+Script = Callable[[Line], None]
+
+
+class Peer:
+    """Listens on ``127.0.0.1`` (or ``::1``) and runs ``script`` for each client; a context manager."""
+
+    def __init__(self, script: Script, host: str = "127.0.0.1") -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family)
+        self.host = host
+        self.port: int = self._listener.getsockname()[1]
+        self.lines: list[Line] = []
+        self._script = script
+        self._errors: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                sock.settimeout(PATIENCE_S)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                line = Line(sock)
+                self.lines.append(line)
+                self._threads.append(threading.Thread(target=self._run, args=(line,), daemon=True))
+                self._threads[-1].start()
+
+    def _run(self, line: Line) -> None:
+        try:
+            self._script(line)
+        except ConnectionError:
+            pass  # the client left: its test says whether it should have
+        except OSError as error:
+            if line.sock.fileno() >= 0:
+                self._errors.append(error)
+        except BaseException as error:
+            self._errors.append(error)
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for line in self.lines:
+            with contextlib.suppress(OSError):
+                line.sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+        for line in self.lines:
+            line.sock.close()
+        if self._errors and kind is None:
+            raise self._errors[0]
+
+
+def greeting(data_sample: Any) -> bytes:
+    leaves: Sequence[np.ndarray[Any, Any]] = optree.tree_leaves(data_sample)
+    return encode_handshake([WireLeaf(leaf.dtype.itemsize, leaf.shape) for leaf in leaves])
