@@ -87,6 +87,7 @@ class TcpClient:
         self._spec = SampleSpec(data_sample, root="data")
         window = check_count("max_inflight_msgs", max_inflight_msgs, least=1)
         replay = check_count("replay_acked", replay_acked, least=0)
+        check_timeout("connect_timeout", connect_timeout)
         check_timeout("stall_timeout", stall_timeout)
         size = self._spec.payload_size
         rows = ring_rows(size, buffer_bytes, replay) if buffer_bytes is not None else window + replay

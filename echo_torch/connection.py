@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 # Seconds after which the I/O thread looks at everything although nobody woke it: an upper bound on how long anything
 # that an interrupt broke off, or a dropped client, stays unnoticed. A pass costs some 30 us of CPU.
 HEARTBEAT_S = 1.0
-# The same while somebody waits, and so on how long acks fewer than EAGER_ACKS stay unnoticed.
-EAGER_HEARTBEAT_S = 0.05
+# The same for a caller who waits: it looks for itself, since acks fewer than EAGER_ACKS wake nobody.
+WAITER_HEARTBEAT_S = 0.05
 # Seconds without an ack after which a wait is named in the log, and again after as many more.
 STALL_WARNING_S = 30.0
 # Seconds that a connection may go on delivering after its client was dropped, or at interpreter exit.
@@ -267,7 +267,7 @@ class Connection:
                 patience = self._patience()
                 if deadline.expired or patience <= 0:
                     self._raise_timeout(call, deadline)
-                waiter.park(min(deadline.remaining(), patience))
+                waiter.park(min(deadline.remaining(), patience, WAITER_HEARTBEAT_S))
             finally:
                 ring.forget(waiter)
 
@@ -477,9 +477,7 @@ class Connection:
         self._warn_of_stall()
         if self._said_farewell():
             return None
-        if self._writable() and not self._full:
-            return 0.0
-        return EAGER_HEARTBEAT_S if self.ring.waited_for else HEARTBEAT_S
+        return 0.0 if self._writable() and not self._full else HEARTBEAT_S
 
     def _warn_of_stall(self) -> None:
         now = time.monotonic()

@@ -53,8 +53,8 @@ class Line:
         return bytes(data)
 
     def hear_all(self, ack_every: int = 0) -> None:
-        """Read until the client leaves; with ``ack_every``, ack each payload of that many bytes."""
-        acked = 0
+        """Read until the client leaves; with ``ack_every``, ack each further payload of that many bytes."""
+        acked = len(self.received) // ack_every if ack_every else 0
         while piece := self.sock.recv(1 << 20):
             self.received += piece
             if ack_every:
@@ -64,7 +64,8 @@ class Line:
 
     def hang_up(self) -> None:
         """FIN."""
-        self.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # the client was faster
+            self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
     def reset(self) -> None:
@@ -111,6 +112,7 @@ class Peer:
                 self._errors.append(error)
         except BaseException as error:
             self._errors.append(error)
+            line.hang_up()
 
     def __enter__(self) -> Peer:
         return self

@@ -1,0 +1,728 @@
+"""`TcpClient` against scripted peers and real servers: the contract, and what it does when things go wrong."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from learner import Learner
+from peers import Line, Peer
+
+from echo_torch import (
+    ConnectionClosedError,
+    DeliveryTimeoutError,
+    HandshakeError,
+    ProtocolError,
+    SpecMismatchError,
+    TcpClient,
+)
+
+SAMPLE = {"id": np.zeros((), np.int64), "x": np.zeros(3, np.float32)}
+SIZE = 20
+SOON_S = 10.0
+"""Far more than anything here takes; what passes it hangs."""
+
+
+def sample(number: int) -> dict[str, Any]:
+    return {"id": np.array(number, np.int64), "x": np.full(3, number, np.float32)}
+
+
+def numbers(payloads: bytes) -> list[int]:
+    """The ids of payloads, all of which must be whole and right."""
+    assert len(payloads) % SIZE == 0
+    rows = np.frombuffer(payloads, np.dtype([("id", "<i8"), ("x", "<f4", 3)]))
+    np.testing.assert_array_equal(rows["x"], np.repeat(rows["id"], 3).reshape(-1, 3).astype("f4"))
+    return [int(number) for number in rows["id"]]
+
+
+def acking(line: Line) -> None:
+    line.greet(SAMPLE)
+    line.hear_all(ack_every=SIZE)
+
+
+def silent(line: Line) -> None:
+    """Reads everything and acks nothing."""
+    line.greet(SAMPLE)
+    line.hear_all()
+
+
+def connect(peer: Peer | Learner, *args: Any, **options: Any) -> TcpClient:
+    return TcpClient("127.0.0.1", peer.port, SAMPLE, *args, **options)
+
+
+@contextmanager
+def running(*calls: Callable[[], object]) -> Iterator[list[BaseException | None]]:
+    """Run ``calls`` on threads during the block; afterwards all must end soon, and the list says how each did."""
+    outcomes: list[BaseException | None] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            calls[index]()
+        except BaseException as error:
+            outcomes[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    yield outcomes
+    for thread in threads:
+        thread.join(SOON_S)
+        assert not thread.is_alive(), "a call hangs"
+
+
+class Gate:
+    """Lets a script go on when the test says so."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def open(self) -> None:
+        self._event.set()
+
+    def wait(self) -> None:
+        assert self._event.wait(SOON_S)
+
+
+@contextmanager
+def until(condition: Callable[[], bool]) -> Iterator[None]:
+    """After the block, wait until ``condition`` holds, which something outside of this process's control decides."""
+    yield
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline, "condition never held"
+        time.sleep(0.002)
+
+
+# The contract.
+
+
+def test_sends_payloads_in_order_and_waits_for_their_acks() -> None:
+    with Peer(acking) as peer:
+        with connect(peer) as client:
+            for number in range(100):
+                client.send(sample(number))
+            client.wait()
+            assert client.in_flight == 0
+            assert client.sent == 100
+        assert numbers(peer.lines[0].received) == list(range(100))
+
+
+def test_data_may_be_changed_when_send_returns() -> None:
+    gate = Gate()
+
+    def late_reader(line: Line) -> None:
+        line.greet(SAMPLE)
+        gate.wait()
+        line.hear_all(ack_every=SIZE)
+
+    with Peer(late_reader) as peer:
+        with connect(peer) as client:
+            data = sample(0)
+            for number in range(10):
+                data["id"][()] = number
+                data["x"][:] = number
+                client.send(data)
+            data["x"][:] = -1
+            gate.open()
+        assert numbers(peer.lines[0].received) == list(range(10))
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 32])
+def test_send_blocks_at_the_window_and_goes_on_with_the_next_ack(window: int) -> None:
+    gate = Gate()
+
+    def ack_one_then_all(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(window * SIZE)
+        gate.wait()
+        line.ack()
+        line.hear(SIZE)
+        line.ack(window)
+        line.hear_all(ack_every=SIZE)
+
+    with Peer(ack_one_then_all) as peer, connect(peer, window) as client:
+        for number in range(window):
+            client.send(sample(number))
+        with pytest.raises(DeliveryTimeoutError, match=f"{window} samples un-acked") as caught:
+            client.send(sample(99), timeout=0.05)
+        assert (caught.value.unacked, caught.value.rows_accepted) == (window, 0)
+        gate.open()
+        client.send(sample(window), timeout=SOON_S)
+        client.wait(SOON_S)
+
+
+def test_wait_returns_only_when_everything_is_acked() -> None:
+    gate = Gate()
+
+    def ack_late(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(3 * SIZE)
+        line.ack(2)
+        gate.wait()
+        line.ack()
+        line.hear_all(ack_every=SIZE)
+
+    with Peer(ack_late) as peer, connect(peer) as client:
+        for number in range(3):
+            client.send(sample(number))
+        with pytest.raises(DeliveryTimeoutError):
+            client.wait(0.05)
+        assert client.in_flight in (1, 2, 3)
+        gate.open()
+        client.wait(SOON_S)
+        assert client.in_flight == 0
+
+
+def test_wait_with_timeout_zero_only_looks() -> None:
+    with Peer(acking) as peer, connect(peer) as client:
+        client.wait(0)
+        client.send(sample(1))
+        client.wait(SOON_S)
+        client.wait(0)
+
+
+def test_properties() -> None:
+    with Peer(acking) as peer:
+        client = connect(peer)
+        assert client.peer == f"127.0.0.1:{peer.port}"
+        assert not client.closed
+        assert "open" in repr(client)
+        client.close()
+        assert client.closed
+        assert "closed" in repr(client)
+
+
+def test_one_thread_per_connection_and_none_after_close(descriptors: None) -> None:
+    before = set(threading.enumerate())
+    with Peer(acking) as peer:
+        listening = set(threading.enumerate())
+        client = connect(peer)
+        client.send(sample(0))
+        client.wait()
+        ours = [t for t in set(threading.enumerate()) - listening if t.name.startswith("echo_torch")]
+        assert len(ours) == 1
+        assert str(peer.port) in ours[0].name
+        client.close()
+        client.close()
+        assert not ours[0].is_alive()
+    assert set(threading.enumerate()) <= before
+
+
+def test_rejects_what_does_not_match_and_goes_on() -> None:
+    with Peer(acking) as peer:
+        with connect(peer) as client:
+            with pytest.raises(SpecMismatchError, match=r"Payload size 16 != expected 20.*data\['x'\].*\[2\].*\[3\]"):
+                client.send({"id": np.array(1, np.int64), "x": np.zeros(2, np.float32)})
+            with pytest.raises(SpecMismatchError, match=r"data\['x'\]: got torch.int32 \[3\].*astype\('float32'\)"):
+                client.send({"id": np.array(1, np.int64), "x": np.zeros(3, np.int32)})
+            with pytest.raises(SpecMismatchError, match=r"data\['y'\]"):
+                client.send({"id": np.array(1, np.int64), "y": np.zeros(3, np.float32)})
+            with pytest.raises(SpecMismatchError, match="Payload size"):
+                client.send({k: np.stack([v, v]) for k, v in sample(1).items()})
+            with pytest.raises(TypeError, match=r"data\['x'\]: got str"):
+                client.send({"id": np.array(1, np.int64), "x": "abc"})
+            client.send(sample(5))
+        assert numbers(peer.lines[0].received) == [5]
+
+
+def test_send_rows_checks_every_column() -> None:
+    ids, xs = np.arange(4, dtype=np.int64), np.zeros((4, 3), np.float32)
+    with Peer(acking) as peer:
+        with connect(peer) as client:
+            with pytest.raises(ValueError, match=r"\['x'\]: got float32 \[3, 3\], expected float32 \[4, 3\]"):
+                client.send_rows([ids, xs[:3]])
+            with pytest.raises(ValueError, match=r"\['x'\]: got float64"):
+                client.send_rows([ids, xs.astype(np.float64)])
+            with pytest.raises(ValueError, match="zip"):
+                client.send_rows([ids])
+            client.send_rows([ids, np.repeat(ids, 3).reshape(4, 3).astype(np.float32)])
+            client.send_rows([ids[:0], xs[:0]])
+        assert numbers(peer.lines[0].received) == [0, 1, 2, 3]
+
+
+# Construction that fails.
+
+
+@pytest.mark.parametrize(
+    ("greeting", "error", "match"),
+    [
+        (b"HTTP/1.1 400 Bad Request", HandshakeError, "magic"),
+        (b"ECHO\x02\x00\x00\x00\x00", HandshakeError, "wire version 2"),
+        (b"ECHO\x01\xff\xff\xff\xff", HandshakeError, "num_arrays"),
+        (b"ECHO\x01\x01\x00\x00\x00\x04\x00\x00\x00\xff\xff\xff\xff", HandshakeError, "num_dims"),
+        (b"ECHO\x01\x00\x00\x00\x00", SpecMismatchError, "Server spec mismatch"),
+        (
+            b"ECHO\x01\x01\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00",
+            SpecMismatchError,
+            r"(?s)leaf 0.*4-byte.*\['id'\]",
+        ),
+        (b"ECHO", ConnectionClosedError, "after 4 bytes"),
+    ],
+)
+def test_wrong_greetings_raise_value_errors(
+    greeting: bytes, error: type[Exception], match: str, descriptors: None
+) -> None:
+    def greet(line: Line) -> None:
+        line.say(greeting)
+        line.hang_up()
+
+    with Peer(greet) as peer, pytest.raises(error, match=match) as caught:
+        connect(peer)
+    assert str(peer.port) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"data_sample": {"x": [1.0, 2.0]}}, TypeError),
+        ({"data_sample": {"x": np.array([None])}}, TypeError),
+        ({"data_sample": {"x": np.zeros(0)}}, ValueError),
+        ({"data_sample": {}}, ValueError),
+        ({"max_inflight_msgs": 0}, ValueError),
+        ({"max_inflight_msgs": -1}, ValueError),
+        ({"max_inflight_msgs": 1.5}, TypeError),
+        ({"max_inflight_msgs": True}, TypeError),
+        ({"connect_timeout": -1}, ValueError),
+        ({"connect_timeout": "1"}, TypeError),
+        ({"stall_timeout": float("nan")}, ValueError),
+        ({"replay_acked": -1}, ValueError),
+        ({"buffer_bytes": SIZE}, ValueError),
+        ({"port": 0}, ValueError),
+        ({"port": "80"}, TypeError),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], descriptors: None) -> None:
+    with Peer(acking) as peer:
+        good: dict[str, Any] = {"host": "127.0.0.1", "port": peer.port, "data_sample": SAMPLE}
+        with pytest.raises(error, match=r"example|sample|0-d|" + next(iter(arguments))):
+            TcpClient(**{**good, **arguments})
+
+
+# The peer goes away.
+
+
+def test_wait_raises_with_the_count_when_the_peer_hangs_up() -> None:
+    def leave(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(5 * SIZE)
+        line.ack(2)
+        line.hang_up()
+
+    with Peer(leave) as peer:
+        client = connect(peer)
+        for number in range(5):
+            client.send(sample(number))
+        with pytest.raises(ConnectionClosedError, match=f"{peer.port}.*3 samples un-acked") as caught:
+            client.wait(SOON_S)
+        assert caught.value.unacked == 3
+        with pytest.raises(ConnectionClosedError):
+            client.send(sample(5))
+        client.close()
+
+
+def test_wait_raises_when_the_peer_resets() -> None:
+    def reset(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(SIZE)
+        line.reset()
+
+    with Peer(reset) as peer:
+        client = connect(peer)
+        client.send(sample(0))
+        with pytest.raises(ConnectionClosedError) as caught:
+            client.wait(SOON_S)
+        assert caught.value.unacked == 1
+        client.close()
+
+
+@pytest.mark.parametrize("how", ["kill", "stop_server"])
+def test_calls_blocked_on_a_real_server_that_ends_are_woken(how: str) -> None:
+    """`send` on a full window and `wait`; the server holds no more than its queue while its learner is paused."""
+    with Learner(SAMPLE, producer_queue_size=8, num_buffers=2) as learner:
+        client = connect(learner, 4, buffer_bytes=64 * SIZE)
+        learner.pause()
+
+        def send_until_it_fails() -> None:
+            for number in range(100_000):
+                client.send(sample(number))
+
+        with running(send_until_it_fails) as outcomes:
+            with until(lambda: client.blocked_seconds > 0 or client.in_flight >= 64):
+                pass
+            with running(client.wait) as waited:
+                getattr(learner, how)()
+        assert isinstance(outcomes[0], ConnectionClosedError)
+        assert isinstance(waited[0], ConnectionClosedError)
+        assert waited[0].unacked > 0
+        client.close()
+
+
+def test_blocked_send_is_woken_when_the_peer_hangs_up() -> None:
+    def leave(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(4 * SIZE)
+        gate.wait()
+        line.hang_up()
+
+    gate = Gate()
+    with Peer(leave) as peer:
+        client = connect(peer, 4)
+        for number in range(4):
+            client.send(sample(number))
+        with running(lambda: client.send(sample(4)), client.wait) as outcomes:
+            gate.open()
+        assert [type(outcome) for outcome in outcomes] == [ConnectionClosedError] * 2
+        client.close()
+
+
+def test_the_first_failure_is_the_cause_of_all_later_ones() -> None:
+    def leave(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hang_up()
+
+    with Peer(leave) as peer:
+        client = connect(peer)
+        with until(lambda: client.closed):
+            pass
+        causes = []
+        for call in (lambda: client.send(sample(0)), lambda: client.send(sample(1))):
+            with pytest.raises(ConnectionClosedError) as caught:
+                call()
+            causes.append(caught.value.__cause__)
+        assert causes[0] is causes[1] is not None
+        client.close()
+
+
+def test_the_descriptor_is_freed_when_the_peer_left(descriptors: None) -> None:
+    def leave(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hang_up()
+
+    with Peer(leave) as peer:
+        client = connect(peer)
+        with until(lambda: client.closed):
+            pass
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [(b"\x01\x01\x01", "got 3 acks while 2"), (b"\x01\x00", "0x00"), (b"E", "0x45")],
+)
+def test_a_peer_that_breaks_the_protocol_is_dropped(said: bytes, match: str) -> None:
+    def misbehave(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(2 * SIZE)
+        line.say(said)
+        line.hear_all()
+
+    with Peer(misbehave) as peer:
+        client = connect(peer)
+        client.send(sample(0))
+        client.send(sample(1))
+        with pytest.raises(ProtocolError, match=match) as caught:
+            client.wait(SOON_S)
+        assert caught.value.unacked > 0
+        client.close()
+
+
+def test_an_ack_before_any_send_drops_the_connection() -> None:
+    def eager(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.ack()
+        line.hear_all()
+
+    with Peer(eager) as peer:
+        client = connect(peer)
+        with until(lambda: client.closed):
+            pass
+        with pytest.raises(ProtocolError, match="1 acks while 0"):
+            client.send(sample(0))
+        client.close()
+
+
+# Slow peers.
+
+
+def test_a_peer_that_never_acks_is_a_timeout_and_not_the_end() -> None:
+    gate = Gate()
+
+    def stall(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(2 * SIZE)
+        gate.wait()
+        line.ack(2)
+        line.hear_all(ack_every=SIZE)
+
+    with Peer(stall) as peer, connect(peer, 2, stall_timeout=0.1) as client:
+        client.send(sample(0))
+        client.send(sample(1))
+        for call in (client.wait, lambda: client.send(sample(2))):
+            with pytest.raises(DeliveryTimeoutError, match=r"nothing was acked for 0\.1 s") as caught:
+                call()
+            assert caught.value.unacked == 2
+        with until(lambda: client.in_flight == 0):
+            gate.open()
+        client.send(sample(2))
+        client.wait(SOON_S)
+
+
+def test_a_slow_but_steady_peer_never_stalls() -> None:
+    """Each ack comes well inside `stall_timeout`, all of them together take several times as long."""
+
+    def dribble(line: Line) -> None:
+        line.greet(SAMPLE)
+        for _ in range(12):
+            line.hear(SIZE)
+            time.sleep(0.05)
+            line.ack()
+        line.hear_all()
+
+    with Peer(dribble) as peer, connect(peer, 4, stall_timeout=0.4) as client:
+        for number in range(12):
+            client.send(sample(number))
+        client.wait()
+
+
+def test_an_idle_time_does_not_count_as_a_stall() -> None:
+    with Peer(acking) as peer, connect(peer, stall_timeout=0.15) as client:
+        client.send(sample(0))
+        client.wait()
+        time.sleep(0.3)
+        client.send(sample(1))
+        client.wait()
+
+
+def test_acks_in_a_clump_settle_everything() -> None:
+    def clump(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(32 * SIZE)
+        line.ack(32)
+        line.hear_all(ack_every=SIZE)
+
+    with Peer(clump) as peer, connect(peer) as client:
+        for number in range(32):
+            client.send(sample(number))
+        client.wait(SOON_S)
+        assert client.in_flight == 0
+
+
+def test_sockets_default_timeout_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Peer(acking) as peer:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(0.05)
+        try:
+            with connect(peer) as client:
+                client.send(sample(0))
+                client.wait()
+                time.sleep(0.2)
+                client.send(sample(1))
+                client.wait()
+        finally:
+            socket.setdefaulttimeout(before)
+
+
+# Closing.
+
+
+def test_close_delivers_what_is_in_flight() -> None:
+    def slow(line: Line) -> None:
+        line.greet(SAMPLE)
+        for _ in range(8):
+            line.hear(SIZE)
+            time.sleep(0.01)
+            line.ack()
+        line.hear_all()
+
+    with Peer(slow) as peer:
+        client = connect(peer)
+        for number in range(8):
+            client.send(sample(number))
+        client.close()
+        with pytest.raises(ConnectionClosedError, match="closed"):
+            client.send(sample(8))
+        client.wait()
+        assert numbers(peer.lines[0].received) == list(range(8))
+
+
+def test_close_raises_with_the_count_when_nothing_is_acked(descriptors: None) -> None:
+    with Peer(silent) as peer:
+        client = connect(peer)
+        client.send(sample(0))
+        with pytest.raises(DeliveryTimeoutError, match="1 samples un-acked") as caught:
+            client.close(timeout=0.05)
+        assert caught.value.unacked == 1
+        with pytest.raises(ConnectionClosedError, match="1 samples un-acked"):
+            client.wait(SOON_S)
+        client.close()
+
+
+def test_close_tells_a_loss_that_nobody_was_told_of() -> None:
+    def leave(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(SIZE)
+        line.hang_up()
+
+    with Peer(leave) as peer:
+        client = connect(peer)
+        client.send(sample(0))
+        with until(lambda: client.closed):
+            pass
+        with pytest.raises(ConnectionClosedError, match="1 samples un-acked"):
+            client.close()
+        client.close()
+
+
+def test_close_wakes_calls_that_block() -> None:
+    """Both `send` on a full window and `wait`; the peer never acks."""
+    with Peer(silent) as peer:
+        client = connect(peer, 2)
+        client.send(sample(0))
+        client.send(sample(1))
+        began = threading.Barrier(3)
+
+        def blocked(call: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                began.wait(SOON_S)
+                call()
+
+            return run
+
+        with running(blocked(lambda: client.send(sample(2))), blocked(client.wait)) as outcomes:
+            began.wait(SOON_S)
+            with pytest.raises(DeliveryTimeoutError):
+                client.close(timeout=0.2)
+        assert [type(outcome) for outcome in outcomes] == [ConnectionClosedError] * 2
+
+
+def test_with_never_masks_the_error_that_ended_it(caplog: pytest.LogCaptureFixture) -> None:
+    def leave(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(SIZE)
+        line.hang_up()
+
+    def fail() -> None:
+        with connect(peer) as client:
+            client.send(sample(0))
+            with until(lambda: client.closed):
+                pass
+            raise KeyError("mine")
+
+    with Peer(leave) as peer, pytest.raises(KeyError, match="mine"):
+        fail()
+    assert "while closing after KeyError" in caplog.text
+
+
+def test_a_dropped_client_delivers_and_ends(descriptors: None) -> None:
+    with Peer(acking) as peer:
+        client = connect(peer)
+        for number in range(20):
+            client.send(sample(number))
+        (thread,) = (t for t in threading.enumerate() if t.name.startswith("echo_torch"))
+        del client
+        gc.collect()
+        thread.join(SOON_S)
+        assert not thread.is_alive()
+        assert numbers(peer.lines[0].received) == list(range(20))
+
+
+# Threads and signals.
+
+
+def test_many_threads_sending_never_mix_their_samples() -> None:
+    """Payloads of 1 MiB, far larger than one write, each made of one number; each thread's stay in order."""
+    big = {"x": np.zeros(1 << 17, np.int64)}
+    size = 1 << 20
+    seen: list[int] = []
+
+    def check(line: Line) -> None:
+        line.greet(big)
+        while True:
+            payload = np.frombuffer(line.hear(size), np.int64)
+            line.received.clear()
+            assert (payload == payload[0]).all()
+            seen.append(int(payload[0]))
+            line.ack()
+
+    with Peer(check) as peer, TcpClient("127.0.0.1", peer.port, big, 4) as client:
+
+        def send(thread: int) -> Callable[[], None]:
+            def run() -> None:
+                for number in range(12):
+                    client.send({"x": np.full(1 << 17, thread * 100 + number)})
+
+            return run
+
+        with running(*(send(thread) for thread in range(4))) as outcomes:
+            pass
+        assert outcomes == [None] * 4
+        client.wait(SOON_S)
+    for thread in range(4):
+        assert [n for n in seen if n // 100 == thread] == [thread * 100 + number for number in range(12)]
+    assert len(seen) == 48
+
+
+def test_threads_may_send_wait_and_close_at_once() -> None:
+    for _ in range(20):
+        with Peer(acking) as peer:
+            client = connect(peer, 4)
+            start = threading.Barrier(4)
+
+            def send(client: TcpClient = client, start: threading.Barrier = start) -> None:
+                start.wait(SOON_S)
+                for number in range(200):
+                    client.send(sample(number))
+
+            def wait(client: TcpClient = client, start: threading.Barrier = start) -> None:
+                start.wait(SOON_S)
+                client.wait()
+
+            with running(send, send, wait) as outcomes:
+                start.wait(SOON_S)
+                client.close()
+            assert all(outcome is None or isinstance(outcome, ConnectionClosedError) for outcome in outcomes)
+            assert client.in_flight == 0
+            received = numbers(peer.lines[0].received)
+            assert len(received) == client.sent
+
+
+def test_a_signal_handler_inside_a_call_is_turned_away() -> None:
+    """Handlers that call into the client in the middle of `send` get an error and never a deadlock."""
+    answers: list[str] = []
+
+    def handler(*_: object) -> None:
+        for call in (client.wait, lambda: client.send(sample(-1)), client.close):
+            try:
+                call()
+                answers.append("done")
+            except RuntimeError as error:
+                answers.append(str(error))
+
+    class Interrupting(np.ndarray[Any, Any]):
+        """An array whose copying runs a signal handler first."""
+
+        def __getitem__(self, key: Any) -> Any:
+            signal.raise_signal(signal.SIGUSR1)
+            return super().__getitem__(key)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with Peer(acking) as peer, connect(peer) as client:
+            ids = np.arange(2, dtype=np.int64)
+            xs = np.repeat(ids, 3).reshape(2, 3).astype(np.float32).view(Interrupting)
+            client.send_rows([ids, xs])
+            assert len(answers) == 3
+            assert all("signal handler" in answer for answer in answers)
+            client.send(sample(2))
+            client.wait(SOON_S)
+            assert client.sent == 3
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -1,0 +1,178 @@
+"""Ctrl-C at any point: thousands of interrupts inside `send`, `wait` and `close`, and every count settles.
+
+A timer interrupts the main thread at random moments, once per arming, as Ctrl-C does. The peer checks that it only
+ever sees whole payloads, in order, and every one whose `send` returned.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peers import Line, Peer
+
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
+
+SOON_S = 30.0
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt in the main thread at a random moment after `arm`, unless `disarm` comes first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._armed = False
+        self._random = random.Random(0)
+
+    def arm(self, longest_s: float) -> None:
+        self._armed = True
+        signal.setitimer(signal.ITIMER_REAL, self._random.uniform(1e-6, longest_s))
+
+    def disarm(self) -> None:
+        self._armed = False
+
+    def strike(self, *_: object) -> None:
+        if self._armed:
+            self._armed = False
+            self.count += 1
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    made = Interrupts()
+    before = signal.signal(signal.SIGALRM, made.strike)
+    yield made
+    made.disarm()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Checker:
+    """A peer's script: payloads of int64, each of one number; acks every one and keeps the numbers."""
+
+    def __init__(self, words: int) -> None:
+        self.sample = {"x": np.zeros(words, np.int64)}
+        self.seen: list[int] = []
+
+    def __call__(self, line: Line) -> None:
+        line.greet(self.sample)
+        size = self.sample["x"].nbytes
+        left = b""
+        while data := line.sock.recv(1 << 18):
+            data = left + data
+            whole = len(data) // size
+            rows = np.frombuffer(data, np.int64, whole * size // 8).reshape(whole, size // 8)
+            assert (rows == rows[:, :1]).all(), "a payload is torn"
+            self.seen += rows[:, 0].tolist()
+            left = data[whole * size :]
+            line.ack(whole)
+        assert not left, "the connection ended inside a payload"
+
+
+def storm(interrupts: Interrupts, strikes: int, longest_s: float, call: Callable[[int], Any]) -> set[int]:
+    """Call with 0, 1, 2, ... until ``strikes`` interrupts struck; gives the numbers whose call returned."""
+    returned = set()
+    number = 0
+    while interrupts.count < strikes:
+        try:
+            interrupts.arm(longest_s)
+            call(number)
+            returned.add(number)
+            interrupts.disarm()
+        except KeyboardInterrupt:
+            pass
+        number += 1
+    return returned
+
+
+def check(seen: list[int], returned: set[int], accepted: int) -> None:
+    assert seen == sorted(set(seen)), "repeated or out of order"
+    assert returned <= set(seen), "a send that returned was lost"
+    assert len(seen) == accepted
+
+
+@pytest.mark.parametrize(
+    ("words", "window", "longest_s", "strikes"),
+    [
+        (4, 32, 60e-6, 3000),  # small payloads, written by the caller
+        (4, 1, 120e-6, 1000),  # a window that is always full: interrupts hit the waiting
+        (20_000, 4, 600e-6, 400),  # payloads larger than what a caller writes: the thread writes them
+    ],
+)
+def test_interrupted_sends(interrupts: Interrupts, words: int, window: int, longest_s: float, strikes: int) -> None:
+    checker = Checker(words)
+    with Peer(checker) as peer, TcpClient("127.0.0.1", peer.port, checker.sample, window) as client:
+        returned = storm(
+            interrupts, strikes, longest_s, lambda number: client.send({"x": np.full(words, number, np.int64)})
+        )
+        client.wait(SOON_S)
+        assert client.in_flight == 0
+        accepted = client.sent
+    check(checker.seen, returned, accepted)
+
+
+def test_interrupted_batches_of_a_sink(interrupts: Interrupts) -> None:
+    """Batches through a ring that is smaller than one of them, so that a send waits for room in its middle."""
+    checker = Checker(4)
+    rows = 100
+    with Peer(checker) as peer:
+        example = {"x": torch.zeros(4, dtype=torch.int64)}
+        with EchoSink("127.0.0.1", peer.port, example, buffer_bytes=64 * 32, replay_tail=False) as sink:
+
+            def send(number: int) -> None:
+                first = number * rows
+                sink.send({"x": torch.arange(first, first + rows)[:, None].expand(rows, 4)})
+
+            returned = storm(interrupts, 1000, 400e-6, send)
+            sink.wait(SOON_S)
+            stats = sink.stats()
+            assert stats.in_flight == 0
+    numbers = {batch * rows + row for batch in returned for row in range(rows)}
+    check(checker.seen, numbers, stats.samples_sent)
+
+
+def test_interrupted_waits(interrupts: Interrupts) -> None:
+    checker = Checker(4)
+    with Peer(checker) as peer, TcpClient("127.0.0.1", peer.port, checker.sample) as client:
+
+        def send_and_wait(number: int) -> None:
+            client.send({"x": np.full(4, number, np.int64)})
+            client.wait(SOON_S)
+            assert client.in_flight == 0
+
+        returned = storm(interrupts, 1500, 150e-6, send_and_wait)
+        client.wait(SOON_S)
+        assert client.in_flight == 0
+        accepted = client.sent
+    check(checker.seen, returned, accepted)
+
+
+def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descriptors: None) -> None:
+    """The peer never acks, so `close` is in its flush when it is struck. The next one frees everything; neither hangs."""
+
+    def silent(line: Line) -> None:
+        line.greet({"x": np.zeros(4, np.int64)})
+        line.hear_all()
+
+    for _ in range(100):
+        with Peer(silent) as peer:
+            client = TcpClient("127.0.0.1", peer.port, {"x": np.zeros(4, np.int64)})
+            client.send({"x": np.zeros(4, np.int64)})
+            with suppress(KeyboardInterrupt):
+                try:
+                    interrupts.arm(2e-3)
+                    client.close(timeout=1e-3)
+                except DeliveryTimeoutError:
+                    interrupts.disarm()
+            with suppress(DeliveryTimeoutError):  # struck before it began, `close` has done nothing yet
+                client.close(timeout=0)
+            with pytest.raises(ConnectionClosedError):
+                client.wait(SOON_S)
+    assert interrupts.count > 10

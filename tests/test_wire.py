@@ -1,0 +1,244 @@
+"""Wire version 1 as bytes: fed whole, split, short, wrong and hostile; no sockets, no threads."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from echo_torch.errors import HandshakeError, ProtocolError
+from echo_torch.wire import (
+    ACK,
+    HANDSHAKE_LIMIT,
+    MAGIC,
+    MAX_ARRAYS,
+    MAX_DIMS,
+    VERSION,
+    Handshake,
+    WireLeaf,
+    check_acks,
+    encode_handshake,
+)
+
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+U32_MAX = 2**32 - 1
+GREETINGS = {
+    "no arrays": ("4543484f 01 00000000", ()),
+    "one scalar": ("4543484f 01 01000000  04000000 00000000", (WireLeaf(4, ()),)),
+    "an image and a label": (
+        "4543484f 01 02000000  01000000 03000000 03000000 54000000 00010000  08000000 00000000",
+        (WireLeaf(1, (3, 84, 256)), WireLeaf(8, ())),
+    ),
+    "an empty leaf": ("4543484f 01 01000000  02000000 02000000 00000000 05000000", (WireLeaf(2, (0, 5)),)),
+    "the largest dimension": ("4543484f 01 01000000  01000000 01000000 ffffffff", (WireLeaf(1, (U32_MAX,)),)),
+}
+literals = pytest.mark.parametrize(
+    ("data", "leaves"), [(bytes.fromhex(data), leaves) for data, leaves in GREETINGS.values()], ids=list(GREETINGS)
+)
+
+u32 = st.integers(0, U32_MAX) | st.integers(0, 9)
+wire_leaves = st.lists(st.builds(WireLeaf, u32, st.lists(u32, max_size=5).map(tuple)), max_size=6)
+piece_sizes = st.lists(st.integers(1, 24), min_size=1, max_size=8)
+
+
+def read(stream: bytes, pieces: Iterable[int] = (1 << 20,)) -> tuple[Handshake, bytes]:
+    """Feed ``stream`` in pieces of these sizes, over and over, as far as `missing` allows; also gives what is left."""
+    handshake, at = Handshake(), 0
+    for piece in itertools.cycle(pieces):
+        if handshake.leaves is not None or at == len(stream):
+            return handshake, stream[at:]
+        data = stream[at : at + min(piece, handshake.missing)]
+        handshake.feed(data)
+        at += len(data)
+        assert handshake.received == stream[:at]
+        assert at + handshake.missing <= HANDSHAKE_LIMIT
+    raise AssertionError("unreachable: the pieces repeat for ever")
+
+
+def header(num_arrays: int) -> bytes:
+    return MAGIC + struct.pack("<BI", VERSION, num_arrays)
+
+
+# What servers say.
+
+
+@literals
+def test_literal_greetings_give_their_leaves_whole_and_byte_by_byte(data: bytes, leaves: tuple[WireLeaf, ...]) -> None:
+    for piece in (len(data), 1):
+        handshake, rest = read(data, (piece,))
+        assert handshake.leaves == leaves
+        assert (handshake.missing, rest, handshake.received) == (0, b"", data)
+
+
+@literals
+def test_literal_greetings_are_what_is_encoded(data: bytes, leaves: tuple[WireLeaf, ...]) -> None:
+    assert encode_handshake(leaves) == data
+
+
+@literals
+def test_a_greeting_cut_short_anywhere_waits_for_more(data: bytes, leaves: tuple[WireLeaf, ...]) -> None:
+    for end in range(len(data)):
+        handshake, _ = read(data[:end])
+        assert handshake.leaves is None
+        assert 0 < handshake.missing <= len(data) - end
+
+
+@patient
+@given(leaves=wire_leaves, pieces=piece_sizes, acks=st.integers(0, 40))
+def test_any_greeting_in_any_pieces_is_read_and_no_ack_with_it(leaves, pieces, acks) -> None:
+    greeting = encode_handshake(leaves)
+    handshake, rest = read(greeting + ACK * acks, pieces)
+    assert handshake.leaves == tuple(leaves)
+    assert handshake.received == greeting
+    assert rest == ACK * acks
+
+
+def test_nothing_fed_changes_nothing() -> None:
+    handshake = Handshake()
+    handshake.feed(b"")
+    assert (handshake.missing, handshake.received, handshake.leaves) == (9, b"", None)
+
+
+@pytest.mark.parametrize("fed", [b"", b"EC", header(1), header(0)])
+def test_more_than_is_missing_is_not_taken(fed: bytes) -> None:
+    handshake, _ = read(fed)
+    with pytest.raises(ValueError, match="missing"):
+        handshake.feed(bytes(handshake.missing + 1))
+    assert handshake.received == fed
+
+
+@pytest.mark.parametrize(
+    ("leaf", "nbytes"),
+    [
+        (WireLeaf(4, ()), 4),
+        (WireLeaf(4, (2, 3)), 24),
+        (WireLeaf(8, (5, 0)), 0),
+        (WireLeaf(1, (U32_MAX,) * 2), U32_MAX**2),
+    ],
+)
+def test_bytes_of_a_leaf(leaf: WireLeaf, nbytes: int) -> None:
+    assert leaf.nbytes == nbytes
+
+
+# What no server of version 1 says.
+
+
+@pytest.mark.parametrize("right", range(4))
+def test_wrong_magic_is_refused_at_its_first_wrong_byte(right: int) -> None:
+    handshake = Handshake()
+    handshake.feed(MAGIC[:right])
+    with pytest.raises(HandshakeError, match="magic"):
+        handshake.feed(b"?")
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 ", b"SSH-2.0-O", bytes(9), b"ECHo\x01\0\0\0\0", b"echo\x01\0\0\0\0"])
+def test_other_protocols_are_told_from_echo_by_the_magic(answer: bytes) -> None:
+    with pytest.raises(HandshakeError, match="magic") as caught:
+        read(answer)
+    assert repr(answer[:4]) in str(caught.value)
+
+
+@pytest.mark.parametrize("version", [0, 2, 255])
+def test_other_versions_are_refused_by_number_before_anything_after_it(version: int) -> None:
+    for rest in (b"", bytes(4)):
+        with pytest.raises(HandshakeError, match=rf"wire version {version}\b"):
+            read(MAGIC + bytes([version]) + rest)
+
+
+@pytest.mark.parametrize("count", [MAX_ARRAYS + 1, 2**31, U32_MAX])
+def test_too_many_arrays_are_refused_by_their_count_alone(count: int) -> None:
+    with pytest.raises(HandshakeError, match=f"{count} num_arrays.*{MAX_ARRAYS}"):
+        read(header(count))
+
+
+@pytest.mark.parametrize("count", [MAX_DIMS + 1, 2**31, U32_MAX])
+def test_too_many_dimensions_are_refused_by_their_count_alone(count: int) -> None:
+    with pytest.raises(HandshakeError, match=f"{count} num_dims.*{MAX_DIMS}"):
+        read(header(2) + encode_handshake([WireLeaf(4, (1,))])[9:] + struct.pack("<II", 1, count))
+
+
+@pytest.mark.parametrize("leaves", [[WireLeaf(1, ())] * MAX_ARRAYS, [WireLeaf(1, (1,) * MAX_DIMS)]])
+def test_counts_at_their_caps_are_accepted(leaves: list[WireLeaf]) -> None:
+    handshake, rest = read(encode_handshake(leaves))
+    assert handshake.leaves == tuple(leaves)
+    assert rest == b""
+
+
+# 65,533 bytes: the longest greeting under the limit, as every array takes a multiple of 4 after the 9 of the header.
+LONGEST = [WireLeaf(1, (1,) * MAX_DIMS)] * 248 + [WireLeaf(1, (1,) * 11)]
+
+
+def test_the_longest_greeting_is_accepted() -> None:
+    data = encode_handshake(LONGEST)
+    assert HANDSHAKE_LIMIT - 4 < len(data) <= HANDSHAKE_LIMIT
+    assert read(data)[0].leaves == tuple(LONGEST)
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [[*LONGEST[:-1], WireLeaf(1, (1,) * 12)], [*LONGEST, WireLeaf(1, ())], [WireLeaf(1, (1,) * MAX_DIMS)] * MAX_ARRAYS],
+    ids=["one dimension more", "one array more", "all arrays and dimensions at their caps"],
+)
+def test_more_than_the_limit_is_refused_before_it_is_held(leaves: list[WireLeaf]) -> None:
+    """`read` checks at every step that what is held and what is asked for stay within the limit."""
+    with pytest.raises(HandshakeError, match=f"handshake bytes.*{HANDSHAKE_LIMIT}"):
+        read(encode_handshake(leaves))
+
+
+def spoil(greeting: bytes, at: int, byte: int) -> bytes:
+    at %= len(greeting)
+    return greeting[:at] + bytes([byte]) + greeting[at + 1 :]
+
+
+@patient
+@given(
+    noise=st.binary(max_size=80)
+    | st.binary(max_size=80).map(lambda data: MAGIC + bytes([VERSION]) + data)
+    | st.builds(spoil, wire_leaves.map(encode_handshake), st.integers(0, 1000), st.integers(0, 255)),
+    padding=st.sampled_from([b"\0", b"\x01", b"\xff"]),
+    pieces=piece_sizes,
+)
+def test_any_bytes_end_in_leaves_or_a_handshake_error(noise: bytes, padding: bytes, pieces: list[int]) -> None:
+    """Within the limit, whatever a peer says and however long it goes on."""
+    stream = noise + padding * (HANDSHAKE_LIMIT - len(noise))
+    try:
+        handshake, rest = read(stream, pieces)
+    except HandshakeError as error:
+        assert str(error)
+    else:
+        assert handshake.leaves is not None
+        assert encode_handshake(handshake.leaves) + rest == stream
+
+
+# Acks.
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "outstanding"),
+    [(b"", 0, 0), (b"\x01", 1, 1), (b"\x01" * 5, 5, 9), (b"\x01" * 64, 64, 64), (b"\x01\x01\xee", 2, 3)],
+    ids=["none", "the only one", "fewer than due", "all", "the buffer is longer than what was read"],
+)
+def test_acks_that_are_due_pass(data: bytes, count: int, outstanding: int) -> None:
+    read_into = bytearray(data)
+    assert check_acks(read_into, count, outstanding) is None
+    assert read_into == data
+
+
+@pytest.mark.parametrize(("count", "outstanding"), [(1, 0), (2, 1), (65, 64)])
+def test_an_ack_too_many_is_refused_with_both_counts(count: int, outstanding: int) -> None:
+    with pytest.raises(ProtocolError, match=rf"{count} acks while {outstanding} payloads"):
+        check_acks(bytearray(ACK * count), count, outstanding)
+
+
+@pytest.mark.parametrize("wrong", [0x00, 0x02, 0xFF])
+def test_a_wrong_byte_anywhere_is_refused_and_named(wrong: int) -> None:
+    for at in range(8):
+        data = bytearray(ACK * 8)
+        data[at] = wrong
+        with pytest.raises(ProtocolError, match=f"0x{wrong:02x}"):
+            check_acks(data, 8, 8)
