@@ -33,6 +33,9 @@ WHOLE = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"
 SHARED = [*WHOLE, "float16", "float32", "float64", "complex64", "complex128"]
 
 
+EXPERIMENTAL = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+
 class Pair(NamedTuple):
     first: Any
     second: Any
@@ -157,6 +160,7 @@ def test_dtypes_that_numpy_has_travel_as_they_are(name: str) -> None:
     assert SampleSpec(tensor).leaves[0].dtype is tensor.dtype
 
 
+@EXPERIMENTAL
 @pytest.mark.parametrize("dtype", OPAQUE, ids=str)
 def test_dtypes_that_numpy_lacks_travel_as_unsigned(dtype: torch.dtype) -> None:
     """Bit for bit, so that the learner can view them back."""
@@ -179,6 +183,7 @@ def test_scalars_have_the_dtype_that_default_collate_gives_them(scalar: Any) -> 
     assert spec.match(collated)[1:] == (2, True)
 
 
+@EXPERIMENTAL
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.complex32], ids=str)
 def test_conjugated_views_are_resolved(dtype: torch.dtype) -> None:
     """A lazy conjugation is sent as the values that it stands for."""

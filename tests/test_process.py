@@ -1,0 +1,212 @@
+"""Life and death of processes: import, interpreter exit, fork, spawn.
+
+Each case runs a small program in an interpreter of its own against a peer in this one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peers import Line, Peer
+
+SAMPLE = {"id": np.zeros((), np.int64)}
+SIZE = 8
+LIMIT_S = 60.0
+PRELUDE = """
+import os, signal, sys, threading, time
+import numpy as np
+from echo_torch import ConnectionClosedError, EchoSink, TcpClient
+port = int(sys.argv[1])
+SAMPLE = {"id": np.zeros((), np.int64)}
+def sample(number):
+    return {"id": np.array(number, np.int64)}
+"""
+
+
+def run(program: str, port: int) -> str:
+    """Run a program, given as text, that sends to ``port``."""
+    return execute(["-c", PRELUDE + textwrap.dedent(program), str(port)])
+
+
+def execute(arguments: list[str]) -> str:
+    """Run Python and give what it printed; it must end with exit code 0 and say nothing on stderr."""
+    command = [sys.executable, "-W", "error", "-W", "ignore:.*fork:DeprecationWarning", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, err
+    assert not err
+    return out
+
+
+def numbers(line: Line) -> list[int]:
+    return np.frombuffer(bytes(line.received), np.int64).tolist()
+
+
+def acking(line: Line) -> None:
+    line.greet(SAMPLE)
+    line.hear_all(ack_every=SIZE)
+
+
+def test_import_loads_no_server_no_trainer_and_starts_nothing() -> None:
+    out = execute(
+        [
+            "-c",
+            textwrap.dedent("""
+    import sys, threading
+    import torch
+    import echo_torch
+    heavy = "echo lightning pytorch_lightning transformers accelerate ignite stable_baselines3 torchrl tensordict ray"
+    print([name for name in heavy.split() if name in sys.modules], threading.active_count())
+    """),
+        ]
+    )
+    assert out == "[] 1\n"
+
+
+def test_interpreter_exit_delivers_what_is_in_flight() -> None:
+    """Neither closed nor waited for: the program just ends, with more packed than the window lets out."""
+    with Peer(acking) as peer:
+        run(
+            """
+            client = TcpClient("127.0.0.1", port, SAMPLE, 4, buffer_bytes=80_000)
+            client.send_rows([np.arange(5000)])
+            """,
+            peer.port,
+        )
+        assert numbers(peer.lines[0]) == list(range(5000))
+
+
+def test_interpreter_exit_is_bounded_and_says_what_is_left() -> None:
+    def silent(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear_all()
+
+    with Peer(silent) as peer:
+        out = run(
+            """
+            import logging
+            logging.basicConfig(stream=sys.stdout)
+            client = TcpClient("127.0.0.1", port, SAMPLE)
+            client.send(sample(1))
+            """,
+            peer.port,
+        )
+    assert "1 samples un-acked" in out
+
+
+def test_sys_exit_in_a_thread_harms_nothing() -> None:
+    with Peer(acking) as peer:
+        run(
+            """
+            client = TcpClient("127.0.0.1", port, SAMPLE)
+            def work():
+                client.send(sample(0))
+                sys.exit(3)
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            client.send(sample(1))
+            client.close()
+            """,
+            peer.port,
+        )
+        assert numbers(peer.lines[0]) == [0, 1]
+
+
+def test_a_forked_child_cannot_use_its_parents_client_and_leaves_it_alone() -> None:
+    """The child sends, waits, closes, drops and exits; the parent goes on as if nothing had been."""
+    with Peer(acking) as peer:
+        out = run(
+            """
+            client = TcpClient("127.0.0.1", port, SAMPLE)
+            client.send(sample(0))
+            pid = os.fork()
+            if pid == 0:
+                for call in (lambda: client.send(sample(-1)), client.wait):
+                    try:
+                        call()
+                    except ConnectionClosedError as error:
+                        print("belongs" in str(error), flush=True)
+                print(client.closed, flush=True)
+                client.close()
+                del client
+                sys.exit(0)
+            print(os.waitpid(pid, 0)[1], flush=True)
+            for number in range(1, 100):
+                client.send(sample(number))
+            client.wait()
+            client.close()
+            """,
+            peer.port,
+        )
+        assert out.split() == ["True", "True", "True", "0"]
+        assert len(peer.lines) == 1
+        assert numbers(peer.lines[0]) == list(range(100))
+
+
+def test_fork_while_threads_send_never_hangs_the_child() -> None:
+    """Forks at random moments, with locks held by threads that the child does not have."""
+    with Peer(acking) as peer:
+        out = run(
+            """
+            client = TcpClient("127.0.0.1", port, SAMPLE, 8)
+            sink = EchoSink("127.0.0.1", port, SAMPLE, replay_tail=False).connect()
+            stop = threading.Event()
+            sent = [0, 0]
+            def work(index, send):
+                while not stop.is_set():
+                    send(sample(sent[index]))
+                    sent[index] += 1
+            threads = [threading.Thread(target=work, args=(0, client.send)),
+                       threading.Thread(target=work, args=(1, sink.send))]
+            for thread in threads:
+                thread.start()
+            status = []
+            for number in range(25):
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(20)
+                    try:
+                        client.send(sample(-1))
+                    except ConnectionClosedError:
+                        pass
+                    client.close()
+                    sink.send(sample(1_000_000 + number))
+                    sink.close()
+                    os._exit(0)
+                status.append(os.waitpid(pid, 0)[1])
+            stop.set()
+            for thread in threads:
+                thread.join()
+            client.close()
+            sink.close()
+            print(status == [0] * 25, sent[0], sent[1])
+            """,
+            peer.port,
+        )
+        right, from_client, from_sink = out.split()
+        assert right == "True"
+        assert numbers(peer.lines[0]) == list(range(int(from_client)))
+        assert numbers(peer.lines[1]) == list(range(int(from_sink)))
+        children = sorted(numbers(line) for line in peer.lines[2:])
+        assert children == [[1_000_000 + number] for number in range(25)]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_sink_sends_from_child_processes(method: str) -> None:
+    """The sink travels as configuration, although connected; each process opens a connection of its own."""
+    with Peer(acking) as peer:
+        assert execute([str(Path(__file__).with_name("children.py")), method, str(peer.port)]) == "[0, 0]\n"
+        received = sorted(numbers(line) for line in peer.lines)
+    assert received == [list(range(first, first + 10)) for first in (0, 10, 20)]

@@ -1,0 +1,581 @@
+"""The ring's methods one by one, then its invariant under several packing threads; no sockets.
+
+In the machine at the end, real threads pack rows that say who packed them and as the how-many-th. The rules, all on
+one thread as the holder of the I/O lock would be, write and ack; what is written must be whole rows, each sender's in
+order, none lost and none twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import queue
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from echo_torch.ring import Ring
+
+PATIENCE_S = 30.0
+"""Seconds after which a thread that has not answered is taken to hang."""
+
+
+def ring_at(*, capacity: int = 4, replay: int = 0, acked: int = 0, written: int = 0, packed: int = 0) -> Ring:
+    """A ring of rows of 3 bytes, whose byte ``i`` is ``i``, with its counters where a connection would have got them."""
+    ring = Ring(memoryview(bytearray(range(3 * capacity))), 3, replay)
+    assert ring.commit(packed)
+    ring.written = max(written, acked)
+    ring.acked = acked
+    return ring
+
+
+def counters(ring: Ring) -> tuple[int, int, int, int, int]:
+    return ring.released, ring.acked, ring.written, ring.packed, ring.reserved
+
+
+# A new ring.
+
+
+@pytest.mark.parametrize(("nbytes", "capacity"), [(12, 4), (14, 4), (15, 5)])
+def test_capacity_counts_whole_rows(nbytes: int, capacity: int) -> None:
+    ring = Ring(memoryview(bytearray(nbytes)), 3)
+    assert (ring.capacity, ring.row_bytes, ring.replay) == (capacity, 3, 0)
+    assert counters(ring) == (0, 0, 0, 0, 0)
+    assert (ring.unacked, ring.waited_for, ring.refusing, ring.stopped) == (0, False, False, False)
+
+
+def test_capacity_counts_bytes_whatever_the_items_of_the_buffer() -> None:
+    ring = Ring(memoryview(bytearray(24)).cast("d"), 6)
+    assert ring.capacity == 4
+    ring.buffer[0:2] = b"ab"
+    assert ring.buffer.nbytes == 24
+
+
+@pytest.mark.parametrize(("nbytes", "row_bytes", "replay"), [(2, 3, 0), (8, 3, 2), (0, 1, 0)])
+def test_too_few_rows_are_refused(nbytes: int, row_bytes: int, replay: int) -> None:
+    with pytest.raises(ValueError, match=f"fewer than {replay + 1}"):
+        Ring(memoryview(bytearray(nbytes)), row_bytes, replay)
+
+
+@pytest.mark.parametrize("row_bytes", [0, -1])
+def test_rows_without_bytes_are_refused(row_bytes: int) -> None:
+    with pytest.raises(ValueError, match="row_bytes"):
+        Ring(memoryview(bytearray(8)), row_bytes)
+
+
+@pytest.mark.parametrize(("replay", "acked", "released"), [(0, 0, 0), (0, 3, 3), (2, 1, 0), (2, 2, 0), (2, 4, 2)])
+def test_the_last_acked_rows_are_kept(replay: int, acked: int, released: int) -> None:
+    ring = ring_at(replay=replay, acked=acked, packed=acked)
+    assert ring.released == released
+
+
+def test_unacked_rows_are_those_packed_and_not_acked() -> None:
+    assert ring_at(acked=2, written=3, packed=5).unacked == 3
+
+
+# Packing.
+
+
+@pytest.mark.parametrize(
+    ("state", "want", "run"),
+    [
+        ({}, 3, (0, 3)),
+        ({}, 9, (0, 4)),
+        ({}, 0, (0, 0)),
+        ({"packed": 3}, 9, (3, 1)),
+        ({"packed": 4}, 9, (0, 0)),
+        ({"packed": 4, "written": 4}, 9, (0, 0)),
+        ({"packed": 4, "acked": 3}, 9, (0, 3)),
+        ({"packed": 3, "acked": 3}, 9, (3, 1)),
+        ({"packed": 6, "acked": 3}, 9, (2, 1)),
+        ({"packed": 6, "acked": 6}, 1, (2, 1)),
+        ({"packed": 6, "acked": 6}, 9, (2, 2)),
+        ({"packed": 8, "acked": 8}, 9, (0, 4)),
+        ({"replay": 2, "packed": 4, "acked": 2}, 9, (0, 0)),
+        ({"replay": 2, "packed": 4, "acked": 4}, 9, (0, 2)),
+        ({"replay": 3, "packed": 4, "acked": 4}, 9, (0, 1)),
+    ],
+)
+def test_free_run_ends_at_the_wanted_the_free_and_the_wrap(state: dict[str, int], want: int, run) -> None:
+    ring = ring_at(**state)
+    before = counters(ring)
+    assert ring.free_run(want) == run
+    assert counters(ring) == before
+
+
+def test_commit_counts_rows_as_reserved_and_packed_at_once() -> None:
+    ring = ring_at()
+    assert ring.commit(3)
+    assert ring.commit(1)
+    assert counters(ring) == (0, 0, 0, 4, 4)
+
+
+def test_a_packing_broken_off_leaves_no_trace() -> None:
+    """The turn is free again, no row is counted, and the next packer gets the same slots."""
+    ring = ring_at(packed=1)
+    run = ring.free_run(2)
+    with pytest.raises(KeyboardInterrupt), ring.turn:
+        ring.buffer[3:5] = b"??"
+        raise KeyboardInterrupt
+    assert counters(ring) == (0, 0, 0, 1, 1)
+    assert ring.free_run(2) == run == (1, 2)
+    others: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    threading.Thread(target=lambda: others.put(ring.turn.acquire(blocking=False))).start()
+    assert others.get(timeout=PATIENCE_S)
+
+
+def test_a_refusing_ring_takes_only_last_rows() -> None:
+    ring = ring_at(packed=1)
+    ring.refuse()
+    assert not ring.commit(1)
+    assert counters(ring) == (0, 0, 0, 1, 1)
+    assert ring.commit(2, last=True)
+    assert counters(ring) == (0, 0, 0, 3, 3)
+    assert not ring.stopped
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_stopped_ring_takes_no_rows(last: bool) -> None:
+    ring = ring_at(packed=1)
+    ring.stop()
+    assert not ring.commit(1, last=last)
+    assert counters(ring) == (0, 0, 0, 1, 1)
+
+
+def test_refuse_waits_for_the_packer_whose_turn_it_is() -> None:
+    """So that what is packed when it returns is all that will ever be."""
+    ring = ring_at()
+    packing, go_on = threading.Event(), threading.Event()
+
+    def pack() -> None:
+        with ring.turn:
+            packing.set()
+            go_on.wait(PATIENCE_S)
+            ring.commit(2)
+
+    packer, refuser = threading.Thread(target=pack), threading.Thread(target=ring.refuse)
+    packer.start()
+    assert packing.wait(PATIENCE_S)
+    refuser.start()
+    assert not ring.refusing
+    go_on.set()
+    for thread in (packer, refuser):
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert (ring.packed, ring.refusing) == (2, True)
+
+
+# Writing.
+
+
+@pytest.mark.parametrize(
+    ("written", "skip", "limit", "max_bytes", "view"),
+    [
+        (0, 0, 2, 99, range(6)),
+        (0, 0, 4, 99, range(12)),
+        (1, 0, 3, 99, range(3, 9)),
+        (1, 1, 3, 99, range(4, 9)),
+        (1, 2, 2, 99, range(5, 6)),
+        (2, 0, 6, 99, range(6, 12)),
+        (3, 2, 6, 99, range(11, 12)),
+        (4, 0, 6, 99, range(6)),
+        (5, 1, 8, 99, range(4, 12)),
+        (0, 0, 4, 7, range(7)),
+        (1, 2, 4, 1, range(5, 6)),
+        (2, 1, 4, 5, range(7, 12)),
+        (3, 0, 6, 3, range(9, 12)),
+        (2, 0, 2, 99, range(0)),
+    ],
+)
+def test_written_view_ends_at_the_limit_the_wrap_and_the_bytes(written, skip, limit, max_bytes, view) -> None:
+    ring = ring_at(written=written, packed=8)
+    assert bytes(ring.written_view(skip, limit, max_bytes)) == bytes(view)
+    assert ring.written == written
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    capacity=st.integers(1, 9),
+    start=st.integers(0, 20),
+    rows=st.integers(1, 9),
+    pieces=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+)
+def test_written_views_in_any_pieces_are_all_bytes_once_and_in_order(capacity, start, rows, pieces) -> None:
+    """As a socket takes them that is now and then full: whole rows are counted, the rest is skipped the next time."""
+    rows = min(rows, capacity)
+    ring = ring_at(capacity=capacity, acked=start, packed=start + rows)
+    stream, partial = b"", 0
+    for piece in itertools.cycle(pieces):
+        if ring.written == ring.packed:
+            break
+        view = ring.written_view(partial, ring.packed, piece)
+        assert 0 < len(view) <= piece
+        stream += view
+        ring.written, partial = start + len(stream) // 3, len(stream) % 3
+    slots = [(start + row) % capacity for row in range(rows)]
+    assert stream == b"".join(bytes(range(3 * slot, 3 * slot + 3)) for slot in slots)
+
+
+# Waiting.
+
+
+def free_rows(ring: Ring) -> int:
+    return ring.capacity - (ring.reserved - ring.released)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), spare=st.integers(1, 8), replay=st.integers(0, 5))
+def test_rows_free_at_is_the_first_ack_at_which_rows_not_free_yet_are(data, spare: int, replay: int) -> None:
+    acked = data.draw(st.integers(0, 20), "acked")
+    unacked = data.draw(st.integers(0, replay + spare - min(acked, replay)), "unacked")
+    ring = ring_at(capacity=replay + spare, replay=replay, acked=acked, packed=acked + unacked)
+    rows = data.draw(st.integers(1, spare), "rows")
+    threshold = ring.rows_free_at(rows)
+    assert threshold <= ring.packed
+    if rows > free_rows(ring):
+        ring.acked = threshold - 1
+        assert free_rows(ring) < rows
+        ring.acked = threshold
+        assert free_rows(ring) == rows
+
+
+@pytest.mark.parametrize("state", [{}, {"packed": 2}, {"packed": 3, "acked": 1}, {"packed": 9, "acked": 8}])
+@pytest.mark.parametrize("replay", [0, 3])
+def test_rows_that_are_free_are_not_waited_for(state: dict[str, int], replay: int) -> None:
+    ring = ring_at(capacity=8, replay=replay, **state)
+    assert free_rows(ring) >= 2
+    assert ring.rows_free_at(2) <= ring.acked
+
+
+def is_open(waiter) -> bool:
+    return not waiter.gate.locked()
+
+
+def test_wake_opens_only_those_whose_wait_is_over() -> None:
+    ring = ring_at(packed=4, written=4)
+    waiters = [ring.enlist(threshold) for threshold in (3, 1, 2, 2, 4)]
+    seen = []
+    for acked in (0, 1, 2, 4):
+        ring.acked = acked
+        ring.wake()
+        seen.append([is_open(waiter) for waiter in waiters])
+    assert seen == [
+        [False, False, False, False, False],
+        [False, True, False, False, False],
+        [False, True, True, True, False],
+        [True, True, True, True, True],
+    ]
+    assert not ring.waited_for
+
+
+@pytest.mark.parametrize("wake_all", [lambda ring: ring.wake(everybody=True), Ring.refuse, Ring.stop])
+def test_everybody_is_woken_by_name_by_refuse_and_by_stop(wake_all) -> None:
+    ring = ring_at(packed=4)
+    waiters = [ring.enlist(threshold) for threshold in (1, 4, 4)]
+    wake_all(ring)
+    assert all(is_open(waiter) for waiter in waiters)
+    assert not ring.waited_for
+
+
+def test_after_a_stop_every_wake_is_for_everybody() -> None:
+    """Who announced a wait while the ring stopped is still woken."""
+    ring = ring_at(packed=4)
+    ring.stop()
+    late = ring.enlist(4)
+    ring.wake()
+    assert is_open(late)
+
+
+def test_a_wake_that_was_missed_is_made_good_by_the_next() -> None:
+    ring = ring_at(packed=4, written=4)
+    waiter = ring.enlist(2)
+    ring.acked = 2  # and whoever did it was interrupted before `wake`
+    assert not is_open(waiter)
+    ring.acked = 3
+    ring.wake()
+    assert is_open(waiter)
+
+
+def test_a_forgotten_waiter_is_not_woken_and_the_others_are() -> None:
+    ring = ring_at(packed=4)
+    gone, there = ring.enlist(1), ring.enlist(1)
+    ring.forget(gone)
+    ring.forget(gone)
+    assert ring.waited_for
+    ring.wake(everybody=True)
+    assert not is_open(gone)
+    assert is_open(there)
+    ring.forget(there)
+    assert not ring.waited_for
+
+
+def test_park_returns_at_once_when_woken_before_and_then_waits_again() -> None:
+    waiter = ring_at().enlist(1)
+    waiter.open()
+    waiter.open()
+    waiter.park(math.inf)
+    assert not is_open(waiter)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+def test_park_ends_with_its_time(seconds: float) -> None:
+    ring = ring_at()
+    waiter = ring.enlist(1)
+    waiter.park(seconds)
+    assert not is_open(waiter)
+    assert ring.waited_for
+
+
+@pytest.mark.parametrize("seconds", [math.inf, PATIENCE_S, 1e12])
+def test_a_parked_thread_is_woken(seconds: float) -> None:
+    ring = ring_at(packed=1, written=1)
+    enlisted = threading.Event()
+
+    def wait_for_the_ack() -> None:
+        waiter = ring.enlist(1)
+        enlisted.set()
+        waiter.park(seconds)
+
+    thread = threading.Thread(target=wait_for_the_ack, daemon=True)
+    thread.start()
+    assert enlisted.wait(PATIENCE_S)
+    ring.acked = 1
+    ring.wake()
+    thread.join(PATIENCE_S / 2)
+    assert not thread.is_alive()
+
+
+# Several senders at once.
+
+SENDERS = 3
+UNIT = struct.Struct("<BI")
+GARBAGE = 0xEE
+DONE = -1
+
+
+def row_of(sender: int, number: int, size: int) -> bytes:
+    """The ``number``-th row of a sender: it says so over and over, so that a torn or mixed row is seen."""
+    return (UNIT.pack(sender, number) * (size // UNIT.size + 1))[:size]
+
+
+class Interrupt(Exception):
+    """Stands for a Ctrl-C that strikes in the middle of a packing."""
+
+
+class Sender(threading.Thread):
+    """Carries out orders; reports `DONE`, or the ``acked`` it waits for before it parks, or what it died of."""
+
+    def __init__(self, ring: Ring, ident: int) -> None:
+        super().__init__(name=f"sender {ident}", daemon=True)
+        self.ring = ring
+        self.number = ident
+        self.rows = 0
+        self.orders: queue.SimpleQueue[functools.partial[None] | None] = queue.SimpleQueue()
+        self.reports: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        try:
+            while (order := self.orders.get()) is not None:
+                order()
+                self.reports.put(DONE)
+        except BaseException as error:
+            self.reports.put(error)
+
+    def send(self, rows: int) -> None:
+        while rows and not self.ring.stopped:
+            packed = self.pack(rows)
+            rows -= packed
+            if not packed:
+                self.wait_for_room(rows)
+
+    def pack(self, want: int) -> int:
+        ring, size = self.ring, self.ring.row_bytes
+        with ring.turn:
+            slot, rows = ring.free_run(want)
+            for row in range(rows):
+                start = (slot + row) * size
+                ring.buffer[start : start + size] = row_of(self.number, self.rows + row, size)
+            if rows and ring.commit(rows):
+                self.rows += rows
+            return rows
+
+    def break_off(self, want: int, after: int) -> None:
+        """Begin to pack ``want`` rows, and be interrupted when ``after`` bytes of them are there."""
+        ring = self.ring
+        try:
+            with ring.turn:
+                slot, rows = ring.free_run(want)
+                start, end = slot * ring.row_bytes, (slot + rows) * ring.row_bytes
+                for at in range(start, min(start + after, end)):
+                    ring.buffer[at] = GARBAGE
+                raise Interrupt
+        except Interrupt:
+            pass
+
+    def wait_for_room(self, rows: int) -> None:
+        ring = self.ring
+        threshold = ring.rows_free_at(min(rows, max(1, (ring.capacity - ring.replay) // 2)))
+        while ring.acked < threshold and not ring.stopped:
+            waiter = ring.enlist(threshold)
+            try:
+                if ring.acked < threshold and not ring.stopped:
+                    self.reports.put(threshold)
+                    waiter.park(math.inf)
+            finally:
+                ring.forget(waiter)
+
+
+class Desk:
+    """What the rules know of one sender: how many orders it has not done, and which ack it was waiting for."""
+
+    def __init__(self, ring: Ring, ident: int) -> None:
+        self.sender = Sender(ring, ident)
+        self.open_orders = 0
+        self.waits_for = 0
+        self.seen = 0  # its rows that were written
+        self.sender.start()
+
+    def order(self, what, *arguments: int) -> None:
+        self.open_orders += 1
+        self.sender.orders.put(functools.partial(what, self.sender, *arguments))
+
+    def settle(self, acked: int) -> bool:
+        """Wait until it has done all its orders or waits for more than ``acked``; gives whether it waits."""
+        while self.open_orders and self.waits_for <= acked:
+            report = self.sender.reports.get(timeout=PATIENCE_S)
+            if isinstance(report, BaseException):
+                raise report
+            if report == DONE:
+                self.open_orders -= 1
+                self.waits_for = 0
+            else:
+                self.waits_for = report
+        return self.open_orders > 0
+
+
+class RingMachine(RuleBasedStateMachine):
+    """No draw and no choice of a rule depends on how far the threads have come, so examples can be replayed."""
+
+    @initialize(
+        replay=st.sampled_from([0, 1, 4]),
+        spare=st.integers(1, 7),
+        row_bytes=st.sampled_from([5, 8, 17]),
+        rest=st.integers(0, 4),
+    )
+    def start(self, replay: int, spare: int, row_bytes: int, rest: int) -> None:
+        self.ring = Ring(memoryview(bytearray((replay + spare) * row_bytes + rest)), row_bytes, replay)
+        self.desks = [Desk(self.ring, ident) for ident in range(SENDERS)]
+        self.partial = b""
+        self.rows: list[bytes] = []
+
+    @rule(sender=st.integers(0, SENDERS - 1), rows=st.integers(1, 12))
+    def send(self, sender: int, rows: int) -> None:
+        self.desks[sender].order(Sender.send, rows)
+
+    @rule(sender=st.integers(0, SENDERS - 1), rows=st.integers(1, 12), after=st.integers(0, 60))
+    def send_and_be_interrupted(self, sender: int, rows: int, after: int) -> None:
+        self.desks[sender].order(Sender.break_off, rows, after)
+
+    @rule(rows=st.integers(1, 9), max_bytes=st.integers(1, 99))
+    def write(self, rows: int, max_bytes: int) -> None:
+        ring = self.ring
+        limit = min(ring.packed, ring.written + rows)
+        if limit == ring.written:
+            return
+        view = ring.written_view(len(self.partial), limit, max_bytes)
+        assert 0 < len(view) <= max_bytes
+        stream = self.partial + view
+        whole = len(stream) // ring.row_bytes
+        for row in range(whole):
+            self.check_written(stream[row * ring.row_bytes : (row + 1) * ring.row_bytes])
+        self.partial = stream[whole * ring.row_bytes :]
+        ring.written += whole
+
+    def check_written(self, row: bytes) -> None:
+        """The row is whole, one sender's, and that sender's next."""
+        sender, number = UNIT.unpack_from(row)
+        assert sender < SENDERS, row
+        assert row == row_of(sender, number, len(row))
+        assert number == self.desks[sender].seen
+        self.desks[sender].seen += 1
+        self.rows.append(row)
+
+    @rule(rows=st.integers(1, 9), wake=st.sampled_from([True, True, True, False]))
+    def ack(self, rows: int, wake: bool) -> None:
+        """Without ``wake``: an interrupt came between the counting and the waking."""
+        self.ring.acked = min(self.ring.acked + rows, self.ring.written)
+        if wake:
+            self.ring.wake()
+
+    @rule()
+    def settle(self) -> None:
+        """Let the senders come as far as they can: who still waits does so with reason, and nobody else is enlisted."""
+        self.ring.wake()
+        waiting = [desk.settle(self.ring.acked) for desk in self.desks]
+        assert self.ring.waited_for == any(waiting)
+        assert self.ring.packed == self.ring.reserved == sum(desk.sender.rows for desk in self.desks)
+        assert self.ring.packed > self.ring.acked or not any(waiting)
+
+    @invariant()
+    def counters_are_in_order(self) -> None:
+        """Read from left to right: `released`, `acked` and `written` stand still, `packed` follows `reserved`."""
+        ring = self.ring
+        assert ring.released <= ring.acked <= ring.written <= ring.packed <= ring.reserved
+        assert ring.reserved <= ring.released + ring.capacity
+
+    @invariant()
+    def rows_that_may_be_sent_again_are_untouched(self) -> None:
+        ring, size = self.ring, self.ring.row_bytes
+        for row in range(ring.released, ring.written):
+            start = row % ring.capacity * size
+            assert ring.buffer[start : start + size] == self.rows[row]
+
+    def teardown(self) -> None:
+        try:
+            self.drain()
+        finally:
+            self.ring.stop()
+            for desk in self.desks:
+                desk.sender.orders.put(None)
+            for desk in self.desks:
+                desk.sender.join(PATIENCE_S)
+        assert not any(desk.sender.is_alive() for desk in self.desks)
+        assert [desk.seen for desk in self.desks] == [desk.sender.rows for desk in self.desks]
+        assert counters(self.ring)[1:] == (len(self.rows),) * 4
+
+    def drain(self) -> None:
+        """Until every order is done and every row acked; each round lets somebody on, or `settle` fails."""
+        self.settle()
+        while self.ring.unacked:
+            while self.ring.written < self.ring.packed:
+                self.write(rows=self.ring.capacity, max_bytes=1 << 20)
+            self.ack(rows=self.ring.capacity, wake=True)
+            self.counters_are_in_order()
+            self.rows_that_may_be_sent_again_are_untouched()
+            self.settle()
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    """Threads take turns far more often than they would by themselves."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("frequent_switches")
+def test_the_invariant_holds_and_every_row_is_written_once_and_in_order() -> None:
+    run_state_machine_as_test(
+        RingMachine,
+        settings=settings(
+            max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )
