@@ -54,8 +54,10 @@ THREAD_WRITE_BYTES = 1024 * 1024
 # Acks read by one system call, in bytes, one each.
 ACK_BYTES = 64 * 1024
 # How many acks must lie in the kernel before the I/O thread is woken, while somebody waits for them: they come one
-# byte a segment, and a wake-up for each costs more than the sample did.
+# byte a segment, and a wake-up for each costs more than the sample did. No more than this share of the window, though:
+# with half a window of 32, a server's queue ran dry and its threads slept for milliseconds.
 EAGER_ACKS = 16
+EAGER_SHARE = 8
 # The same while nobody waits, as a share of the window. Callers read them in passing before that many are there.
 LAZY_SHARE = 2
 CALLER_SHARE = 4
@@ -422,7 +424,7 @@ class Connection:
         """Say how many acks must have come before the thread is woken; see EAGER_ACKS."""
         ring = self.ring
         if ring.waited_for or ring.packed > ring.written or self.abandoned:
-            mark = max(1, min(EAGER_ACKS, self.window // LAZY_SHARE, ring.written - ring.acked))
+            mark = max(1, min(EAGER_ACKS, self.window // EAGER_SHARE, ring.written - ring.acked))
         else:
             mark = max(1, self.window // LAZY_SHARE)
         if mark != self._ack_mark:

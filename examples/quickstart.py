@@ -41,7 +41,7 @@ from echo_torch import EchoSink, numpy_example
 
 LEARNER_BATCH = 32  # the learner gets full batches only, so what is sent in all has to be a multiple of this
 TRAIN_SAMPLES = 47 * LEARNER_BATCH  # of 1,797 digits; the others are held out
-LEARNER_S = 20.0  # that the learner may take to receive what is under way, and to end
+LEARNER_S = 10.0  # that the learner may take to receive what is under way, and to end
 
 Columns = dict[str, Any]
 """Arrays or tensors by name, each with one row per sample."""

@@ -68,7 +68,7 @@ def test_a_timeout_is_given_back_as_it_is(timeout: float | None) -> None:
 
 @pytest.mark.parametrize("timeout", [-1, -0.001, -math.inf, math.nan])
 def test_negative_seconds_and_nan_are_refused_by_name(timeout: float) -> None:
-    with pytest.raises(ValueError, match="stall_timeout.*>= 0"):
+    with pytest.raises(ValueError, match=r"stall_timeout.*>= 0"):
         check_timeout("stall_timeout", timeout)
     with pytest.raises(ValueError, match="timeout"):
         Deadline(timeout)
@@ -76,7 +76,7 @@ def test_negative_seconds_and_nan_are_refused_by_name(timeout: float) -> None:
 
 @pytest.mark.parametrize("timeout", [True, False, "3", b"3", [3], 3j])
 def test_what_is_no_number_of_seconds_is_refused_by_name(timeout) -> None:
-    with pytest.raises(TypeError, match="stall_timeout.*seconds"):
+    with pytest.raises(TypeError, match=r"stall_timeout.*seconds"):
         check_timeout("stall_timeout", timeout)
     with pytest.raises(TypeError, match="timeout"):
         Deadline(timeout)

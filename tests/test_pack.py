@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_torch.pack import columns, filler
@@ -75,6 +75,7 @@ def batches(draw: st.DrawFn) -> tuple[list[Array], list[Array]]:
     return [np.zeros(shape, dtype) for dtype, shape, _ in kinds], arrays
 
 
+@settings(deadline=None)
 @given(batches(), st.data())
 def test_a_run_of_rows_is_the_payloads_and_touches_nothing_else(
     batch: tuple[list[Array], list[Array]], data: st.DataObject
@@ -92,6 +93,7 @@ def test_a_run_of_rows_is_the_payloads_and_touches_nothing_else(
     assert got == [untouched] * slot + expected + [untouched] * (rows - slot - run)
 
 
+@settings(deadline=None)
 @given(batches(), st.integers(0, 3))
 def test_a_single_sample_is_its_payload(batch: tuple[list[Array], list[Array]], slot: int) -> None:
     """Given without a batch dimension; 0-d leaves included."""

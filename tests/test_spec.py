@@ -15,7 +15,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
@@ -82,6 +82,7 @@ def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.recursive(leaves, containers, max_leaves=12)
 
 
+@settings(deadline=None)
 @given(trees(st.none() | st.integers(1, 100)))
 def test_leaves_are_in_optrees_order(lengths: Any) -> None:
     """Dict keys sorted, OrderedDict as inserted, sequences as they are, None dropped, at any depth."""

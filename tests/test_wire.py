@@ -208,11 +208,10 @@ def test_any_bytes_end_in_leaves_or_a_handshake_error(noise: bytes, padding: byt
     stream = noise + padding * (HANDSHAKE_LIMIT - len(noise))
     try:
         handshake, rest = read(stream, pieces)
-    except HandshakeError as error:
-        assert str(error)
-    else:
-        assert handshake.leaves is not None
-        assert encode_handshake(handshake.leaves) + rest == stream
+    except HandshakeError:
+        return
+    assert handshake.leaves is not None
+    assert encode_handshake(handshake.leaves) + rest == stream
 
 
 # Acks.

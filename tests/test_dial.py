@@ -1,0 +1,500 @@
+"""From a name to a socket that has shaken hands: real sockets on loopback, one deadline, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from peers import PATIENCE_S, Line, Peer, Script, greeting
+
+from echo_torch.deadline import Deadline
+from echo_torch.dial import dial, hang_up, peer_name
+from echo_torch.errors import ConnectionClosedError, HandshakeError
+from echo_torch.wire import ACK, WireLeaf
+
+pytestmark = pytest.mark.usefixtures("descriptors")
+
+GREETING = greeting([np.zeros((2, 3), np.uint8), np.zeros((), np.float32)])
+LEAVES = (WireLeaf(1, (2, 3)), WireLeaf(4, ()))
+
+SOON_S = 0.15
+"""A deadline that is meant to pass."""
+LATER_S = 30.0
+"""A deadline that is not."""
+SLACK_S = 10.0
+"""Seconds that a loaded machine may take to notice that a deadline has passed."""
+TICK_S = 0.02
+"""Seconds by which clocks may disagree."""
+
+
+def say(data: bytes) -> Script:
+    """A peer that says this much, and then nothing."""
+
+    def script(line: Line) -> None:
+        line.say(data)
+        line.hear_all()
+
+    return script
+
+
+greet = say(GREETING)
+
+
+@contextlib.contextmanager
+def times_out(seconds: float, match: str) -> Iterator[Deadline]:
+    """The block ends in a plain TimeoutError: not before its deadline, and not long after."""
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=match) as caught:
+        yield Deadline(seconds)
+    assert type(caught.value) is TimeoutError
+    assert seconds - TICK_S <= time.monotonic() - began < seconds + SLACK_S
+
+
+@pytest.fixture
+def nobody() -> Iterator[socket.socket]:
+    """Bound to a loopback address and not listening: it is refused there for as long as that lasts."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """Listening with a full queue, and never accepting: nothing answers there."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            queued = stack.enter_context(socket.socket())
+            queued.setblocking(False)
+            queued.connect_ex(listener.getsockname())
+        yield listener
+
+
+def port_of(sock: socket.socket) -> int:
+    return sock.getsockname()[1]
+
+
+def resolution(*addresses: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """What `socket.getaddrinfo` says of a name with these addresses."""
+    families = {2: socket.AF_INET, 4: socket.AF_INET6}
+    return [(families[len(address)], socket.SOCK_STREAM, 6, "", address) for address in addresses]
+
+
+@pytest.fixture
+def resolve_to(monkeypatch):
+    """Makes every name resolve to the given addresses."""
+
+    def patch(*addresses: tuple[Any, ...]) -> None:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: resolution(*addresses))
+
+    return patch
+
+
+# Connecting.
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("timeout", [LATER_S, None])
+def test_connects_to_a_literal_address(host: str, timeout: float | None) -> None:
+    with Peer(greet, host) as peer:
+        sock, leaves = dial(host, peer.port, Deadline(timeout))
+        with sock:
+            assert leaves == LEAVES
+            assert sock.getpeername()[:2] == (host, peer.port)
+            assert sock.gettimeout() == 0.0
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connects_to_localhost_where_only_one_family_listens(host: str) -> None:
+    if host not in {address[0] for *_, address in socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)}:
+        pytest.skip(f"localhost is not {host} here")
+    with Peer(greet, host) as peer:
+        sock, leaves = dial("localhost", peer.port, Deadline(LATER_S))
+        with sock:
+            assert leaves == LEAVES
+            assert sock.getpeername()[0] == host
+
+
+UNREACHABLE = ("255.255.255.255", 50051)
+"""TCP connects to no broadcast address: the system says so at once, and does not call it a refusal."""
+
+
+@pytest.mark.parametrize(
+    ("first", "host", "timeout"),
+    [
+        ("refusing", "127.0.0.1", LATER_S),
+        ("refusing", "::1", LATER_S),
+        ("unreachable", "127.0.0.1", LATER_S),
+        ("silent", "::1", 3.0),
+    ],
+)
+def test_connects_to_the_first_address_that_answers(first, host, timeout, nobody, silent, resolve_to) -> None:
+    """Of a name with three; one that is silent uses up only a share of the time."""
+    firsts = {"refusing": nobody.getsockname(), "unreachable": UNREACHABLE, "silent": silent.getsockname()}
+    with Peer(greet, host) as peer:
+        listening = (host, peer.port) if host == "127.0.0.1" else (host, peer.port, 0, 0)
+        resolve_to(firsts[first], listening, nobody.getsockname())
+        sock, leaves = dial("learner", 50051, Deadline(timeout))
+        with sock:
+            assert leaves == LEAVES
+            assert sock.getpeername() == listening
+
+
+@pytest.mark.parametrize("timeout", [1e7, math.inf])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_deadline_may_be_further_off_than_sockets_can_wait(host: str, timeout: float) -> None:
+    with Peer(greet) as peer:
+        sock, leaves = dial(host, peer.port, Deadline(timeout))
+        with sock:
+            assert leaves == LEAVES
+
+
+def test_what_follows_the_greeting_stays_in_the_socket() -> None:
+    def greet_and_ack(line: Line) -> None:
+        line.say(GREETING + ACK * 3)
+        line.hang_up()
+
+    with Peer(greet_and_ack) as peer:
+        sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S))
+        with sock:
+            sock.settimeout(PATIENCE_S)
+            assert leaves == LEAVES
+            assert b"".join(iter(lambda: sock.recv(99), b"")) == ACK * 3
+
+
+@pytest.mark.parametrize("default", [0.0, 0.001])
+def test_the_default_timeout_of_sockets_has_no_influence(default: float, monkeypatch) -> None:
+    """Neither on connecting, nor on waiting for the greeting, nor on the socket that is given."""
+    before = socket.getdefaulttimeout()
+    with Peer(greet) as friendly, Peer(say(GREETING[:5])) as stalling:
+        socket.setdefaulttimeout(default)
+        try:
+            for timeout in (None, LATER_S):
+                with dial("127.0.0.1", friendly.port, Deadline(timeout))[0] as sock:
+                    assert sock.gettimeout() == 0.0
+            with times_out(SOON_S, "got 5 bytes") as deadline:
+                dial("127.0.0.1", stalling.port, deadline)
+        finally:
+            socket.setdefaulttimeout(before)
+
+
+# Failing to connect.
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_refusal_is_raised_as_such_and_names_the_peer(host: str, nobody: socket.socket) -> None:
+    with pytest.raises(ConnectionRefusedError, match=f"{host}:{port_of(nobody)}"):
+        dial(host, port_of(nobody), Deadline(LATER_S))
+
+
+def test_a_refusal_by_ipv6_names_the_peer_in_brackets() -> None:
+    with socket.socket(socket.AF_INET6) as nobody:
+        nobody.bind(("::1", 0))
+        with pytest.raises(ConnectionRefusedError, match=rf"\[::1\]:{port_of(nobody)}"):
+            dial("::1", port_of(nobody), Deadline(LATER_S))
+
+
+@pytest.mark.parametrize("silent_first", [True, False])
+def test_a_refusal_says_more_than_silence_at_another_address(silent_first: bool, nobody, silent, resolve_to) -> None:
+    resolve_to(*[silent.getsockname(), nobody.getsockname()][:: 1 if silent_first else -1])
+    with pytest.raises(ConnectionRefusedError, match="learner:50051"):
+        dial("learner", 50051, Deadline(2 * SOON_S))
+
+
+def test_a_name_that_does_not_resolve_is_a_gaierror() -> None:
+    with pytest.raises(socket.gaierror):
+        dial("nobody.invalid", 50051, Deadline(LATER_S))
+
+
+def test_a_name_that_does_not_resolve_is_named_in_the_message() -> None:
+    with pytest.raises(socket.gaierror, match=r"nobody\.invalid"):
+        dial("nobody.invalid", 50051, Deadline(LATER_S))
+
+
+@pytest.mark.parametrize("addresses", [1, 3])
+def test_silence_at_every_address_ends_at_the_deadline(addresses: int, silent: socket.socket, resolve_to) -> None:
+    resolve_to(*[silent.getsockname()] * addresses)
+    with times_out(2 * SOON_S, "learner:50051") as deadline:
+        dial("learner", 50051, deadline)
+
+
+@pytest.mark.parametrize("seconds", [SOON_S, 0.0])
+def test_a_peer_that_never_accepts_ends_at_the_deadline(seconds: float) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, times_out(seconds, "handshake|connection") as deadline:
+        dial("127.0.0.1", port_of(listener), deadline)
+
+
+def test_a_slow_resolver_ends_at_the_deadline(monkeypatch) -> None:
+    """And its answer, which comes when nobody waits for it any more, goes nowhere."""
+    answer, answered = threading.Event(), threading.Event()
+
+    def slow(*_: object, **__: object) -> list[tuple[Any, ...]]:
+        answer.wait(PATIENCE_S)
+        answered.set()
+        return resolution(("127.0.0.1", 50051))
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    try:
+        with times_out(SOON_S, "learner:50051: name not resolved") as deadline:
+            dial("learner", 50051, deadline)
+        assert not answered.is_set()
+    finally:
+        answer.set()
+    assert answered.wait(PATIENCE_S)
+
+
+def test_a_port_joined_to_itself_counts_as_refused(monkeypatch) -> None:
+    """Loopback may pick the very port that nobody listens on as the source, and then the two ends are one."""
+
+    class Joined(socket.socket):
+        def connect(self, _: Any) -> None:
+            self.bind(("127.0.0.1", 0))
+            super().connect(self.getsockname())
+
+    monkeypatch.setattr(socket, "socket", Joined)
+    with pytest.raises(ConnectionRefusedError, match=r"127\.0\.0\.1:50051"):
+        dial("127.0.0.1", 50051, Deadline(LATER_S))
+
+
+@pytest.mark.parametrize("port", [True, None, "50051", 50051.0, b"50051"])
+def test_a_port_of_another_type_is_refused(port: Any) -> None:
+    with pytest.raises(TypeError, match="port"):
+        dial("127.0.0.1", port, Deadline(LATER_S))
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 2**40])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(ValueError, match=f"port.*{port}"):
+        dial("127.0.0.1", port, Deadline(LATER_S))
+
+
+# Trying again.
+
+
+class LateServer:
+    """Turns a socket that refuses into one that listens at the ``at``-th look-up of its address, and greets once."""
+
+    def __init__(self, sock: socket.socket, monkeypatch: pytest.MonkeyPatch, at: float, first: Any = None) -> None:
+        self.lookups = 0
+        self._sock = sock
+        self._at = at
+        self._addresses = [sock.getsockname()] if first is None else [first, sock.getsockname()]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        monkeypatch.setattr(socket, "getaddrinfo", self._look_up)
+
+    def _look_up(self, *_: object, **__: object) -> list[tuple[Any, ...]]:
+        self.lookups += 1
+        if self.lookups == self._at:
+            self._sock.listen()
+            self._sock.settimeout(PATIENCE_S)
+            self._thread.start()
+        return resolution(*self._addresses)
+
+    def _serve(self) -> None:
+        line, _ = self._sock.accept()
+        with line:
+            line.sendall(GREETING)
+            line.recv(1)
+
+    def join(self) -> None:
+        self._thread.join(PATIENCE_S)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "learner"])
+@pytest.mark.parametrize("first", [None, UNREACHABLE], ids=["alone", "after an unreachable address"])
+def test_a_server_that_listens_later_is_found(host: str, first: Any, nobody: socket.socket, monkeypatch) -> None:
+    server = LateServer(nobody, monkeypatch, at=3, first=first)
+    sock, leaves = dial(host, 50051, Deadline(LATER_S), retry_refused=True)
+    sock.close()
+    server.join()
+    assert (leaves, server.lookups) == (LEAVES, 3)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "learner"])
+def test_a_server_that_never_listens_is_given_up_at_the_deadline(host: str, nobody, monkeypatch) -> None:
+    server = LateServer(nobody, monkeypatch, at=math.inf)
+    began = time.monotonic()
+    with pytest.raises(ConnectionRefusedError, match=f"{host}:50051"):
+        dial(host, 50051, Deadline(4 * SOON_S), retry_refused=True)
+    assert time.monotonic() - began < 4 * SOON_S + SLACK_S
+    assert server.lookups > 1
+
+
+def test_a_refusal_is_final_unless_asked_otherwise(nobody: socket.socket, monkeypatch) -> None:
+    server = LateServer(nobody, monkeypatch, at=2)
+    with pytest.raises(ConnectionRefusedError):
+        dial("learner", 50051, Deadline(LATER_S))
+    assert server.lookups == 1
+
+
+def test_a_peer_that_hangs_up_is_not_tried_again() -> None:
+    with Peer(Line.hang_up) as peer:
+        with pytest.raises(ConnectionClosedError):
+            dial("127.0.0.1", peer.port, Deadline(LATER_S), retry_refused=True)
+        assert len(peer.lines) == 1
+
+
+# Shaking hands.
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 9, 12, 17, 25, len(GREETING) - 1])
+def test_a_greeting_that_stalls_anywhere_ends_at_the_deadline(count: int) -> None:
+    with (
+        Peer(say(GREETING[:count])) as peer,
+        times_out(SOON_S, f"127.0.0.1:{peer.port}.* got {count} bytes") as deadline,
+    ):
+        dial("127.0.0.1", peer.port, deadline)
+
+
+def test_bytes_that_dribble_in_do_not_extend_the_deadline() -> None:
+    """This greeting would take a minute."""
+    left = threading.Event()
+
+    def dribble(line: Line) -> None:
+        for byte in greeting([np.zeros((1,) * 60, np.uint8)] * 12):
+            line.say(bytes([byte]))
+            left.wait(0.02)
+
+    with Peer(dribble) as peer:
+        with times_out(2 * SOON_S, "handshake not complete") as deadline:
+            dial("127.0.0.1", peer.port, deadline)
+        left.set()
+
+
+def test_a_greeting_in_single_bytes_is_read() -> None:
+    def dribble(line: Line) -> None:
+        for byte in GREETING:
+            line.say(bytes([byte]))
+        line.hear_all()
+
+    with Peer(dribble) as peer:
+        sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S))
+        with sock:
+            assert leaves == LEAVES
+
+
+@pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["closes", "resets"])
+@pytest.mark.parametrize("count", [0, 1, 4, 9, 17, len(GREETING) - 1])
+def test_a_peer_that_leaves_before_its_greeting_is_complete(count: int, end: Script) -> None:
+    def leave(line: Line) -> None:
+        line.say(GREETING[:count])
+        end(line)
+
+    with Peer(leave) as peer, pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}"):
+        dial("127.0.0.1", peer.port, Deadline(LATER_S))
+
+
+@pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["closes", "resets"])
+def test_a_peer_that_leaves_while_the_connection_is_made(end: Script, monkeypatch) -> None:
+    """As a proxy does whose backend is gone: here always before the client looks at its new connection."""
+    gone = threading.Event()
+
+    class Overtaken(socket.socket):
+        def connect(self, address: Any) -> None:
+            super().connect(address)
+            assert gone.wait(PATIENCE_S)
+
+    def leave(line: Line) -> None:
+        end(line)
+        gone.set()
+
+    with Peer(leave) as peer:
+        monkeypatch.setattr(socket, "socket", Overtaken)
+        with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}"):
+            dial("127.0.0.1", peer.port, Deadline(LATER_S))
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", "magic"),
+        (b"x", "magic"),
+        (GREETING[:4] + b"\x02", "wire version 2"),
+        (GREETING[:5] + b"\xff" * 4, "num_arrays"),
+        (GREETING[:9] + b"\xff" * 8, "num_dims"),
+    ],
+)
+def test_an_answer_that_is_no_greeting_names_the_peer_and_what_is_wrong(answer: bytes, match: str) -> None:
+    with Peer(say(answer)) as peer, pytest.raises(HandshakeError, match=f"127.0.0.1:{peer.port}: .*{match}"):
+        dial("127.0.0.1", peer.port, Deadline(LATER_S))
+
+
+@pytest.mark.parametrize("call", ["connect", "recv"])
+def test_an_interrupt_leaves_no_socket_open(call: str, monkeypatch) -> None:
+    made: list[socket.socket] = []  # the client's first, then perhaps the peer's
+
+    class Interrupted(socket.socket):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+        def connect(self, address: Any) -> None:
+            super().connect(address)
+            if call == "connect":
+                raise KeyboardInterrupt
+
+        def recv(self, *args: Any) -> bytes:
+            if call == "recv" and self is made[0]:
+                raise KeyboardInterrupt
+            return super().recv(*args)
+
+    with Peer(greet) as peer:
+        monkeypatch.setattr(socket, "socket", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dial("127.0.0.1", peer.port, Deadline(LATER_S))
+        assert made[0].fileno() == -1
+
+
+# Names and ends.
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("learner", "learner:50051"), ("127.0.0.1", "127.0.0.1:50051"), ("::1", "[::1]:50051")],
+)
+def test_peer_name(host: str, name: str) -> None:
+    assert peer_name(host, 50051) == name
+
+
+@pytest.mark.parametrize("state", ["connected", "new", "left by the peer", "reset by the peer", "closed"])
+def test_hang_up_frees_the_socket_in_any_state(state: str) -> None:
+    gone = threading.Event()
+
+    def leave(line: Line) -> None:
+        {"left by the peer": Line.hang_up, "reset by the peer": Line.reset}.get(state, Line.hear_all)(line)
+        gone.set()
+
+    with Peer(leave) as peer:
+        sock = socket.socket()
+        if state != "new":
+            sock.connect((peer.host, peer.port))
+        if state.endswith("by the peer"):
+            assert gone.wait(PATIENCE_S)
+        if state == "closed":
+            sock.close()
+        hang_up(sock)
+        assert sock.fileno() == -1
+        hang_up(sock)
+
+
+def test_hang_up_is_seen_by_the_peer_although_a_copy_is_open() -> None:
+    """In a forked child, say: the connection is shut down, and not only this descriptor closed."""
+    heard_the_end = threading.Event()
+
+    def listen(line: Line) -> None:
+        line.hear_all()
+        heard_the_end.set()
+
+    with Peer(listen) as peer:
+        sock = socket.create_connection((peer.host, peer.port))
+        with sock.dup():
+            hang_up(sock)
+            assert heard_the_end.wait(PATIENCE_S)

@@ -1,0 +1,832 @@
+"""`EchoSink` against peers that do what a real server seldom does: it connects, sends, counts, fails and closes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import re
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peers import Line, Peer
+
+from echo_torch import (
+    ConnectionClosedError,
+    DeliveryTimeoutError,
+    EchoSink,
+    HandshakeError,
+    SinkStats,
+    SpecMismatchError,
+    TcpClient,
+    numpy_example,
+)
+
+EXAMPLE = {"index": 0}
+SIZE = 8
+SHORT_S = 0.2
+"""Seconds of a timeout that is meant to pass."""
+PATIENCE_S = 30.0
+"""Seconds of one that is not."""
+
+
+def batch(*indexes: int) -> dict[str, torch.Tensor]:
+    return {"index": torch.tensor(indexes, dtype=torch.int64)}
+
+
+class Script:
+    """What the peer of a test does, and what it heard; ``ended`` is set for each client that left."""
+
+    example: Any = EXAMPLE
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self.ended = threading.Semaphore(0)
+
+    def __call__(self, line: Line) -> None:
+        self.lines.append(line)
+        line.greet(numpy_example(self.example))
+        try:
+            self.converse(line)
+        finally:
+            self.ended.release()
+
+    def converse(self, line: Line) -> None:
+        """Take everything, ack everything."""
+        line.hear_all(ack_every=sum(leaf.nbytes for leaf in numpy_example(self.example).values()))
+
+    def heard(self, connection: int = 0) -> list[int]:
+        """The indexes that one connection carried, after it has ended."""
+        assert self.ended.acquire(timeout=PATIENCE_S)
+        return np.frombuffer(bytes(self.lines[connection].received), np.int64).tolist()
+
+
+class Silent(Script):
+    """Acks nothing, but reads."""
+
+    def converse(self, line: Line) -> None:
+        line.hear_all()
+
+
+class Leaves(Script):
+    """Hears as many samples as told, acks as many, and is gone."""
+
+    def __init__(self, hears: int, acks: int = 0, example: Any = EXAMPLE) -> None:
+        super().__init__()
+        self.hears, self.acks = hears, acks
+        self.example = example
+
+    def converse(self, line: Line) -> None:
+        line.hear(self.hears * SIZE)
+        line.ack(self.acks)
+        line.hang_up()
+
+
+class Acks(Script):
+    """Acks as many samples as told, after `go`, and then no more; says so by `acked`."""
+
+    def __init__(self, acks: int, wait: bool = False) -> None:
+        super().__init__()
+        self.acks = acks
+        self.go, self.acked = threading.Event(), threading.Event()
+        if not wait:
+            self.go.set()
+
+    def converse(self, line: Line) -> None:
+        line.hear(self.acks * SIZE)
+        assert self.go.wait(PATIENCE_S)
+        line.ack(self.acks)
+        self.acked.set()
+        line.hear_all()
+
+
+def sink_for(peer: Peer, **options: Any) -> EchoSink:
+    return EchoSink(peer.host, peer.port, options.pop("example", EXAMPLE), **options)
+
+
+def rows(count: int, replay: int = 8) -> dict[str, Any]:
+    """The options for a ring of ``count`` rows."""
+    return {"buffer_bytes": count * SIZE, "replay_acked": replay}
+
+
+@pytest.fixture
+def refusing() -> Iterator[socket.socket]:
+    """A port that is taken, and at which nobody listens until the test does."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        yield listener
+
+
+# Connecting.
+
+
+def test_a_sink_connects_at_the_first_send() -> None:
+    """Not before: making one, asking for its counts and waiting for nothing need no learner."""
+    script = Script()
+    with Peer(script) as peer:
+        sink = sink_for(peer)
+        sink.wait()
+        assert sink.stats() == SinkStats(0, 0, 0, 0, 0, 0, 0.0)
+        assert repr(sink) == f"<EchoSink 127.0.0.1:{peer.port} {{['index']: torch.int64 []}}>"
+        assert not script.lines
+        sink.send(batch(1, 2))
+        sink.wait()
+        assert len(script.lines) == 1
+        sink.close()
+
+
+def test_a_sink_that_never_connected_closes_for_good() -> None:
+    sink = EchoSink("nowhere.invalid", 1, EXAMPLE)
+    sink.close()
+    sink.close()
+    with pytest.raises(ConnectionClosedError, match="closed"):
+        sink.send(batch(1))
+
+
+@pytest.mark.parametrize("enter", [EchoSink.connect, EchoSink.__enter__], ids=["connect", "with"])
+def test_connect_and_with_fail_early(enter: Callable[[EchoSink], EchoSink]) -> None:
+    """On a server for other samples, on one that is no echo server, and both times each; ``on_error`` has no say."""
+    other = Leaves(0, example={"index": np.zeros(3, np.float32)})
+    for script, kind in ((other, SpecMismatchError), (lambda line: line.say(b"HTTP/1.1 400"), HandshakeError)):
+        with Peer(script) as peer:
+            sink = sink_for(peer, on_error="warn")
+            for _ in range(2):
+                with pytest.raises(kind, match=rf"127\.0\.0\.1:{peer.port}"):
+                    enter(sink)
+
+
+def test_connect_gives_the_sink_and_connects_once() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        sink = sink_for(peer)
+        assert sink.connect().connect() is sink
+        with sink as same:
+            assert same is sink
+        assert len(script.lines) == 1
+        with pytest.raises(ConnectionClosedError):
+            sink.connect()
+
+
+def test_a_learner_that_listens_late_is_found(refusing: socket.socket) -> None:
+    """Refusals are tried again until `connect_timeout`."""
+    script = Script()
+
+    def serve() -> None:
+        refusing.listen()
+        connected, _ = refusing.accept()
+        with connected:
+            script(Line(connected))
+
+    late = threading.Timer(SHORT_S, serve)
+    late.start()
+    with EchoSink("127.0.0.1", refusing.getsockname()[1], EXAMPLE, connect_timeout=PATIENCE_S, replay_acked=0) as sink:
+        sink.send(batch(5))
+    assert script.heard() == [5]
+    late.join()
+
+
+def test_a_learner_that_never_listens_is_given_up(refusing: socket.socket) -> None:
+    sink = EchoSink("127.0.0.1", refusing.getsockname()[1], EXAMPLE, connect_timeout=SHORT_S)
+    with pytest.raises(ConnectionRefusedError, match=re.escape(sink.peer)):
+        sink.connect()
+    with pytest.raises(ConnectionRefusedError):
+        sink.send(batch(1))
+    sink.close()
+
+
+# Configuration.
+
+
+def double(sample: Any) -> Any:
+    return {"index": sample["index"] * 2}
+
+
+def test_a_sink_pickles_as_configuration() -> None:
+    """Before and after it connected; the copy, with the same options, opens a connection of its own."""
+    script = Script()
+    with Peer(script) as peer:
+        sink = sink_for(peer, select=double, replay_tail=False, max_inflight_msgs=3)
+        early = pickle.dumps(sink)
+        sink.send(batch(1, 2))
+        for state in (early, pickle.dumps(sink)):
+            copy = pickle.loads(state)
+            assert (repr(copy), copy.stats()) == (repr(sink), SinkStats(0, 0, 0, 0, 0, 0, 0.0))
+            copy.send(batch(7))
+            copy.close()
+        assert script.ended.acquire(timeout=PATIENCE_S)
+        assert script.heard(1) == [14]
+        sink.send(batch(3))
+        sink.close()
+        assert script.heard(0) == [2, 4, 6]
+        assert len(script.lines) == 3
+
+
+def test_a_closed_sink_pickles_as_an_open_one() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        sink = sink_for(peer, replay_tail=False)
+        sink.close()
+        with pickle.loads(pickle.dumps(sink)) as copy:
+            copy.send(batch(1))
+        assert script.heard() == [1]
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "on_error": ({"on_error": "ignore"}, ValueError, "on_error: got 'ignore', expected 'raise' or 'warn'"),
+    "buffer too small": ({"buffer_bytes": 79}, ValueError, r"buffer_bytes: got 79, .* at least 80\b"),
+    "buffer for a larger tail": ({"buffer_bytes": 80, "replay_acked": 20}, ValueError, r"at least 176\b"),
+    "buffer 0": ({"buffer_bytes": 0}, ValueError, "buffer_bytes: got 0"),
+    "buffer float": ({"buffer_bytes": 1e6}, TypeError, "buffer_bytes: got 1000000.0"),
+    "replay_acked": ({"replay_acked": -1}, ValueError, "replay_acked: got -1"),
+    "no number": ({"example": {"name": "x"}}, TypeError, r"example\['name'\]"),
+    "no bytes": ({"example": {"x": torch.zeros(0)}}, ValueError, "no bytes"),
+    **{f"window {n}": ({"max_inflight_msgs": n}, ValueError, f"max_inflight_msgs: got {n}") for n in (0, -1)},
+    **{f"window {n}": ({"max_inflight_msgs": n}, TypeError, f"max_inflight_msgs: got {n!r}") for n in (1.5, True, "8")},
+    **{f"{n} < 0": ({n: -1}, ValueError, f"{n}: got -1") for n in ("connect_timeout", "stall_timeout")},
+    **{f"{n} NaN": ({n: math.nan}, ValueError, f"{n}: got nan") for n in ("connect_timeout", "stall_timeout")},
+    **{f"{n} str": ({n: "1"}, TypeError, f"{n}: got '1'") for n in ("connect_timeout", "stall_timeout")},
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_refused_at_once(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        EchoSink("nowhere.invalid", 1, **{"example": EXAMPLE, **options})
+
+
+@pytest.mark.parametrize("timeout", [-1, math.nan, "1", True])
+def test_bad_timeouts_of_calls_are_refused_and_do_no_harm(timeout: Any) -> None:
+    script = Script()
+    with Peer(script) as peer, sink_for(peer, replay_tail=False) as sink:
+        sink.send(batch(1))
+        for call in (lambda t: sink.send(batch(2), timeout=t), lambda t: sink.wait(t), lambda t: sink.close(t)):
+            with pytest.raises((TypeError, ValueError), match="timeout: got"):
+                call(timeout)
+        sink.close()
+        assert script.heard() == [1]
+
+
+def test_the_port_is_checked_before_it_is_dialled() -> None:
+    with pytest.raises(ValueError, match="port: got 65536"):
+        EchoSink("127.0.0.1", 65536, EXAMPLE).connect()
+
+
+@pytest.mark.parametrize("options", [{"example": EXAMPLE}, {}], ids=["example", "from_batch"])
+def test_select_makes_the_samples(options: dict[str, Any]) -> None:
+    """Of what is sent and, with `from_batch`, of the batch that serves as the example."""
+    script = Script()
+    yields = [torch.tensor([[1.5, 2], [2.5, 3]]), {"name": ["a", "b"]}]
+    with Peer(script) as peer:
+        make = EchoSink if options else EchoSink.from_batch
+        with make(peer.host, peer.port, *(options.values() or [yields]), select=second, replay_tail=False) as sink:
+            sink.send(yields)
+        assert script.heard() == [2, 3]
+
+
+def second(batch_and_names: Any) -> Any:
+    return {"index": batch_and_names[0][:, 1].long()}
+
+
+@pytest.mark.parametrize(
+    "first",
+    [batch(1, 2), batch(1), batch(), {"index": np.array([1, 2])}, {"index": torch.tensor([4])[[0, 0]]}],
+    ids=["two", "one", "none", "numpy", "copy"],
+)
+def test_from_batch_takes_one_sample_of_it(first: Any) -> None:
+    """Whatever its size, 0 included; other sizes may be sent."""
+    script = Script()
+    with Peer(script) as peer:
+        with EchoSink.from_batch(peer.host, peer.port, first, replay_tail=False) as sink:
+            sink.send(batch(5, 6, 7))
+            sink.send({"index": 8})
+        assert script.heard() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("bad", "path"),
+    [
+        ({"x": torch.zeros(2), "y": 3}, "batch['y']"),
+        ([torch.zeros(2), {"y": torch.tensor(1.0)}], "batch[1]['y']"),
+        ({"n": np.float32(1)}, "batch['n']"),
+    ],
+)
+def test_from_batch_names_a_leaf_without_a_batch_dimension(bad: Any, path: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(path) + r".*scalar.*expected \[B, \.\.\.\]"):
+        EchoSink.from_batch("nowhere.invalid", 1, bad)
+
+
+# Sending.
+
+
+def test_the_first_send_says_once_how_it_was_read(caplog: pytest.LogCaptureFixture) -> None:
+    """The common mistake is a batch given as the example, and this is where it shows."""
+    caplog.set_level(logging.INFO, "echo_torch")
+    with Peer(Script()) as peer:
+        for first, read in ((batch(1, 2, 3), "3 samples of"), ({"index": 1}, "one sample of")):
+            caplog.clear()
+            with sink_for(peer, replay_tail=False) as sink:
+                sink.send(first)
+                sink.send(batch(1))
+            told = [record for record in caplog.records if "first batch" in record.message]
+            assert [record.name.split(".")[0] for record in told] == ["echo_torch"]
+            assert f"127.0.0.1:{peer.port}" in told[0].message
+            assert f"{read} {{['index']: torch.int64 []}}" in told[0].message
+
+
+def test_batched_says_it_outright() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        with sink_for(peer, replay_tail=False) as sink:
+            sink.send(batch(1, 2), batched=True)
+            sink.send({"index": 3}, batched=False)
+            for wrong, batched in ((batch(1), False), ({"index": 1}, True)):
+                with pytest.raises(SpecMismatchError, match=r"batch\['index'\]: got"):
+                    sink.send(wrong, batched=batched)
+        assert script.heard() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"index": torch.zeros(3)}, {"other": 1}, {"index": "1"}, {"index": torch.zeros(3, 2, dtype=torch.int64)}],
+    ids=["dtype", "structure", "str", "shape"],
+)
+def test_a_refused_batch_sends_nothing_and_the_next_goes_through(bad: Any) -> None:
+    script = Script()
+    with Peer(script) as peer:
+        with sink_for(peer, replay_tail=False) as sink:
+            sink.send(batch(1))
+            with pytest.raises((SpecMismatchError, TypeError), match="batch"):
+                sink.send(bad)
+            assert sink.stats().samples_sent == 1
+            sink.send(batch(2, 3))
+        assert script.heard() == [1, 2, 3]
+
+
+def test_an_empty_batch_sends_nothing() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        with sink_for(peer) as sink:
+            sink.send(batch())
+            sink.wait()
+            assert sink.stats().samples_sent == 0
+        assert script.heard() == []
+
+
+def test_the_window_is_at_most_8_mib_of_payload() -> None:
+    """Of 1 MiB samples, 8 are un-acked at a time, whatever `max_inflight_msgs` is; each ack lets one more through."""
+    mib = 1 << 20
+    full, silence = threading.Semaphore(0), threading.Semaphore(0)
+    more: list[bool] = []
+
+    def script(line: Line) -> None:
+        line.greet(np.zeros(mib, np.uint8))
+        for samples in (8, 1, 1):
+            line.hear(samples * mib)
+            full.release()
+            assert silence.acquire(timeout=PATIENCE_S)
+            more.append(bool(select.select([line.sock], [], [], 0)[0]))
+            line.ack()
+
+    with Peer(script) as peer:
+        sink = sink_for(peer, example=np.zeros(mib, np.uint8), replay_acked=0)
+        sink.send(np.zeros((20, mib), np.uint8))
+        for _ in range(3):
+            assert full.acquire(timeout=PATIENCE_S)
+            with pytest.raises(DeliveryTimeoutError):
+                sink.wait(SHORT_S)
+            silence.release()
+        with pytest.raises(DeliveryTimeoutError):
+            sink.close(SHORT_S)
+    assert more == [False] * 3
+
+
+def test_a_sample_larger_than_the_window_goes_alone() -> None:
+    """The bound in bytes never stops a sample altogether."""
+    size = 9 << 20
+    script = Script()
+    script.example = {"x": np.zeros(size, np.uint8)}
+    with Peer(script) as peer:
+        with sink_for(peer, example=script.example, replay_acked=0) as sink:
+            sink.send({"x": np.ones((3, size), np.uint8)})
+            sink.wait()
+            assert sink.stats().samples_acked == 3
+        assert script.ended.acquire(timeout=PATIENCE_S)
+        assert len(script.lines[0].received) == 3 * size
+
+
+# Counting.
+
+
+def test_stats_count_samples_and_bytes() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        sink = sink_for(peer)
+        sink.send(batch(*range(20)))
+        sink.send({"index": 1})
+        sink.wait()
+        expected = SinkStats(21, 21 * SIZE, 21, 21 * SIZE, 0, 0, 0.0)
+        assert sink.stats() == expected
+        sink.close()
+        assert sink.stats() == expected  # what close sent once more does not count
+        assert len(script.heard()) == 21 + 8
+
+
+def test_stats_of_what_is_not_acked() -> None:
+    script = Acks(3)
+    with Peer(script) as peer:
+        sink = sink_for(peer)
+        sink.send(batch(*range(5)))
+        assert script.acked.wait(PATIENCE_S)
+        with pytest.raises(DeliveryTimeoutError) as caught:
+            sink.wait(SHORT_S)
+        assert caught.value.unacked == 2
+        stats = sink.stats()
+        assert (stats.samples_sent, stats.samples_acked, stats.bytes_acked, stats.in_flight) == (5, 3, 3 * SIZE, 2)
+        with pytest.raises(DeliveryTimeoutError):
+            sink.close(0)
+
+
+def test_blocked_seconds_and_rows_accepted_when_a_peer_withholds_acks() -> None:
+    """A batch that does not fit into the ring is taken in part, and the error says how much of it."""
+    with Peer(Silent()) as peer:
+        sink = sink_for(peer, **rows(10))
+        sink.send(batch(1, 2))
+        assert sink.stats().blocked_seconds == 0
+        with pytest.raises(DeliveryTimeoutError) as caught:
+            sink.send(batch(*range(25)), timeout=SHORT_S)
+        assert (caught.value.rows_accepted, caught.value.unacked) == (8, 10)
+        assert sink.stats().blocked_seconds >= SHORT_S
+        assert (sink.stats().samples_sent, sink.stats().in_flight) == (10, 10)
+        with pytest.raises(DeliveryTimeoutError) as caught:
+            sink.send({"index": 1}, timeout=0)
+        assert caught.value.rows_accepted == 0
+        with pytest.raises(DeliveryTimeoutError):
+            sink.close(0)
+
+
+def test_a_send_that_timed_out_is_taken_up_where_it_stopped() -> None:
+    """`rows_accepted` is what a caller needs to send the rest, once."""
+    go = threading.Event()
+
+    class Late(Script):
+        def converse(self, line: Line) -> None:
+            assert go.wait(PATIENCE_S)
+            super().converse(line)
+
+    script = Late()
+    with Peer(script) as peer:
+        with sink_for(peer, replay_tail=False, **rows(10)) as sink:
+            with pytest.raises(DeliveryTimeoutError) as caught:
+                sink.send(batch(*range(25)), timeout=SHORT_S)
+            go.set()
+            sink.send(batch(*range(25)[caught.value.rows_accepted :]))
+        assert script.heard() == list(range(25))
+
+
+def test_stall_timeout_is_no_end() -> None:
+    """It names itself and the samples, in every call that waits, and delivery goes on."""
+    script = Acks(2, wait=True)
+    with Peer(script) as peer:
+        with sink_for(peer, stall_timeout=SHORT_S, replay_tail=False) as sink:
+            sink.send(batch(1, 2))
+            for _ in range(2):
+                with pytest.raises(DeliveryTimeoutError, match=r"stall_timeout.*2 samples un-acked") as caught:
+                    sink.wait()
+                assert caught.value.unacked == 2
+            script.go.set()
+            assert script.acked.wait(PATIENCE_S)
+            sink.wait()
+        assert script.heard() == [1, 2]
+
+
+# Tee.
+
+
+def test_tee_sends_each_batch_before_it_is_handed_on_and_waits_at_the_end() -> None:
+    script = Script()
+    loader = [batch(1, 2), batch(3), batch(4, 5, 6)]
+    with Peer(script) as peer:
+        sink = sink_for(peer, replay_tail=False)
+        tee = sink.tee(loader)
+        assert len(tee) == 3
+        sent = []
+        for index, passed in enumerate(tee):
+            assert passed is loader[index]
+            sent.append(sink.stats().samples_sent)
+        assert sent == [2, 3, 6]
+        assert sink.stats().samples_acked == 6
+        assert [len(passed["index"]) for passed in tee] == [2, 1, 3]
+        sink.close()
+        assert script.heard() == [1, 2, 3, 4, 5, 6] * 2
+
+
+def test_tee_left_early_has_sent_what_was_handed_on_and_waits_for_nothing() -> None:
+    with Peer(Silent()) as peer:
+        sink = sink_for(peer)
+        for passed in sink.tee(iter([batch(1, 2), batch(3)])):
+            assert len(passed["index"]) == 2
+            break
+        assert (sink.stats().samples_sent, sink.stats().in_flight) == (2, 2)
+        with pytest.raises(DeliveryTimeoutError):
+            sink.close(0)
+
+
+def test_tee_has_a_length_only_if_the_loader_has() -> None:
+    with pytest.raises(TypeError, match="len"):
+        len(EchoSink("nowhere.invalid", 1, EXAMPLE).tee(iter([])))
+
+
+# A peer that is gone.
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_raise_tells_every_call_from_the_first_failure() -> None:
+    """Sticky, and with the counts; a `close` after that has nothing new to say."""
+    with Peer(Leaves(hears=5, acks=2)) as peer:
+        sink = sink_for(peer)
+        sink.send(batch(*range(5)))
+        with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}.*3 samples un-acked") as first:
+            sink.wait()
+        assert first.value.unacked == 3
+        for _ in range(2):
+            with pytest.raises(ConnectionClosedError, match="3 samples un-acked") as caught:
+                sink.send(batch(1, 2))
+            assert (caught.value.unacked, caught.value.rows_accepted) == (3, 0)
+            assert caught.value.__cause__ is first.value.__cause__
+        stats = sink.stats()
+        assert (stats.samples_sent, stats.samples_acked, stats.in_flight, stats.dropped) == (5, 2, 3, 0)
+        sink.close()
+
+
+def test_rows_accepted_when_the_peer_goes_in_the_middle_of_a_batch() -> None:
+    with Peer(Leaves(hears=10)) as peer:
+        sink = sink_for(peer, **rows(10))
+        with pytest.raises(ConnectionClosedError) as caught:
+            sink.send(batch(*range(25)))
+        assert (caught.value.rows_accepted, caught.value.unacked) == (10, 10)
+        sink.close()
+
+
+def test_close_is_the_first_to_say_that_samples_were_lost() -> None:
+    """If no other call has; and then not again."""
+    with Peer(Leaves(hears=2)) as peer:
+        sink = sink_for(peer)
+        sink.send(batch(1, 2))
+        with pytest.raises(ConnectionClosedError) as caught:
+            sink.close()
+        assert caught.value.unacked == 2
+        sink.close()
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_warn_logs_the_loss_once_drops_and_counts(caplog: pytest.LogCaptureFixture) -> None:
+    """`wait` and `close` raise nothing either: a run doesn't die because the learner ended first."""
+    with Peer(Leaves(hears=2, acks=1)) as peer:
+        sink = sink_for(peer, on_error="warn")
+        sink.send(batch(1, 2))
+        sink.wait()
+        for _ in range(3):
+            sink.send(batch(1, 2, 3))
+        sink.send({"index": 1})
+        sink.wait()
+        stats = sink.stats()
+        assert (stats.samples_sent, stats.samples_acked, stats.in_flight, stats.dropped) == (2, 1, 1, 10)
+        sink.close()
+        assert sink.stats() == stats
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert warnings[0].name.startswith("echo_torch")
+    assert f"127.0.0.1:{peer.port}" in warnings[0].getMessage()
+
+
+def test_warn_counts_the_part_of_a_batch_that_was_not_accepted() -> None:
+    with Peer(Leaves(hears=10)) as peer:
+        sink = sink_for(peer, on_error="warn", **rows(10))
+        sink.send(batch(*range(25)))
+        assert (sink.stats().samples_sent, sink.stats().dropped) == (10, 15)
+        sink.close()
+
+
+def test_warn_is_about_the_peer_and_not_about_the_data_or_a_closed_sink() -> None:
+    with Peer(Script()) as peer:
+        sink = sink_for(peer, on_error="warn")
+        with pytest.raises(SpecMismatchError):
+            sink.send({"other": 1})
+        sink.send(batch(1))
+        sink.close()
+        with pytest.raises(ConnectionClosedError, match="closed"):
+            sink.send(batch(1))
+        assert sink.stats().dropped == 0
+
+
+def test_warn_still_raises_when_a_timeout_passes() -> None:
+    """A learner that is slow is not gone."""
+    with Peer(Silent()) as peer:
+        sink = sink_for(peer, on_error="warn")
+        sink.send(batch(1))
+        for call in (sink.wait, sink.close):
+            with pytest.raises(DeliveryTimeoutError):
+                call(SHORT_S)
+
+
+# Closing.
+
+
+@pytest.mark.parametrize(
+    ("sent", "options"),
+    [
+        (1, {}),
+        (3, {}),
+        (8, {}),
+        (9, {}),
+        (100, {}),
+        (6, rows(10)),
+        (100, rows(10)),
+        (1, rows(20, replay=13)),
+        (7, {"replay_acked": 1}),
+        (7, {"replay_acked": 0}),
+    ],
+    ids=repr,
+)
+def test_close_sends_exactly_the_tail_once_more(sent: int, options: dict[str, Any]) -> None:
+    """`replay_acked` further payloads: the last samples, in order, cycled if there were fewer."""
+    script = Script()
+    replay = options.get("replay_acked", 8)
+    with Peer(script) as peer:
+        sink = sink_for(peer, **options)
+        sink.send(batch(*range(sent)))
+        sink.close()
+        kept = list(range(sent))[max(0, sent - replay) :]
+        assert script.heard() == list(range(sent)) + [kept[i % len(kept)] for i in range(replay)]
+        assert sink.stats().samples_sent == sink.stats().samples_acked == sent
+
+
+@pytest.mark.parametrize("options", [{"replay_tail": False}, {"replay_acked": 0}], ids=repr)
+def test_close_sends_no_tail_when_told_not_to(options: dict[str, Any]) -> None:
+    script = Script()
+    with Peer(script) as peer:
+        with sink_for(peer, **options) as sink:
+            sink.send(batch(1, 2, 3))
+        assert script.heard() == [1, 2, 3]
+
+
+def test_close_without_samples_sends_no_tail() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        with sink_for(peer):
+            pass
+        assert script.heard() == []
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_close_is_idempotent_and_send_after_it_raises() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        sink = sink_for(peer)
+        sink.send(batch(1, 2))
+        for _ in range(3):
+            sink.close()
+        with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}.*closed"):
+            sink.send(batch(3))
+        sink.wait()
+        assert len(script.heard()) == 2 + 8
+        assert len(script.lines) == 1
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_close_on_a_peer_that_never_acks_gives_up_in_time() -> None:
+    """With the count; nothing is left behind, which the fixtures see, and a second `close` has nothing to say."""
+    with Peer(Silent()) as peer:
+        sink = sink_for(peer)
+        sink.send(batch(*range(5)))
+        with pytest.raises(DeliveryTimeoutError, match="5 samples un-acked") as caught:
+            sink.close(SHORT_S)
+        assert caught.value.unacked == 5
+        sink.close(SHORT_S)
+
+
+@pytest.mark.parametrize("options", [{}, rows(10)], ids=["all of it packed", "a part of it packed"])
+def test_a_tail_that_is_not_acked_is_not_counted_as_sent(options: dict[str, Any]) -> None:
+    """`close` says that it was not done, while the counts stay those of `send`."""
+    with Peer(Acks(8)) as peer:
+        sink = sink_for(peer, **options)
+        sink.send(batch(*range(8)))
+        with pytest.raises(DeliveryTimeoutError):
+            sink.close(SHORT_S)
+        assert sink.stats().samples_sent == 8
+
+
+def test_leaving_a_with_block_closes() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        with sink_for(peer, replay_tail=False) as sink:
+            sink.send(batch(1, 2))
+        assert script.heard() == [1, 2]
+        with pytest.raises(ConnectionClosedError):
+            sink.send(batch(3))
+
+
+def leave_by_exception(sink: EchoSink) -> None:
+    with sink:
+        sink.send(batch(1, 2))
+        raise KeyError("mine")
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_the_exception_of_a_with_block_is_never_masked(caplog: pytest.LogCaptureFixture) -> None:
+    """Even when closing fails too: that goes to the log."""
+    with Peer(Leaves(hears=2)) as peer:
+        with pytest.raises(KeyError, match="mine"):
+            leave_by_exception(sink_for(peer))
+        assert any("KeyError" in record.getMessage() and "un-acked" in record.getMessage() for record in caplog.records)
+
+
+def test_a_with_block_left_by_an_exception_delivers_what_was_sent() -> None:
+    script = Script()
+    with Peer(script) as peer:
+        with pytest.raises(KeyError, match="mine"):
+            leave_by_exception(sink_for(peer, replay_tail=False))
+        assert script.heard() == [1, 2]
+
+
+# Other clients.
+
+
+def test_a_subclass_of_our_client_is_used_as_ours() -> None:
+    """With blocks of samples and all options, and not sample by sample."""
+    made: list[Any] = []
+
+    class Mine(TcpClient):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            made.append(options)
+            super().__init__(*args, **options)
+
+    script = Script()
+    with Peer(script) as peer:
+        with sink_for(peer, client=Mine, connect_timeout=7.0) as sink:
+            sink.send(batch(1, 2))
+        assert len(script.heard()) == 2 + 8
+        assert made[0]["connect_timeout"] == 7.0
+
+
+class Fragile:
+    """A client that only one thread may use at a time, and that says when two do; its peer is gone after ``lives``."""
+
+    def __init__(self, lives: int = 1000) -> None:
+        self.lives = lives
+        self.inside = 0
+        self.overlap = threading.Event()
+
+    def send(self, data: Any) -> None:
+        if not self.lives:
+            raise BrokenPipeError("gone")
+        self.lives -= 1
+        self.inside += 1
+        if self.inside > 1:
+            self.overlap.set()
+        self.overlap.wait(SHORT_S)  # long enough for another thread to come in, if it is let
+        self.inside -= 1
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_foreign_client_is_used_by_one_thread_at_a_time() -> None:
+    """The sink is thread-safe; the stock client, for one, mixes the bytes of samples that two threads send."""
+    client = Fragile()
+    sink = EchoSink("nowhere", 1, EXAMPLE, client=lambda *_: client)
+    threads = [threading.Thread(target=sink.send, args=({"index": 1},)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sink.close()
+    assert not client.overlap.is_set()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_errors_of_a_foreign_client_are_translated(on_error: Any) -> None:
+    client = Fragile(lives=2)
+    client.overlap.set()
+    sink = EchoSink("learner", 7, EXAMPLE, client=lambda *_: client, on_error=on_error)
+    if on_error == "warn":
+        sink.send(batch(1, 2, 3, 4, 5))
+        assert sink.stats().dropped == 3
+    else:
+        with pytest.raises(ConnectionClosedError, match=r"learner:7: gone.*2 samples un-acked") as caught:
+            sink.send(batch(1, 2, 3, 4, 5))
+        assert (caught.value.rows_accepted, caught.value.unacked) == (2, 2)
+        assert isinstance(caught.value.__cause__, BrokenPipeError)
+    assert (sink.stats().samples_sent, sink.stats().in_flight) == (2, 2)
+    sink.close()
+    assert sink.stats().in_flight == 0
