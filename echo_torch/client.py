@@ -18,9 +18,10 @@ from .connection import Connection
 from .deadline import Deadline, check_timeout
 from .dial import dial, hang_up, peer_name
 from .errors import SpecMismatchError
+from .leaves import Array
 from .pack import columns, filler
 from .ring import Ring
-from .spec import Array, SampleSpec, check_numpy, flatten
+from .spec import SampleSpec, check_numpy, flatten
 
 _log = logging.getLogger(__name__)
 

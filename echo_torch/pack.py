@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from .connection import Fill
-from .spec import Array, Leaf
+from .leaves import Array, Leaf
 
 
 def columns(buffer: memoryview, rows: int, row_bytes: int, leaves: Iterable[Leaf]) -> tuple[Array, ...]:

@@ -5,8 +5,6 @@ The wire knows nothing but item sizes, so every leaf of every batch is checked h
 * The wire order is optree's: dict keys sorted, OrderedDict and sequences in their own order, ``None`` dropped.
 * Leaves match by key path: mappings of any type are interchangeable, and so are list, tuple and namedtuple. Whatever
   order a batch has its keys in, its leaves travel in the example's order.
-* No value is ever cast. A Python scalar has the dtype that ``default_collate`` would give it.
-* dtypes that numpy lacks (bfloat16, complex32, the float8 types) travel as unsigned integers of their size.
 """
 
 from __future__ import annotations
@@ -17,74 +15,16 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import optree
-import torch
 
 from .errors import SpecMismatchError
+from .leaves import ARRAY_TYPES, OPAQUE, Array, Leaf, as_array, dtypes_of, how_to_cast, shape_of
 from .wire import WireLeaf
-
-Array = npt.NDArray[Any]
 
 # How many structures of batches are remembered; a loader yields one or two, and a fresh one each time is no leak.
 _MAX_STRUCTURES = 64
 # How many wrong leaves an error names.
 _MAX_NAMED = 8
-
-# Stands for values of a wrong dtype: no leaf has this one.
-_NOT_SENT = np.array(None, dtype=object)
-_ARRAY_TYPES = (torch.Tensor, np.ndarray, np.generic, bool, int, float, complex)
-_SCALAR_DTYPES: dict[type, torch.dtype] = {
-    bool: torch.bool,
-    int: torch.int64,
-    float: torch.float64,
-    complex: torch.complex128,
-}
-_UNSIGNED: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
-
-
-def _dtype_pairs() -> dict[torch.dtype, np.dtype[Any]]:
-    """How each dense torch dtype travels."""
-    pairs: dict[torch.dtype, np.dtype[Any]] = {}
-    names = ["bfloat16", "complex32", *(name for name in dir(torch) if name.startswith("float8_"))]
-    for name in names:
-        dtype: torch.dtype = getattr(torch, name)
-        pairs[dtype] = _UNSIGNED[dtype.itemsize]
-    shared = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
-    for name in shared.split():
-        pairs[getattr(torch, name)] = np.dtype(name)
-    return pairs
-
-
-_TRAVELS_AS = _dtype_pairs()
-_TORCH_OF = {dtype: tensor for tensor, dtype in _TRAVELS_AS.items() if str(tensor) == f"torch.{dtype}"}
-
-_OPAQUE = _TRAVELS_AS.keys() - _TORCH_OF.values()
-
-
-class Leaf(NamedTuple):
-    """One array of a sample."""
-
-    path: str
-    """As one would index the sample: ``['obs']['camera']``; empty if the sample is this one array."""
-    key: tuple[Hashable, ...]
-    """The path, alike for containers that are interchangeable."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype | np.dtype[Any]
-    """The dtype of the values; a torch dtype where torch has it."""
-    travels_as: np.dtype[Any]
-    """The numpy dtype of the bytes on the wire and at the learner."""
-    offset: int
-    """Where the leaf starts in a sample's payload, in bytes."""
-    opaque: bool
-    """Whether numpy lacks the dtype, so that only its bytes travel."""
-
-    @property
-    def wire(self) -> WireLeaf:
-        return WireLeaf(self.travels_as.itemsize, self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.dtype} {list(self.shape)}" if self.path else f"{self.dtype} {list(self.shape)}"
 
 
 class Match(NamedTuple):
@@ -116,9 +56,9 @@ class SampleSpec:
         offset = 0
         leaves = []
         for leaf, key, path in zip(flat, keys, paths, strict=True):
-            dtype, travels_as = _dtypes_of(leaf, f"example{path}")
-            shape = tuple(np.shape(leaf))
-            leaves.append(Leaf(path, key, shape, dtype, travels_as, offset, dtype in _OPAQUE))
+            dtype, travels_as = dtypes_of(leaf, f"example{path}")
+            shape = shape_of(leaf)
+            leaves.append(Leaf(path, key, shape, dtype, travels_as, offset, dtype in OPAQUE))
             offset += leaves[-1].wire.nbytes
         self.leaves = tuple(leaves)
         self.payload_size = offset
@@ -210,20 +150,20 @@ class SampleSpec:
 
     def _refuse(self, flat: Sequence[Any], batched: bool | None) -> NoReturn:
         """Raise the error that names every wrong leaf."""
-        shapes = [tuple(np.shape(value)) for value in flat]
+        shapes = [shape_of(value) for value in flat]
         # One leaf with a batch dimension makes it a batch, in which the leaves without one are the mistake.
-        stacked = any(s[1:] == leaf.shape and s for s, leaf in zip(shapes, self.leaves, strict=True))
+        stacked = any(len(shape) == len(leaf.shape) + 1 for shape, leaf in zip(shapes, self.leaves, strict=True))
         stacked = stacked if batched is None else batched
         problems = []
         sizes: dict[int, str] = {}
         for value, shape, leaf in zip(flat, shapes, self.leaves, strict=True):
             path = self.root + leaf.path
-            dtype = _dtypes_of(value, path)[0]
+            dtype = dtypes_of(value, path)[0]
             got = f"{path}: got {dtype} {list(shape)}, expected {leaf.dtype} {_expected_shape(leaf, batched)}"
             if dtype != leaf.dtype:
-                problems.append(f"{got}; {_cast(value, leaf.dtype)}")
+                problems.append(f"{got}; {how_to_cast(value, leaf.dtype)}")
             elif len(shape) != len(leaf.shape) + stacked or shape[int(stacked) :] != leaf.shape:
-                problems.append(f"{got}{_reshape(leaf, shape, stacked)}")
+                problems.append(f"{got}; {_how_to_reshape(leaf, shape, stacked)}")
             elif stacked:
                 sizes.setdefault(shape[0], path)
         if len(sizes) > 1:
@@ -253,7 +193,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves and treespec, after containers that optree takes for leaves have been made into dicts."""
     leaves, treespec = optree.tree_flatten(tree)
     for leaf in leaves:
-        if not isinstance(leaf, _ARRAY_TYPES) and _opened(leaf) is not leaf:
+        if not isinstance(leaf, ARRAY_TYPES) and _opened(leaf) is not leaf:
             leaves, treespec = optree.tree_flatten(optree.tree_map(_open_all, tree))
             break
     return leaves, treespec
@@ -282,62 +222,6 @@ def _keys_and_paths(treespec: Any) -> tuple[list[tuple[Hashable, ...]], list[str
     return keys, paths
 
 
-def as_array(value: Any, leaf: Leaf, root: str) -> Array:
-    """``value`` as a numpy array in which it travels, without a copy where that is possible.
-
-    Its shape is not looked at. A value of another dtype than the leaf's never comes out in the dtype of the leaf.
-
-    Raises:
-        TypeError: no dense array of numbers.
-    """
-    if isinstance(value, torch.Tensor):
-        if value.dtype is leaf.dtype:
-            return _numpy_view(value, leaf, root)
-    elif isinstance(value, np.ndarray):
-        if not leaf.opaque:
-            return value
-    elif not leaf.opaque and isinstance(value, _ARRAY_TYPES):
-        return np.asarray(value, _dtypes_of(value, root + leaf.path)[1])
-    _dtypes_of(value, root + leaf.path)
-    return np.broadcast_to(_NOT_SENT, tuple(np.shape(value)))
-
-
-def _numpy_view(tensor: torch.Tensor, leaf: Leaf, root: str) -> Array:
-    """The tensor's values on the host; detached, conj and neg bits resolved."""
-    try:
-        if leaf.opaque:
-            tensor = tensor.view(_TORCH_OF[leaf.travels_as])
-        return tensor.numpy(force=True)
-    except (TypeError, RuntimeError, NotImplementedError) as error:
-        raise TypeError(f"{root}{leaf.path}: {_kind(tensor)} cannot be sent: {error}") from None
-
-
-def _dtypes_of(value: Any, path: str) -> tuple[torch.dtype | np.dtype[Any], np.dtype[Any]]:
-    """The dtype of a leaf's values, and the one in which they travel.
-
-    Raises:
-        TypeError: no dense array of numbers.
-    """
-    if isinstance(value, torch.Tensor):
-        if value.layout is not torch.strided or value.is_meta or value.dtype not in _TRAVELS_AS:
-            raise TypeError(f"{path}: got {_kind(value)}, expected a dense tensor that holds values")
-        return value.dtype, _TRAVELS_AS[value.dtype]
-    if type(value) in _SCALAR_DTYPES:
-        dtype = _SCALAR_DTYPES[type(value)]
-        return dtype, _TRAVELS_AS[dtype]
-    if not isinstance(value, (np.ndarray, np.generic)):
-        remedy = "encode it as numbers, or leave it out with select="
-        raise TypeError(f"{path}: got {type(value).__name__}, expected a tensor, numpy array or number; {remedy}")
-    if value.dtype.hasobject:
-        raise TypeError(f"{path}: got numpy dtype {value.dtype}, which holds references and no values")
-    return _TORCH_OF.get(value.dtype, value.dtype), value.dtype
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    layout = "" if tensor.layout is torch.strided else f"{tensor.layout} "
-    return f"{layout}{tensor.dtype} {type(tensor).__name__} on {tensor.device}"
-
-
 def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
     single, stacked = f"{list(leaf.shape)}", "[" + ", ".join(["B", *map(str, leaf.shape)]) + "]"
     if batched is None:
@@ -345,24 +229,12 @@ def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
     return stacked if batched else single
 
 
-def _cast(value: Any, dtype: torch.dtype | np.dtype[Any]) -> str:
-    """How to convert a value, in the words of the library it is from."""
-    if isinstance(dtype, np.dtype):
-        return f"convert with np.asarray(x, '{dtype}')"
-    if isinstance(value, torch.Tensor):
-        return f"convert with .to({dtype})"
-    if dtype in _OPAQUE:
-        return f"send a tensor of {dtype}"
-    name = _TRAVELS_AS[dtype].name
-    return f"convert with .astype('{name}')" if isinstance(value, np.ndarray) else f"convert with np.{name}(x)"
-
-
-def _reshape(leaf: Leaf, shape: tuple[int, ...], batched: bool) -> str:
+def _how_to_reshape(leaf: Leaf, shape: tuple[int, ...], batched: bool) -> str:
     if batched and len(shape) == len(leaf.shape):
-        return "; a batch needs it once per sample: .expand(B, ...)"
+        return "a batch needs it once per sample: .expand(B, ...)"
     if len(shape) == len(leaf.shape) + batched:
-        return "; pad or crop all samples to the example's shape"
-    return ""
+        return "pad or crop all samples to the example's shape"
+    return "reshape it; or is the example not one sample?"
 
 
 def _listing(what: str, problems: list[str]) -> str:

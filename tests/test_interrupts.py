@@ -155,7 +155,7 @@ def test_interrupted_waits(interrupts: Interrupts) -> None:
 
 
 def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descriptors: None) -> None:
-    """The peer never acks, so `close` is in its flush when it is struck. The next one frees everything; neither hangs."""
+    """The peer never acks, so `close` is struck in its flush. The next one frees everything; neither hangs."""
 
     def silent(line: Line) -> None:
         line.greet({"x": np.zeros(4, np.int64)})

@@ -1,0 +1,160 @@
+"""One leaf of a sample: which values can be sent, in which dtype they travel, and how they get into numpy.
+
+* No value is ever cast. A Python scalar has the dtype that ``default_collate`` would give it.
+* dtypes that numpy lacks (bfloat16, complex32, the float8 types) travel as unsigned integers of their size.
+* What has no fixed dense values (strings, objects; sparse, nested, quantised, meta tensors) is refused by path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .wire import WireLeaf
+
+Array = npt.NDArray[Any]
+DType = torch.dtype | np.dtype[Any]
+
+# Stands for values of a wrong dtype: no leaf has this one.
+_NOT_SENT = np.array(None, dtype=object)
+ARRAY_TYPES = (torch.Tensor, np.ndarray, np.generic, bool, int, float, complex)
+_SCALAR_DTYPES: dict[type, torch.dtype] = {
+    bool: torch.bool,
+    int: torch.int64,
+    float: torch.float64,
+    complex: torch.complex128,
+}
+_UNSIGNED: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+
+
+def _dtype_pairs() -> dict[torch.dtype, np.dtype[Any]]:
+    """How each dense torch dtype travels."""
+    pairs: dict[torch.dtype, np.dtype[Any]] = {}
+    names = ["bfloat16", "complex32", *(name for name in dir(torch) if name.startswith("float8_"))]
+    for name in names:
+        dtype: torch.dtype = getattr(torch, name)
+        pairs[dtype] = _UNSIGNED[dtype.itemsize]
+    shared = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
+    for name in shared.split():
+        pairs[getattr(torch, name)] = np.dtype(name)
+    return pairs
+
+
+_TRAVELS_AS = _dtype_pairs()
+_TORCH_OF = {dtype: tensor for tensor, dtype in _TRAVELS_AS.items() if str(tensor) == f"torch.{dtype}"}
+
+OPAQUE = _TRAVELS_AS.keys() - _TORCH_OF.values()
+
+
+class Leaf(NamedTuple):
+    """One array of a sample."""
+
+    path: str
+    """As one would index the sample: ``['obs']['camera']``; empty if the sample is this one array."""
+    key: tuple[Hashable, ...]
+    """The path, alike for containers that are interchangeable."""
+    shape: tuple[int, ...]
+    dtype: DType
+    """The dtype of the values; a torch dtype where torch has it."""
+    travels_as: np.dtype[Any]
+    """The numpy dtype of the bytes on the wire and at the learner."""
+    offset: int
+    """Where the leaf starts in a sample's payload, in bytes."""
+    opaque: bool
+    """Whether numpy lacks the dtype, so that only its bytes travel."""
+
+    @property
+    def wire(self) -> WireLeaf:
+        return WireLeaf(self.travels_as.itemsize, self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.dtype} {list(self.shape)}" if self.path else f"{self.dtype} {list(self.shape)}"
+
+
+def as_array(value: Any, leaf: Leaf, root: str) -> Array:
+    """``value`` as a numpy array in which it travels, without a copy where that is possible.
+
+    Its shape is not looked at. A value of another dtype than the leaf's never comes out in the dtype of the leaf.
+
+    Raises:
+        TypeError: no dense array of numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.dtype is leaf.dtype:
+            return _numpy_view(value, leaf, root)
+    elif isinstance(value, np.ndarray):
+        if not leaf.opaque:
+            return value
+    elif not leaf.opaque and isinstance(value, ARRAY_TYPES):
+        try:
+            return np.asarray(value, dtypes_of(value, root + leaf.path)[1])
+        except OverflowError as error:
+            raise TypeError(f"{root}{leaf.path}: got {value}, expected {leaf.dtype}: {error}") from None
+    dtypes_of(value, root + leaf.path)
+    return np.broadcast_to(_NOT_SENT, shape_of(value))
+
+
+def _numpy_view(tensor: torch.Tensor, leaf: Leaf, root: str) -> Array:
+    """The tensor's values on the host; detached, conj and neg bits resolved."""
+    try:
+        if not leaf.opaque:
+            return tensor.numpy(force=True)
+        return tensor.detach().resolve_conj().resolve_neg().view(_TORCH_OF[leaf.travels_as]).numpy(force=True)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        dtypes_of(tensor, root + leaf.path)
+        raise TypeError(f"{root}{leaf.path}: got {_kind(tensor)}, which has no numpy view: {error}") from None
+
+
+def dtypes_of(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
+    """The dtype of a leaf's values, and the one in which they travel.
+
+    Raises:
+        TypeError: no dense array of numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or value.is_nested or value.is_meta or value.dtype not in _TRAVELS_AS:
+            raise TypeError(f"{path}: got {_kind(value)}, expected a dense tensor that holds values{_densely(value)}")
+        return value.dtype, _TRAVELS_AS[value.dtype]
+    if type(value) in _SCALAR_DTYPES:
+        dtype = _SCALAR_DTYPES[type(value)]
+        return dtype, _TRAVELS_AS[dtype]
+    if not isinstance(value, (np.ndarray, np.generic)):
+        remedy = "encode it as numbers, or leave it out with select="
+        raise TypeError(f"{path}: got {type(value).__name__}, expected a tensor, numpy array or number; {remedy}")
+    if value.dtype.hasobject or value.dtype.kind in "SU":
+        raise TypeError(f"{path}: got numpy dtype {value.dtype}, expected numbers; encode it, or leave it out")
+    return _TORCH_OF.get(value.dtype, value.dtype), value.dtype
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    return tuple(np.shape(value))
+
+
+def _densely(tensor: torch.Tensor) -> str:
+    if tensor.is_nested:
+        return "; pad it with .to_padded_tensor(0.0)"
+    if tensor.is_quantized:
+        return "; send .int_repr(), or .dequantize() it"
+    return "; convert with .to_dense()" if tensor.layout is not torch.strided else ""
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    nested = "nested " if tensor.is_nested else ""
+    layout = "" if tensor.layout is torch.strided else f"{tensor.layout} "
+    return f"{nested}{layout}{tensor.dtype} {type(tensor).__name__} on {tensor.device}"
+
+
+def how_to_cast(value: Any, dtype: DType) -> str:
+    """How to convert a value, in the words of the library it is from."""
+    if isinstance(dtype, np.dtype):
+        return f"convert with np.asarray(x, '{dtype}')"
+    if isinstance(value, torch.Tensor):
+        return f"convert with .to({dtype})"
+    if dtype in OPAQUE:
+        return f"send a tensor of {dtype}"
+    name = _TRAVELS_AS[dtype].name
+    return f"convert with .astype('{name}')" if isinstance(value, np.ndarray) else f"convert with np.{name}(x)"
