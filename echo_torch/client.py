@@ -58,7 +58,9 @@ class TcpClient:
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
         buffer_bytes: host memory for samples not yet acked; by default ``max_inflight_msgs`` samples. With more,
             `send` and `send_rows` run ahead of the window.
-        replay_acked: how many acked samples are kept in the buffer for ``close(replay_tail=True)``.
+        replay_acked: how many acked samples are kept in the buffer.
+        replay_tail: whether `close` sends the last ``replay_acked`` samples once more, so that the server cannot
+            discard samples that it acked and still has queued when the connection ends.
         retry_refused: while nobody listens at the address yet, try again until ``connect_timeout``.
 
     Raises:
@@ -82,6 +84,7 @@ class TcpClient:
         stall_timeout: float | None = 1800.0,
         buffer_bytes: int | None = None,
         replay_acked: int = 0,
+        replay_tail: bool = False,
         retry_refused: bool = False,
     ) -> None:
         check_numpy(data_sample)
@@ -98,7 +101,8 @@ class TcpClient:
             self._spec.check_server(theirs, self._peer)
             buffer = np.empty(rows * size, np.uint8).data
             self._columns = columns(buffer, rows, size, self._spec.leaves)
-            self._connection = Connection(sock, self._peer, Ring(buffer, size, replay), window, stall_timeout)
+            ring = Ring(buffer, size, replay)
+            self._connection = Connection(sock, self._peer, ring, window, stall_timeout, replay_tail)
         except BaseException:
             hang_up(sock)
             raise
@@ -151,30 +155,28 @@ class TcpClient:
         """
         self._connection.wait(Deadline(timeout))
 
-    def close(self, timeout: float | None = CLOSE_TIMEOUT_S, *, replay_tail: bool = False) -> None:
+    def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver what was sent, then end the connection; idempotent, and leaves no thread and no open descriptor.
 
         Args:
             timeout: most seconds for what is un-acked.
-            replay_tail: send the last ``replay_acked`` samples once more, so that the server cannot discard samples
-                that it acked and still has queued when the connection ends.
 
         Raises:
             DeliveryTimeoutError: samples were un-acked when the time was up. Closed all the same.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
-        self._connection.close(Deadline(timeout), tail=replay_tail)
+        self._connection.close(Deadline(timeout))
 
     @property
     def in_flight(self) -> int:
         """Samples that were sent and are not acked, as far as is known without waiting."""
         self._connection.refresh()
-        return self._connection.ring.unacked
+        return self._connection.unacked
 
     @property
     def sent(self) -> int:
         """Samples that were accepted since the client was made; a tail sent again does not count."""
-        return self._connection.ring.packed - self._connection.tail_rows
+        return self._connection.sent
 
     @property
     def blocked_seconds(self) -> float:
@@ -203,7 +205,7 @@ class TcpClient:
 
 def _with_payload_size(error: SpecMismatchError, data: Any, expected: int) -> SpecMismatchError:
     """The same error, opening with the sizes if they differ, as the stock client words it."""
-    got = sum(np.asarray(leaf).nbytes for leaf in flatten(data)[0])
+    got = sum(leaf.nbytes if hasattr(leaf, "nbytes") else np.asarray(leaf).nbytes for leaf in flatten(data)[0])
     return error if got == expected else SpecMismatchError(f"Payload size {got} != expected {expected}: {error}")
 
 

@@ -1,12 +1,11 @@
 """One connection: a ring of rows, a socket, and the one thread that sees to both.
 
-* The I/O lock guards the socket, ``ring.written`` and ``ring.acked``. Its holder pumps: reads acks, writes rows. The
-  I/O thread pumps whenever the socket has something to say; a caller pumps for small work when the lock is free, which
-  spares a thread switch. Nobody blocks while holding it. Lock order: ``ring.turn``, then the I/O lock, then the
-  wake-up lock; no two are ever held at once but the last two.
-* A caller may be the main thread, which Ctrl-C can interrupt after any call. So what a system call did is recorded by
-  the C code that made it (`_record`), and taken into the counters by plain assignments that nothing can come between.
-  A pump that was broken off is completed by the next one, which comes within `HEARTBEAT_S`.
+* The I/O lock guards the pump: the socket, ``ring.written`` and ``ring.acked``. The I/O thread pumps whenever the
+  socket has something to say; a caller pumps for small work when the lock is free, which spares a thread switch.
+  Nobody blocks while holding it. Of the three locks (``ring.turn``, the I/O lock, the wake-up's) no two are held at
+  once, but the wake-up's inside the I/O lock.
+* An interrupt (Ctrl-C) may break off whatever the main thread does here; `HEARTBEAT_S` later at the latest, the I/O
+  thread makes good what that left undone.
 * A signal handler, or a finaliser, that runs inside a pump or a packing of its own thread is turned away with a
   RuntimeError: it can neither go on nor wait for itself.
 * The first failure is kept; it wakes everybody, and every later call raises from it.
@@ -25,15 +24,15 @@ import select
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .deadline import Deadline
 from .dial import hang_up
 from .errors import ConnectionClosedError, DeliveryTimeoutError
+from .pump import Pump
 from .ring import Ring
-from .wire import check_acks
+from .wakeup import WakeUp
 
 _log = logging.getLogger(__name__)
 
@@ -51,19 +50,6 @@ FAREWELL_S = 5.0
 CALLER_WRITE_BYTES = 64 * 1024
 # One system call's worth for the I/O thread, in bytes: large enough for calls not to count, small enough for the lock.
 THREAD_WRITE_BYTES = 1024 * 1024
-# Acks read by one system call, in bytes, one each.
-ACK_BYTES = 64 * 1024
-# How many acks must lie in the kernel before the I/O thread is woken, while somebody waits for them: they come one
-# byte a segment, and a wake-up for each costs more than the sample did. No more than this share of the window, though:
-# with half a window of 32, a server's queue ran dry and its threads slept for milliseconds.
-EAGER_ACKS = 16
-EAGER_SHARE = 8
-# The same while nobody waits, as a share of the window. Callers read them in passing before that many are there.
-LAZY_SHARE = 2
-CALLER_SHARE = 4
-
-_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
-
 Fill = Callable[[int, int, int], None]
 """``fill(slot, first, rows)`` packs a batch's rows from ``first`` on into the ring's from ``slot`` on."""
 
@@ -77,38 +63,37 @@ class Connection:
         ring: rows of the size that the server expects.
         window: most rows written and un-acked.
         stall_timeout: seconds without progress after which waiting calls raise; None for ever.
+        replay_tail: whether, as the last thing, the ring's ``replay`` last rows are written once more. That pushes all
+            rows before them out of the server's queue, which it may discard when a connection ends.
     """
 
-    def __init__(self, sock: socket.socket, peer: str, ring: Ring, window: int, stall_timeout: float | None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        ring: Ring,
+        window: int,
+        stall_timeout: float | None,
+        replay_tail: bool,
+    ) -> None:
         self.peer = peer
         self.ring = ring
-        self.window = window
         self.stall_timeout = stall_timeout
         self.blocked_seconds = 0.0
-        self.tail_rows = 0
         self.failure: ConnectionClosedError | None = None
         self.abandoned = False
+        self._replay_tail = replay_tail
+        self._tail_from: int | None = None  # where the rows that are written once more begin
         self._pid = os.getpid()
-        self._sock = sock
+        self._line = Pump(sock, ring, window)
         self._io = threading.RLock()
         self._pumper = 0  # the thread that pumps; 0 for none
         self._packer = 0  # the thread that packs; 0 for none
-        self._partial = 0  # bytes of row `written` that are written
-        self._full = False  # the socket's buffer is
-        self._sent: deque[int] = deque()
-        self._received: deque[int] = deque()
-        self._acks = bytearray(ACK_BYTES)
-        self._ack_mark = 1
-        self._progress_at = time.monotonic()
-        self._warned_at = self._progress_at
+        self._warned_at = self._line.progress_at
         self._failure_told = False
         self._stop = False
         self._farewell: Deadline | None = None
-        self._kicked = False
-        self._wake_lock = threading.RLock()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
+        self._wake_up = WakeUp()
         self._thread = threading.Thread(target=self._run, name=f"echo_torch {peer}", daemon=True)
         _live.add(self)
         try:
@@ -123,6 +108,16 @@ class Connection:
     def closed(self) -> bool:
         """Whether no more rows are accepted."""
         return self.ring.refusing or self.failure is not None or self._pid != os.getpid()
+
+    @property
+    def sent(self) -> int:
+        """Rows that were accepted; those written once more at the end do not count."""
+        return self.ring.packed if self._tail_from is None else self._tail_from
+
+    @property
+    def unacked(self) -> int:
+        """Rows that were accepted and are not acked, as far as is known."""
+        return max(0, self.sent - self.ring.acked)
 
     def send_rows(self, rows: int, fill: Fill, deadline: Deadline) -> None:
         """Put ``rows`` rows into the ring, waiting for room; ``fill`` is called for each run of them that fits.
@@ -146,16 +141,11 @@ class Connection:
 
     def refresh(self) -> None:
         """Take note of acks that have arrived, if that can be done at once."""
-        if self._pid == os.getpid() and self._pumper != threading.get_ident():
-            self._try_pump(ack_reading=True)
+        if self._pid == os.getpid() and self.failure is None:
+            self._nudge()
 
-    def close(self, deadline: Deadline, *, tail: bool = False) -> None:
-        """Deliver what is packed, then end thread and socket, in any case.
-
-        Args:
-            deadline: for the delivery; ending takes no time.
-            tail: write the ring's ``replay`` last rows once more, which pushes all rows before them out of the
-                server's queue (it may discard what is queued when a connection ends).
+    def close(self, deadline: Deadline) -> None:
+        """Deliver what is packed, and the tail again, until the deadline; then end thread and socket, in any case.
 
         Raises:
             ConnectionClosedError: the connection had failed with rows un-acked, and no call has said so yet.
@@ -165,19 +155,17 @@ class Connection:
             self._disown()
             return
         self._enter("close")
-        tail = tail and not self.ring.refusing
         try:
             self.ring.refuse()
             if self.failure is None:
                 self._wait_for("close", self.ring.packed, deadline)
-                if tail:
-                    self._pack_tail(deadline)
-                    self._wait_for("close", self.ring.packed, deadline)
+                self._pack_tail(deadline)
+                self._wait_for("close", self.ring.packed, deadline)
             elif self.ring.unacked and not self._failure_told:
                 self._raise_failure("close")
         finally:
             self._stop = True
-            self._kick()
+            self._wake_up.kick()
             if threading.current_thread() is not self._thread:
                 self._thread.join()
 
@@ -229,20 +217,21 @@ class Connection:
                 self._packer = 0
 
     def _pack_tail(self, deadline: Deadline) -> None:
-        """Pack the last ``replay`` rows once more; all of them if there were fewer, in cycles."""
+        """Pack the last ``replay`` rows once more, or all of them in cycles if there were fewer; only once."""
         ring, size = self.ring, self.ring.row_bytes
-        kept = min(ring.replay, ring.packed)
-        oldest = ring.packed - kept
+        period = min(ring.replay, ring.packed)
+        if not self._replay_tail or not period:
+            return
+        self._replay_tail = False
+        self._tail_from = ring.packed
 
         def copy(slot: int, first: int, rows: int) -> None:
-            for row in range(rows):
-                source = (oldest + (first + row) % kept) % ring.capacity * size
-                target = (slot + row) * size
-                ring.buffer[target : target + size] = ring.buffer[source : source + size]
+            """Each row from ``period`` rows before it, which are never released yet."""
+            for target in range(slot, slot + rows):
+                source = (target - period) % ring.capacity
+                ring.buffer[target * size : (target + 1) * size] = ring.buffer[source * size : (source + 1) * size]
 
-        if kept:
-            self._accept("close", ring.replay, copy, deadline)
-            self.tail_rows = ring.replay
+        self._accept("close", ring.replay, copy, deadline)
 
     def _wait_for_room(self, call: str, rows: int, deadline: Deadline) -> None:
         """Wait for a good part of the ring at once: a wake-up for every row would cost more than the rows."""
@@ -266,10 +255,12 @@ class Connection:
                 if ring.acked >= threshold:
                     return
                 self._check_open(call)
-                patience = self._patience()
-                if deadline.expired or patience <= 0:
+                if deadline.expired or self._patience() <= 0:
+                    self._look()
+                    if ring.acked >= threshold:
+                        return
                     self._raise_timeout(call, deadline)
-                waiter.park(min(deadline.remaining(), patience, WAITER_HEARTBEAT_S))
+                waiter.park(min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S))
             finally:
                 ring.forget(waiter)
 
@@ -277,12 +268,9 @@ class Connection:
         """Seconds until nothing will have been acked for ``stall_timeout``."""
         if self.stall_timeout is None:
             return float("inf")
-        if not self._in_the_air():
+        if not self._line.in_the_air:
             return self.stall_timeout
-        return self._progress_at + self.stall_timeout - time.monotonic()
-
-    def _in_the_air(self) -> bool:
-        return self.ring.written > self.ring.acked or self._partial > 0
+        return self._line.progress_at + self.stall_timeout - time.monotonic()
 
     def _check_open(self, call: str) -> None:
         if self.failure is not None:
@@ -294,19 +282,21 @@ class Connection:
         failure = self.failure
         assert failure is not None
         self._failure_told = True
-        message = f"{failure}; {call}() with {self.ring.unacked} samples un-acked"
+        message = f"{failure}; {call}() with {self.unacked} samples un-acked"
         raise self._counted(type(failure)(message)) from failure
 
     def _raise_timeout(self, call: str, deadline: Deadline) -> NoReturn:
-        unacked = self.ring.unacked
         if deadline.expired:
             what = f"{call}() not done within {deadline.timeout:g} s"
         else:
             what = f"nothing was acked for {self.stall_timeout:g} s (stall_timeout)"
-        raise self._counted(DeliveryTimeoutError(f"{self.peer}: {what}; {unacked} samples un-acked, delivery goes on"))
+        if self._tail_from is not None and not self.unacked:
+            what += f"; the last samples, sent once more, are not acked: up to {self.ring.replay} may be lost"
+        text = f"{self.peer}: {what}; {self.unacked} samples un-acked"
+        raise self._counted(DeliveryTimeoutError(text if call == "close" else f"{text}, delivery goes on"))
 
     def _counted(self, error: Any) -> Any:
-        error.unacked = self.ring.unacked
+        error.unacked = self.unacked
         return error
 
     # Between callers and the I/O thread.
@@ -314,123 +304,53 @@ class Connection:
     def _push(self) -> None:
         """See that rows just packed get written: here and now if they are few, else by the thread."""
         ring = self.ring
-        if self._full:
+        if self._line.full:
             return  # the thread waits for the socket to take more
         pending = (ring.packed - ring.written) * ring.row_bytes
-        few = pending <= CALLER_WRITE_BYTES or ring.written - ring.acked >= self.window
-        if not (few and self._try_pump()) or self._full or self._writable():
-            self._kick()
+        few = pending <= CALLER_WRITE_BYTES or ring.written - ring.acked >= self._line.window
+        if not (few and self._try_pump()) or self._line.full or self._line.writable:
+            self._wake_up.kick()
 
     def _nudge(self) -> None:
-        """Read the acks that are there, and have the next ones looked out for."""
-        if not self._try_pump(ack_reading=True):
-            self._kick()
+        """Read the acks that are there, write what they let through, and have the next ones looked out for."""
+        if not self._try_pump(read_acks=True) or self._line.full or self._line.writable:
+            self._wake_up.kick()
 
-    def _writable(self) -> bool:
-        """Whether there are rows to write that the window lets through."""
-        return self.ring.written < min(self.ring.packed, self.ring.acked + self.window)
+    def _look(self) -> None:
+        """Read the acks that are there, waiting for whoever pumps to be done with it."""
+        with self._io:
+            if self.failure is None and not self._pumper:
+                self._pump(True, CALLER_WRITE_BYTES)
 
-    def _try_pump(self, ack_reading: bool = False) -> bool:
+    def _try_pump(self, read_acks: bool = False) -> bool:
         """Pump if the I/O lock is free; gives whether it was."""
         lock = self._io
         try:
             if not lock.acquire(False):
                 return False
             if self.failure is None and not self._pumper:
-                self._pump(ack_reading, CALLER_WRITE_BYTES)
+                self._pump(read_acks, CALLER_WRITE_BYTES)
             lock.release()
             return True
         except BaseException:
-            # Interrupted anywhere above: the lock may be ours or not, and an RLock knows.
-            with contextlib.suppress(RuntimeError):
+            # Interrupted anywhere above: the lock may be ours or not, and an RLock knows. Nothing that a second
+            # interrupt could strike comes before its release.
+            try:  # noqa: SIM105
                 lock.release()
+            except RuntimeError:
+                pass
             raise
 
-    def _kick(self) -> None:
-        """Wake the I/O thread, unless it has been and has not looked yet."""
-        if self._kicked:
-            return
-        self._kicked = True
-        with self._wake_lock, contextlib.suppress(OSError):  # closed, or full of wake-ups
-            self._wake_write.send(b"\0")
-
-    # Pumping: with the I/O lock held.
-
-    def _pump(self, ack_reading: bool, write_bytes: int) -> None:
+    def _pump(self, read_acks: bool, write_bytes: int) -> None:
+        """With the I/O lock held."""
         try:
             self._pumper = threading.get_ident()
-            self._take_acks()
-            self._take_sent()
-            if ack_reading or (self.ring.written - self.ring.acked) * CALLER_SHARE >= self.window:
-                self._read_acks()
-            if not self._full:
-                self._write_rows(write_bytes)
-            self._set_ack_mark()
+            self._line.run(read_acks, write_bytes, self.ring.waited_for or self.abandoned)
         except OSError as error:
             self._fail(error)
         finally:
             self._pumper = 0
         self.ring.wake()
-
-    def _read_acks(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            _record(self._received, self._sock.recv_into, (self._acks,))
-            self._take_acks()
-
-    def _take_acks(self) -> None:
-        received = self._received
-        if not received:
-            return
-        count = received[0]
-        if count == 0:
-            raise ConnectionClosedError("the peer closed the connection")
-        check_acks(self._acks, count, self.ring.written - self.ring.acked)
-        self._progress_at = time.monotonic()
-        # Nothing comes between the next two lines: see the module's rules.
-        self.ring.acked = self.ring.acked + count
-        received.clear()
-
-    def _write_rows(self, max_bytes: int) -> None:
-        """Write what the window lets through: at most about ``max_bytes``, or until the socket is full."""
-        ring = self.ring
-        while max_bytes > 0 and self._writable():
-            limit = min(ring.packed, ring.acked + self.window)
-            view = ring.written_view(self._partial, limit, max_bytes)
-            try:
-                _record(self._sent, self._sock.send, (view,), (_NO_SIGNAL,))
-            except BlockingIOError:
-                self._full = True
-                return
-            except OSError:
-                self._read_acks()  # the peer may have acked before it hung up
-                raise
-            max_bytes -= self._take_sent()
-
-    def _take_sent(self) -> int:
-        sent = self._sent
-        if not sent:
-            return 0
-        if not self._in_the_air():
-            self._progress_at = time.monotonic()
-        count = sent[0]
-        total = self._partial + count
-        # Nothing comes between the next three lines: see the module's rules.
-        self.ring.written = self.ring.written + total // self.ring.row_bytes
-        self._partial = total % self.ring.row_bytes
-        sent.clear()
-        return count
-
-    def _set_ack_mark(self) -> None:
-        """Say how many acks must have come before the thread is woken; see EAGER_ACKS."""
-        ring = self.ring
-        if ring.waited_for or ring.packed > ring.written or self.abandoned:
-            mark = max(1, min(EAGER_ACKS, self.window // EAGER_SHARE, ring.written - ring.acked))
-        else:
-            mark = max(1, self.window // LAZY_SHARE)
-        if mark != self._ack_mark:
-            with contextlib.suppress(OSError):  # not on this platform: a wake-up for every ack
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
-            self._ack_mark = mark
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure, wake everybody, and let the thread end."""
@@ -443,22 +363,20 @@ class Connection:
             self.failure = failure
         self.ring.stop()
         if threading.current_thread() is not self._thread:
-            self._kick()
+            self._wake_up.kick()
 
     # The I/O thread.
 
     def _run(self) -> None:
         try:
             poller = select.poll()
-            poller.register(self._wake_read, select.POLLIN)
+            poller.register(self._wake_up.reader, select.POLLIN)
             writable = True
             while (nap := self._pass(writable)) is not None:
-                poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._full else 0))
+                poller.register(self._line.sock, select.POLLIN | (select.POLLOUT if self._line.full else 0))
                 events = dict(poller.poll(nap * 1000))
-                writable = bool(events.get(self._sock.fileno(), 0) & ~select.POLLIN)
-                if self._wake_read.fileno() in events:
-                    with contextlib.suppress(BlockingIOError):
-                        self._wake_read.recv(64)
+                writable = bool(events.get(self._line.sock.fileno(), 0) & ~select.POLLIN)
+                self._wake_up.seen(self._wake_up.reader.fileno() in events)
         except BaseException as error:  # whatever ends this thread is what every caller is told
             self._fail(error)
             if not isinstance(error, Exception):
@@ -470,27 +388,26 @@ class Connection:
     def _pass(self, writable: bool) -> float | None:
         """One look at everything; gives how many seconds it may be until the next, or None when it is time to end."""
         with self._io:
-            self._kicked = False
             if self._stop or self.failure is not None:
                 return None
             if writable:
-                self._full = False
+                self._line.full = False
             self._pump(True, THREAD_WRITE_BYTES)
         self._warn_of_stall()
         if self._said_farewell():
             return None
-        return 0.0 if self._writable() and not self._full else HEARTBEAT_S
+        return 0.0 if self._line.writable and not self._line.full else HEARTBEAT_S
 
     def _warn_of_stall(self) -> None:
         now = time.monotonic()
-        silence = now - self._progress_at
-        if self.ring.waited_for and self._in_the_air() and min(silence, now - self._warned_at) >= STALL_WARNING_S:
+        silence = now - self._line.progress_at
+        if self.ring.waited_for and self._line.in_the_air and min(silence, now - self._warned_at) >= STALL_WARNING_S:
             self._warned_at = now
             _log.warning(
                 "%s: nothing acked for %.0f s, %d samples un-acked; is the learner draining?",
                 self.peer,
                 silence,
-                self.ring.unacked,
+                self.unacked,
             )
 
     def _said_farewell(self) -> bool:
@@ -501,6 +418,10 @@ class Connection:
             self._farewell = Deadline(FAREWELL_S)
         if self.ring.unacked and not self._farewell.expired:
             return False
+        if self._replay_tail and not self.ring.unacked:
+            with contextlib.suppress(ConnectionClosedError, DeliveryTimeoutError):
+                self._pack_tail(self._farewell)
+            return not self.ring.unacked
         if self.ring.unacked:
             _log.warning("%s: client dropped with %d samples un-acked", self.peer, self.ring.unacked)
         return True
@@ -511,25 +432,15 @@ class Connection:
             if self.failure is None:
                 self.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
                 self._failure_told = True
-            hang_up(self._sock)
-        with self._wake_lock:
-            self._wake_read.close()
-            self._wake_write.close()
+            hang_up(self._line.sock)
+        self._wake_up.close()
         self.ring.stop()
         _live.discard(self)
 
     def _disown(self) -> None:
         """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
-        for inherited in (self._sock, self._wake_read, self._wake_write):
-            inherited.close()
-
-
-def _record(log: deque[int], call: Callable[..., int], *args: tuple[Any]) -> None:
-    """Make a system call and append what it gives to ``log``, in one piece of C code that no interrupt can divide.
-
-    ``args`` holds each argument in a tuple of its own.
-    """
-    log.extend(map(call, *args))
+        self._line.sock.close()
+        self._wake_up.disown()
 
 
 _live: set[Connection] = set()

@@ -117,7 +117,8 @@ class Ring:
 
     def rows_free_at(self, rows: int) -> int:
         """The value of ``acked`` at which ``rows`` rows are free, as things stand now."""
-        return self.reserved + rows - self.capacity + self.replay
+        released = self.reserved + rows - self.capacity
+        return released + self.replay if released > 0 else 0
 
     def enlist(self, threshold: int) -> Waiter:
         """Announce a wait for ``acked`` to reach ``threshold``; look at ``acked`` once more before parking on it."""

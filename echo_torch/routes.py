@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Protocol
 
@@ -36,9 +37,8 @@ class Route(Protocol):
 class RingRoute:
     """Blocks of rows into a `TcpClient`."""
 
-    def __init__(self, client: TcpClient, replay_tail: bool) -> None:
+    def __init__(self, client: TcpClient) -> None:
         self._client = client
-        self._replay_tail = replay_tail
 
     @property
     def sent(self) -> int:
@@ -60,11 +60,11 @@ class RingRoute:
         self._client.wait(timeout)
 
     def close(self, timeout: float | None) -> None:
-        self._client.close(timeout, replay_tail=self._replay_tail)
+        self._client.close(timeout)
 
 
 class RowRoute:
-    """Sample after sample into any `Client`.
+    """Sample after sample into any `Client`, by one thread at a time: the stock client mixes the bytes of two.
 
     Such a client knows no timeouts: they are looked at between samples, and `wait` and `close` take as long as the
     client's do. What is delivered is what that client delivers.
@@ -74,6 +74,8 @@ class RowRoute:
         self._client = client
         self._spec = spec
         self._peer = peer
+        self._turn = threading.Lock()
+        self._closed = False
         self.sent = 0
         self.unacked = 0
         self.blocked_seconds = 0.0
@@ -83,13 +85,14 @@ class RowRoute:
         began = time.monotonic()
         done = 0
         try:
-            for done in range(match.rows):
-                if deadline.expired and done:
-                    raise DeliveryTimeoutError(f"{self._peer}: send() not done within {timeout:g} s")
-                leaves = [array[done, ...] for array in match.arrays] if match.batched else match.arrays
-                self._client.send(self._spec.unflatten(leaves))
-                self.sent += 1
-                self.unacked += 1
+            with self._turn:
+                for done in range(match.rows):
+                    if deadline.expired and done:
+                        raise DeliveryTimeoutError(f"{self._peer}: send() not done within {timeout:g} s")
+                    leaves = [array[done, ...] for array in match.arrays] if match.batched else match.arrays
+                    self._client.send(self._spec.unflatten(leaves))
+                    self.sent += 1
+                    self.unacked += 1
         except (ConnectionError, DeliveryTimeoutError) as error:
             raise self._translated(error, done) from error
         finally:
@@ -104,18 +107,19 @@ class RowRoute:
         self.unacked = self.sent - asked
 
     def close(self, timeout: float | None) -> None:
+        if self._closed:  # not every client's `wait` returns after its `close`
+            return
+        self._closed = True
         try:
-            self._client.wait()
-            self.unacked = 0
+            self.wait(timeout)
         finally:
             self._client.close()
 
     def _translated(self, error: Exception, done: int) -> ConnectionClosedError | DeliveryTimeoutError:
         """The client's error as one of ours, with the counts."""
-        kind = DeliveryTimeoutError if isinstance(error, DeliveryTimeoutError) else ConnectionClosedError
-        ours: ConnectionClosedError | DeliveryTimeoutError = kind(
-            f"{self._peer}: {error}; {self.unacked} samples un-acked"
-        )
+        text = f"{self._peer}: {error}; {self.unacked} samples un-acked"
+        late = isinstance(error, DeliveryTimeoutError)
+        ours = DeliveryTimeoutError(text) if late else ConnectionClosedError(text)
         ours.unacked = self.unacked
         ours.rows_accepted = done
         return ours

@@ -23,6 +23,7 @@ from .client import Client, TcpClient, check_count, close_after, ring_rows
 from .deadline import check_timeout
 from .dial import peer_name
 from .errors import ConnectionClosedError
+from .leaves import dtypes_of
 from .routes import RingRoute, Route, RowRoute
 from .spec import SampleSpec, flatten
 
@@ -66,7 +67,7 @@ class _Session:
         self.route: Route | None = None
         self.closed = False
         self.told = False  # how the first batch was read
-        self.warned = False  # that the learner is gone
+        self.gone = False  # the learner, and that was logged; with on_error="warn"
         self.dropped = 0
 
 
@@ -141,10 +142,12 @@ class EchoSink:
 
         Raises:
             ValueError: a leaf has no batch dimension.
+            TypeError: a leaf is no dense array of numbers.
         """
         select = options.get("select")
         leaves, treespec = flatten(batch if select is None else select(batch))
         for leaf, accessor in zip(leaves, treespec.accessors(), strict=True):
+            dtypes_of(leaf, accessor.codify("batch"))
             if np.ndim(leaf) == 0:
                 raise ValueError(f"{accessor.codify('batch')}: got a scalar, expected [B, ...]")
         return cls(host, port, optree.tree_unflatten(treespec, map(_one_of, leaves)), **options)
@@ -171,16 +174,22 @@ class EchoSink:
         Raises:
             SpecMismatchError: the batch differs from the example; names path, got, expected. Nothing was sent.
             TypeError: a leaf is no dense array of numbers. Nothing was sent.
-            ConnectionClosedError: closed, or the learner is gone (``on_error="raise"``).
+            ConnectionClosedError: closed, or the learner is gone.
             DeliveryTimeoutError: no room in time. Both carry ``rows_accepted``.
             OSError, HandshakeError: from connecting, as `connect`.
+
+        With ``on_error="warn"``, a learner that is gone, or refuses to be connected to, raises nothing.
         """
+        check_timeout("timeout", timeout)
         session = self._session()
         if self._select is not None:
             batch = self._select(batch)
         match = self._spec.match(batch, batched)
         if not session.told:
             self._tell_how_read(session, match.rows, match.batched)
+        if session.gone and not session.closed:
+            self._drop(session, match.rows)
+            return
         try:
             self._route(session).send(match, timeout)
         except ConnectionError as error:
@@ -195,6 +204,7 @@ class EchoSink:
             ConnectionClosedError: the connection ended before that (``on_error="raise"``).
             DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on.
         """
+        check_timeout("timeout", timeout)
         session = self._session()
         if session.route is None:
             return
@@ -217,6 +227,7 @@ class EchoSink:
             DeliveryTimeoutError: samples were un-acked when the time was up; ``unacked`` says how many.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
+        check_timeout("timeout", timeout)
         session = self._session()
         with session.lock:
             session.closed = True
@@ -239,8 +250,8 @@ class EchoSink:
         route, size = session.route, self._spec.payload_size
         if route is None:
             return SinkStats(0, 0, 0, 0, 0, session.dropped, 0.0)
-        unacked = route.unacked
-        sent = max(route.sent, unacked)
+        sent = route.sent
+        unacked = min(route.unacked, sent)  # some may be sent in between
         acked = sent - unacked
         return SinkStats(sent, sent * size, acked, acked * size, unacked, session.dropped, route.blocked_seconds)
 
@@ -294,9 +305,10 @@ class EchoSink:
                 stall_timeout=self._stall_timeout,
                 buffer_bytes=self._buffer_bytes,
                 replay_acked=self._replay_acked,
+                replay_tail=self._replay_tail,
                 retry_refused=True,
             )
-            return RingRoute(client, self._replay_tail)
+            return RingRoute(client)
         return RowRoute(self._make_client(self._host, self._port, sample, window), self._spec, self.peer)
 
     def _tell_how_read(self, session: _Session, rows: int, batched: bool) -> None:
@@ -304,12 +316,13 @@ class EchoSink:
         what = f"{rows} samples" if batched else "one sample"
         _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
 
-    def _drop(self, session: _Session, rows: int, error: ConnectionError) -> None:
+    def _drop(self, session: _Session, rows: int, error: ConnectionError | None = None) -> None:
+        """Count samples as dropped; with the first ``error``, log why."""
         with session.lock:
             session.dropped += rows
-            if session.warned:
+            if error is None or session.gone:
                 return
-            session.warned = True
+            session.gone = True
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
 
 

@@ -355,13 +355,13 @@ def test_a_greeting_that_stalls_anywhere_ends_at_the_deadline(count: int) -> Non
 
 
 def test_bytes_that_dribble_in_do_not_extend_the_deadline() -> None:
-    """This greeting would take a minute."""
+    """They keep coming, and the whole greeting takes at least 3 s."""
     left = threading.Event()
 
     def dribble(line: Line) -> None:
-        for byte in greeting([np.zeros((1,) * 60, np.uint8)] * 12):
+        for byte in greeting([np.zeros((1,) * 60, np.uint8)] * 30):
             line.say(bytes([byte]))
-            left.wait(0.02)
+            left.wait(0.0005)
 
     with Peer(dribble) as peer:
         with times_out(2 * SOON_S, "handshake not complete") as deadline:

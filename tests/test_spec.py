@@ -382,7 +382,9 @@ MISMATCHES: dict[str, tuple[Any, Any, str, str, str]] = {
     "rank": (torch.zeros(3), torch.zeros(5, 4, 3), "torch.float32 [5, 4, 3]", "torch.float32 [3] or [B, 3]", "."),
     "rank 0": (torch.zeros(3), torch.tensor(1.0), "torch.float32 []", "torch.float32 [3] or [B, 3]", "."),
     "shape of a sample": (torch.zeros(3), torch.zeros(2), "torch.float32 [2]", "torch.float32 [3]", "pad or crop"),
-    "shape of a batch": (torch.zeros(3), torch.zeros(5, 2), "torch.float32 [5, 2]", "torch.float32 [3] or [B, 3]", "pad or crop"),
+    "shape of a batch": (
+        torch.zeros(3), torch.zeros(5, 2), "torch.float32 [5, 2]", "torch.float32 [3] or [B, 3]", "pad or crop",
+    ),
     "swapped": (torch.zeros(2, 3), torch.zeros(3, 2), "torch.float32 [3, 2]", "torch.float32 [2, 3]", "pad or crop"),
     "torch": (
         torch.zeros(3, dtype=torch.uint8), torch.zeros(5, 3), "torch.float32 [5, 3]", "torch.uint8 [3] or [B, 3]",

@@ -1,0 +1,50 @@
+"""How other threads make the I/O thread, which sleeps in ``poll``, look up."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+
+
+class WakeUp:
+    """A pair of descriptors: one to poll, one to write to.
+
+    Callable from any thread and after `close`. The lock keeps a wake-up from being written to a descriptor that was
+    closed in between and may be somebody else's by now. An interrupt inside `kick` may lose that wake-up and those
+    that follow, until the sleeper wakes by itself and calls `seen`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._kicked = False
+        self.reader, self._writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def kick(self) -> None:
+        """Wake the sleeper, unless that was done and it has not looked since."""
+        if self._kicked:
+            return
+        self._kicked = True
+        with self._lock, contextlib.suppress(OSError):  # closed, or full of wake-ups
+            self._writer.send(b"\0")
+
+    def seen(self, readable: bool) -> None:
+        """From now on a kick wakes again; to be called whenever the sleeper wakes, before it looks at anything.
+
+        ``readable`` is whether ``poll`` found the reader so. If not, a kick may have been interrupted half-way.
+        """
+        self._kicked = False
+        if readable:
+            with contextlib.suppress(OSError):
+                self.reader.recv(64)
+
+    def close(self) -> None:
+        with self._lock:
+            self.disown()
+
+    def disown(self) -> None:
+        """Close a forked child's copies, which no other thread can be using, without the lock, which one may hold."""
+        self.reader.close()
+        self._writer.close()
