@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from .deadline import Deadline
+from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError, HandshakeError
 from .wire import Handshake, WireLeaf
 
@@ -69,7 +69,6 @@ def dial(
         pause = min(2 * pause, longest)
     try:
         leaves = _shake_hands(sock, peer, deadline)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         return sock, leaves
     except BaseException:
@@ -90,9 +89,11 @@ def _resolve(host: str, port: int, deadline: Deadline) -> Sequence[_Address]:
 
     threading.Thread(target=look_up, name=f"echo_torch resolve {host}", daemon=True).start()
     try:
-        answer = answers.get(timeout=None if deadline.timeout is None else deadline.remaining())
+        answer = answers.get(timeout=bounded_wait(deadline.remaining()))
     except queue.Empty:
         raise TimeoutError(f"{peer_name(host, port)}: name not resolved within {deadline.timeout:g} s") from None
+    if isinstance(answer, OSError):
+        raise _named(answer, peer_name(host, port))
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -112,36 +113,53 @@ def _lookup(host: str, port: int) -> Sequence[_Address]:
 
 
 def _connect(addresses: Sequence[_Address], peer: str, deadline: Deadline) -> socket.socket:
-    """Connect to the first address that answers; of several failures the first is raised."""
-    failure: OSError | None = None
+    """Connect to the first address that answers; of several failures the one that says most is raised."""
+    failures: list[OSError] = []
     for index, (family, address) in enumerate(addresses):
         left = deadline.remaining()
         share = left if index == len(addresses) - 1 else left * _PATIENCE
         try:
-            return _connect_one(family, address, None if deadline.timeout is None else share)
+            return _connect_one(family, address, share)
         except OSError as error:
-            # "Timed out" is what an address is worth only if no other had more to say.
-            if failure is None or isinstance(failure, TimeoutError):
-                failure = error
+            failures.append(error)
+    failure = max(failures, key=_telling)  # getaddrinfo gives at least one address or raises
     if isinstance(failure, TimeoutError):
         raise TimeoutError(f"{peer}: no connection within {deadline.timeout:g} s") from failure
-    assert failure is not None  # getaddrinfo gives at least one address or raises
+    if isinstance(failure, ConnectionResetError):  # just after it was made
+        raise ConnectionClosedError(f"{peer} broke the connection off before the handshake: {failure}") from failure
     raise _named(failure, peer)
 
 
-def _connect_one(family: socket.AddressFamily, address: Any, timeout: float | None) -> socket.socket:
+def _telling(failure: OSError) -> int:
+    """A refusal says that the host is there and may listen later, silence says nothing."""
+    return 2 if isinstance(failure, ConnectionRefusedError) else 0 if isinstance(failure, TimeoutError) else 1
+
+
+def _connect_one(family: socket.AddressFamily, address: Any, timeout: float) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # Zero would mean "do not wait" to the socket, which then says "in progress" instead of "timed out".
-        sock.settimeout(None if timeout is None else max(timeout, 1e-3))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(_socket_timeout(timeout))
         sock.connect(address)
-        # Loopback can join a port that nobody listens on to itself when it happens to be picked as the source.
-        if sock.getsockname() == sock.getpeername():
+        if _is_itself(sock):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself: nobody listens there")
         return sock
     except BaseException:
         sock.close()
         raise
+
+
+def _socket_timeout(seconds: float) -> float:
+    """What sockets take: not infinite, and not zero, which would mean not to wait but to say "in progress"."""
+    return max(bounded_wait(seconds), 1e-3)
+
+
+def _is_itself(sock: socket.socket) -> bool:
+    """Loopback joins a port that nobody listens on to itself when it happens to be picked as the source."""
+    try:
+        return bool(sock.getsockname() == sock.getpeername())
+    except OSError:  # hung up on already, as the handshake will find
+        return False
 
 
 def _named(failure: OSError, peer: str) -> OSError:
@@ -154,7 +172,7 @@ def _named(failure: OSError, peer: str) -> OSError:
 def _shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> tuple[WireLeaf, ...]:
     handshake = Handshake()
     while handshake.leaves is None:
-        sock.settimeout(None if deadline.timeout is None else max(deadline.remaining(), 1e-3))
+        sock.settimeout(_socket_timeout(deadline.remaining()))
         try:
             data = sock.recv(handshake.missing)
         except TimeoutError:
