@@ -14,14 +14,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .checks import check_count, check_timeout
 from .connection import Connection
-from .deadline import Deadline, check_timeout
+from .deadline import Deadline
 from .dial import dial, hang_up, peer_name
 from .errors import SpecMismatchError
 from .leaves import Array
 from .pack import columns, filler
 from .ring import Ring
-from .spec import SampleSpec, check_numpy, flatten
+from .spec import Match, SampleSpec, check_numpy, flatten
 
 _log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class TcpClient:
         check_timeout("stall_timeout", stall_timeout)
         size = self._spec.payload_size
         rows = ring_rows(size, buffer_bytes, replay) if buffer_bytes is not None else window + replay
+        window = min(window, rows)
         self._peer = peer_name(host, port)
         sock, theirs = dial(host, port, Deadline(connect_timeout), retry_refused=retry_refused)
         try:
@@ -103,10 +105,11 @@ class TcpClient:
             self._columns = columns(buffer, rows, size, self._spec.leaves)
             ring = Ring(buffer, size, replay)
             self._connection = Connection(sock, self._peer, ring, window, stall_timeout, replay_tail)
+            weakref.finalize(self, _abandon, self._connection).atexit = False
         except BaseException:
             hang_up(sock)
             raise
-        weakref.finalize(self, _abandon, self._connection).atexit = False
+        self._connection.start()
 
     def send(self, data: Any, *, timeout: float | None = None) -> None:
         """Send one sample; when it returns, ``data`` may be changed.
@@ -122,11 +125,18 @@ class TcpClient:
             ConnectionClosedError: closed, or the peer is gone.
             DeliveryTimeoutError: no room in time. Nothing was sent.
         """
-        try:
-            arrays = self._spec.match(data, batched=False).arrays
-        except SpecMismatchError as error:
-            raise _with_payload_size(error, data, self._spec.payload_size) from None
+        arrays = self._spec.numpy_leaves(data)
+        if arrays is None:
+            try:
+                arrays = self._spec.match(data, batched=False).arrays
+            except SpecMismatchError as error:
+                raise _with_payload_size(error, data, self._spec.payload_size) from None
         self._connection.send_rows(1, filler(self._columns, arrays, False), Deadline(timeout))
+
+    def send_match(self, match: Match, *, timeout: float | None = None) -> None:
+        """Send what `SampleSpec.match` made of a batch, for a spec of the same leaves; raises as `send_rows`."""
+        fill = filler(self._columns, match.arrays, match.batched)
+        self._connection.send_rows(match.rows, fill, Deadline(timeout))
 
     def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
         """Send a block of samples whose leaves were checked and stacked before.
@@ -139,8 +149,11 @@ class TcpClient:
             ValueError: an array has another shape or dtype. Nothing was sent.
             ConnectionClosedError, DeliveryTimeoutError: as `send`; ``rows_accepted`` says how many were taken.
         """
-        rows = len(arrays[0]) if arrays and arrays[0].ndim else 0
-        for array, leaf in zip(arrays, self._spec.leaves, strict=True):
+        leaves = self._spec.leaves
+        if len(arrays) != len(leaves):
+            raise ValueError(f"arrays: got {len(arrays)}, expected one for each of {len(leaves)} leaves")
+        rows = len(arrays[0])
+        for array, leaf in zip(arrays, leaves, strict=True):
             if array.shape != (rows, *leaf.shape) or array.dtype != leaf.travels_as:
                 expected = f"{leaf.travels_as} {[rows, *leaf.shape]}"
                 raise ValueError(f"arrays{leaf.path}: got {array.dtype} {list(array.shape)}, expected {expected}")
@@ -207,15 +220,6 @@ def _with_payload_size(error: SpecMismatchError, data: Any, expected: int) -> Sp
     """The same error, opening with the sizes if they differ, as the stock client words it."""
     got = sum(leaf.nbytes if hasattr(leaf, "nbytes") else np.asarray(leaf).nbytes for leaf in flatten(data)[0])
     return error if got == expected else SpecMismatchError(f"Payload size {got} != expected {expected}: {error}")
-
-
-def check_count(name: str, count: int, *, least: int) -> int:
-    """Give ``count`` back if it is a whole number of at least ``least``."""
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
-        raise TypeError(f"{name}: got {count!r}, expected a whole number")
-    if count < least:
-        raise ValueError(f"{name}: got {count!r}, expected at least {least}")
-    return int(count)
 
 
 def ring_rows(payload_size: int, buffer_bytes: int, replay_acked: int) -> int:

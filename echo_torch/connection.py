@@ -1,12 +1,13 @@
 """One connection: a ring of rows, a socket, and the one thread that sees to both.
 
-* The I/O lock guards the pump: the socket, ``ring.written`` and ``ring.acked``. The I/O thread pumps whenever the
-  socket has something to say; a caller pumps for small work when the lock is free, which spares a thread switch.
-  Nobody blocks while holding it. Of the three locks (``ring.turn``, the I/O lock, the wake-up's) no two are held at
-  once, but the wake-up's inside the I/O lock.
+* The I/O lock guards the pump: the socket, ``ring.written`` and ``ring.acked``. The I/O thread pumps as long as
+  rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch. When
+  everything is written, one of the callers that wait leads: it polls the socket itself, and wakes the others.
+  Nobody blocks while holding it. Of the locks (``ring.turn``, the I/O lock, the leader's, the wake-up's) no two are
+  held at once, but the wake-up's inside the I/O lock.
 * An interrupt (Ctrl-C) may break off whatever the main thread does here; `HEARTBEAT_S` later at the latest, the I/O
   thread makes good what that left undone.
-* A signal handler, or a finaliser, that runs inside a pump or a packing of its own thread is turned away with a
+* A signal handler, or a finaliser, that finds its own thread holding one of these locks is turned away with a
   RuntimeError: it can neither go on nor wait for itself.
 * The first failure is kept; it wakes everybody, and every later call raises from it.
 * The thread holds the connection but never the client, so a dropped client is collected; the connection then delivers
@@ -16,22 +17,24 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import logging
+import multiprocessing.util
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .deadline import Deadline
+from .deadline import Deadline, bounded_wait
 from .dial import hang_up
 from .errors import ConnectionClosedError, DeliveryTimeoutError
+from .locks import is_mine, release_if_mine
 from .pump import Pump
-from .ring import Ring
+from .ring import Fill, Ring
 from .wakeup import WakeUp
 
 _log = logging.getLogger(__name__)
@@ -39,8 +42,13 @@ _log = logging.getLogger(__name__)
 # Seconds after which the I/O thread looks at everything although nobody woke it: an upper bound on how long anything
 # that an interrupt broke off, or a dropped client, stays unnoticed. A pass costs some 30 us of CPU.
 HEARTBEAT_S = 1.0
-# The same for a caller who waits: it looks for itself, since acks fewer than EAGER_ACKS wake nobody.
+# The same for a caller who waits: it looks for itself, since acks fewer than WAITING_ACKS wake nobody.
 WAITER_HEARTBEAT_S = 0.05
+# Small rows may linger for this long to be written together, if the last write was as recent and acks are still out:
+# one system call costs as much as several samples.
+LINGER_S = 0.001
+LINGER_BYTES = 1024
+LINGER_SHARE = 4  # of the window
 # Seconds without an ack after which a wait is named in the log, and again after as many more.
 STALL_WARNING_S = 30.0
 # Seconds that a connection may go on delivering after its client was dropped, or at interpreter exit.
@@ -50,8 +58,9 @@ FAREWELL_S = 5.0
 CALLER_WRITE_BYTES = 64 * 1024
 # One system call's worth for the I/O thread, in bytes: large enough for calls not to count, small enough for the lock.
 THREAD_WRITE_BYTES = 1024 * 1024
-Fill = Callable[[int, int, int], None]
-"""``fill(slot, first, rows)`` packs a batch's rows from ``first`` on into the ring's from ``slot`` on."""
+# Whether `poll` tells of a peer that hung up without being asked for acks too. Where not, every ack wakes the thread.
+_TELLS_HANG_UP = hasattr(select, "POLLRDHUP")
+_HANG_UP = getattr(select, "POLLRDHUP", 0)
 
 
 class Connection:
@@ -84,23 +93,49 @@ class Connection:
         self.abandoned = False
         self._replay_tail = replay_tail
         self._tail_from: int | None = None  # where the rows that are written once more begin
+        self._end: int | None = None  # where the last row of all will end; known since the ring refuses others
         self._pid = os.getpid()
         self._line = Pump(sock, ring, window)
         self._io = threading.RLock()
-        self._pumper = 0  # the thread that pumps; 0 for none
-        self._packer = 0  # the thread that packs; 0 for none
+        self._lead_lock = threading.RLock()
+        self._listening = False  # whether the I/O thread polls for acks
+        self._lingering = False  # whether the I/O thread will look within LINGER_S
         self._warned_at = self._line.progress_at
         self._failure_told = False
         self._stop = False
         self._farewell: Deadline | None = None
         self._wake_up = WakeUp()
         self._thread = threading.Thread(target=self._run, name=f"echo_torch {peer}", daemon=True)
-        _live.add(self)
+        self._ended = threading.Lock()  # held while the thread runs
+
+    def start(self) -> None:
+        """Start the I/O thread, on which everything depends; until then, only memory and descriptors are held.
+
+        ``Thread.start`` waits in Python code that an interrupt can leave locked: so it is called on a thread of its
+        own, where none strikes, and waited for in C.
+        """
+        _flush_at_end_of_child()
+        started = threading.Lock()
+        outcome: list[BaseException] = []
+
+        def start_thread() -> None:
+            try:
+                self._thread.start()
+            except BaseException as error:
+                outcome.append(error)
+            started.release()
+
+        self._ended.acquire()
+        started.acquire()
         try:
-            self._thread.start()
+            _thread.start_new_thread(start_thread, ())
+            started.acquire()
         except BaseException:
-            self._tear_down()
+            self._stop = True  # if the thread runs, or will, this is all that it needs to end
             raise
+        if outcome:
+            self._tear_down()
+            raise outcome[0]
 
     # What callers do.
 
@@ -148,7 +183,8 @@ class Connection:
         """Deliver what is packed, and the tail again, until the deadline; then end thread and socket, in any case.
 
         Raises:
-            ConnectionClosedError: the connection had failed with rows un-acked, and no call has said so yet.
+            ConnectionClosedError: the connection had failed with rows un-acked, and no call has said so yet; or it
+                failed before the tail was acked.
             DeliveryTimeoutError: rows are un-acked at the deadline.
         """
         if self._pid != os.getpid():
@@ -156,18 +192,42 @@ class Connection:
             return
         self._enter("close")
         try:
-            self.ring.refuse()
+            end = self._refuse()
             if self.failure is None:
                 self._wait_for("close", self.ring.packed, deadline)
                 self._pack_tail(deadline)
-                self._wait_for("close", self.ring.packed, deadline)
+                self._wait_for("close", end, deadline)
             elif self.ring.unacked and not self._failure_told:
                 self._raise_failure("close")
         finally:
             self._stop = True
             self._wake_up.kick()
             if threading.current_thread() is not self._thread:
+                with self._ended:
+                    pass
                 self._thread.join()
+
+    def say_farewell(self) -> None:
+        """Have the I/O thread deliver what is packed, and the tail, and end, all by itself."""
+        self._refuse()
+        self.abandoned = True
+        self._wake_up.kick()
+
+    def join(self, deadline: Deadline) -> bool:
+        """Wait for the I/O thread to end; gives whether it did."""
+        if not self._ended.acquire(timeout=bounded_wait(deadline.remaining())):
+            return False
+        self._ended.release()
+        return True
+
+    def _refuse(self) -> int:
+        """Accept no more rows but the tail; gives where that ends."""
+        self.ring.refuse()
+        with self.ring.turn:
+            if self._end is None:
+                tail = self.ring.replay if self._replay_tail and self.ring.packed else 0
+                self._end = self.ring.packed + tail
+            return self._end
 
     def _enter(self, call: str) -> None:
         """Turn away whom this connection cannot serve: another process, or a signal handler inside a call of ours."""
@@ -175,8 +235,7 @@ class Connection:
             raise ConnectionClosedError(
                 f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
             )
-        me = threading.get_ident()
-        if self._pumper == me or self._packer == me:
+        if is_mine(self._io) or is_mine(self.ring.turn) or self._wake_up.is_mine:
             raise RuntimeError(
                 f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
                 "the same thread; raise an exception there (sys.exit) and flush outside"
@@ -200,30 +259,24 @@ class Connection:
 
     def _pack(self, call: str, want: int, fill: Fill, first: int) -> int:
         """Fill and count as many rows as are free in one run; gives how many."""
-        me = threading.get_ident()
         with self.ring.turn:
-            if self._packer == me:  # a signal handler struck since `_enter` looked
-                self._enter(call)
-            try:
-                self._packer = me
-                slot, rows = self.ring.free_run(want)
-                if rows:
+            slot, rows = self.ring.free_run(want)
+            if rows:
+                self._check_open(call)
+                fill(slot, first, rows)
+                if not self.ring.commit(rows, last=call == "close"):
                     self._check_open(call)
-                    fill(slot, first, rows)
-                    if not self.ring.commit(rows, last=call == "close"):
-                        self._check_open(call)
-                return rows
-            finally:
-                self._packer = 0
+            return rows
 
     def _pack_tail(self, deadline: Deadline) -> None:
         """Pack the last ``replay`` rows once more, or all of them in cycles if there were fewer; only once."""
         ring, size = self.ring, self.ring.row_bytes
         period = min(ring.replay, ring.packed)
-        if not self._replay_tail or not period:
-            return
-        self._replay_tail = False
-        self._tail_from = ring.packed
+        with ring.turn:  # of several calls of `close`, one
+            if not self._replay_tail or not period:
+                return
+            self._replay_tail = False
+            self._tail_from = ring.packed
 
         def copy(slot: int, first: int, rows: int) -> None:
             """Each row from ``period`` rows before it, which are never released yet."""
@@ -253,16 +306,38 @@ class Connection:
             try:
                 self._nudge()
                 if ring.acked >= threshold:
-                    return
+                    break
                 self._check_open(call)
                 if deadline.expired or self._patience() <= 0:
                     self._look()
                     if ring.acked >= threshold:
-                        return
-                    self._raise_timeout(call, deadline)
-                waiter.park(min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S))
+                        break
+                    self._check_open(call)
+                    if deadline.expired or self._patience() <= 0:
+                        self._raise_timeout(call, deadline)
+                pause = min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S)
+                if self._listening or not self._lead(pause):
+                    waiter.park(pause)
             finally:
                 ring.forget(waiter)
+        ring.wake_one()
+
+    def _lead(self, seconds: float) -> bool:
+        """Poll the socket for acks, unless another caller does; gives whether none did."""
+        lock = self._lead_lock
+        try:
+            if not lock.acquire(False):
+                return False
+            descriptor = self._line.sock.fileno()
+            if descriptor >= 0:  # closed otherwise
+                poller = select.poll()
+                poller.register(descriptor, select.POLLIN)
+                poller.poll(seconds * 1000)
+            lock.release()
+            return True
+        except BaseException:
+            release_if_mine(lock)
+            raise
 
     def _patience(self) -> float:
         """Seconds until nothing will have been acked for ``stall_timeout``."""
@@ -282,18 +357,22 @@ class Connection:
         failure = self.failure
         assert failure is not None
         self._failure_told = True
-        message = f"{failure}; {call}() with {self.unacked} samples un-acked"
-        raise self._counted(type(failure)(message)) from failure
+        raise self._counted(type(failure)(f"{failure}; {call}() with {self._whats_open()}")) from failure
 
     def _raise_timeout(self, call: str, deadline: Deadline) -> NoReturn:
         if deadline.expired:
             what = f"{call}() not done within {deadline.timeout:g} s"
         else:
             what = f"nothing was acked for {self.stall_timeout:g} s (stall_timeout)"
-        if self._tail_from is not None and not self.unacked:
-            what += f"; the last samples, sent once more, are not acked: up to {self.ring.replay} may be lost"
-        text = f"{self.peer}: {what}; {self.unacked} samples un-acked"
+        self._failure_told = self._failure_told or call == "close"
+        text = f"{self.peer}: {what}; {self._whats_open()}"
         raise self._counted(DeliveryTimeoutError(text if call == "close" else f"{text}, delivery goes on"))
+
+    def _whats_open(self) -> str:
+        text = f"{self.unacked} samples un-acked"
+        if self.unacked or not self.ring.unacked:
+            return text
+        return f"{text}, but their tail, which was sent once more, is: up to {self.ring.replay} may be lost"
 
     def _counted(self, error: Any) -> Any:
         error.unacked = self.unacked
@@ -303,53 +382,57 @@ class Connection:
 
     def _push(self) -> None:
         """See that rows just packed get written: here and now if they are few, else by the thread."""
-        ring = self.ring
-        if self._line.full:
+        ring, line = self.ring, self._line
+        if line.full:
             return  # the thread waits for the socket to take more
         pending = (ring.packed - ring.written) * ring.row_bytes
-        few = pending <= CALLER_WRITE_BYTES or ring.written - ring.acked >= self._line.window
-        if not (few and self._try_pump()) or self._line.full or self._line.writable:
+        if self._may_linger(pending):
+            if not self._lingering:
+                self._lingering = True
+                self._wake_up.kick()
+        elif pending > CALLER_WRITE_BYTES and ring.written - ring.acked < line.window:
             self._wake_up.kick()
+        else:
+            self._nudge(read_acks=False)
 
-    def _nudge(self) -> None:
-        """Read the acks that are there, write what they let through, and have the next ones looked out for."""
-        if not self._try_pump(read_acks=True) or self._line.full or self._line.writable:
+    def _may_linger(self, pending: int) -> bool:
+        ring, line = self.ring, self._line
+        few = pending < LINGER_BYTES and (ring.packed - ring.written) * LINGER_SHARE < line.window
+        return few and line.in_the_air and time.monotonic() - line.written_at < LINGER_S
+
+    def _nudge(self, read_acks: bool = True) -> None:
+        """Pump here and now if possible, and have the thread see to what is left."""
+        ring, line = self.ring, self._line
+        pumped = self._try_pump(read_acks)
+        if not pumped or line.full or line.writable or (ring.packed > ring.written and not self._listening):
             self._wake_up.kick()
 
     def _look(self) -> None:
         """Read the acks that are there, waiting for whoever pumps to be done with it."""
         with self._io:
-            if self.failure is None and not self._pumper:
+            if self.failure is None:
                 self._pump(True, CALLER_WRITE_BYTES)
 
     def _try_pump(self, read_acks: bool = False) -> bool:
         """Pump if the I/O lock is free; gives whether it was."""
         lock = self._io
         try:
-            if not lock.acquire(False):
+            if is_mine(lock) or not lock.acquire(False):
                 return False
-            if self.failure is None and not self._pumper:
+            if self.failure is None:
                 self._pump(read_acks, CALLER_WRITE_BYTES)
             lock.release()
             return True
         except BaseException:
-            # Interrupted anywhere above: the lock may be ours or not, and an RLock knows. Nothing that a second
-            # interrupt could strike comes before its release.
-            try:  # noqa: SIM105
-                lock.release()
-            except RuntimeError:
-                pass
+            release_if_mine(lock)
             raise
 
     def _pump(self, read_acks: bool, write_bytes: int) -> None:
         """With the I/O lock held."""
         try:
-            self._pumper = threading.get_ident()
-            self._line.run(read_acks, write_bytes, self.ring.waited_for or self.abandoned)
+            self._line.run(read_acks, write_bytes)
         except OSError as error:
             self._fail(error)
-        finally:
-            self._pumper = 0
         self.ring.wake()
 
     def _fail(self, error: BaseException) -> None:
@@ -359,8 +442,10 @@ class Connection:
                 failure = type(error)(f"{self.peer}: {error}")
             else:
                 failure = ConnectionClosedError(f"{self.peer}: connection lost: {error}")
-            failure.__cause__ = error
+            failure.__cause__ = error.with_traceback(None)  # whose frames would keep the ring alive
+            # Nothing comes between the next two lines: no row is accepted once anybody can know of the failure.
             self.failure = failure
+            self.ring.stopped = True
         self.ring.stop()
         if threading.current_thread() is not self._thread:
             self._wake_up.kick()
@@ -368,12 +453,13 @@ class Connection:
     # The I/O thread.
 
     def _run(self) -> None:
+        _live.add(self)
         try:
             poller = select.poll()
             poller.register(self._wake_up.reader, select.POLLIN)
             writable = True
             while (nap := self._pass(writable)) is not None:
-                poller.register(self._line.sock, select.POLLIN | (select.POLLOUT if self._line.full else 0))
+                poller.register(self._line.sock, self._interest())
                 events = dict(poller.poll(nap * 1000))
                 writable = bool(events.get(self._line.sock.fileno(), 0) & ~select.POLLIN)
                 self._wake_up.seen(self._wake_up.reader.fileno() in events)
@@ -385,6 +471,15 @@ class Connection:
         finally:
             self._tear_down()
 
+    def _interest(self) -> int:
+        """What to poll the socket for: acks only if rows, or the end of an abandoned connection, wait for them."""
+        self._listening = False  # a caller who packs from here on, and finds it so, kicks
+        if self.ring.packed > self.ring.written or self.abandoned or not _TELLS_HANG_UP:
+            self._listening = True
+        else:
+            self.ring.wake_one()  # to lead
+        return _HANG_UP | (select.POLLIN if self._listening else 0) | (select.POLLOUT if self._line.full else 0)
+
     def _pass(self, writable: bool) -> float | None:
         """One look at everything; gives how many seconds it may be until the next, or None when it is time to end."""
         with self._io:
@@ -392,11 +487,18 @@ class Connection:
                 return None
             if writable:
                 self._line.full = False
+            lingered, self._lingering = self._lingering, False
+            written = self.ring.written
             self._pump(True, THREAD_WRITE_BYTES)
+            self._lingering = lingered and self.ring.written > written
         self._warn_of_stall()
         if self._said_farewell():
             return None
-        return 0.0 if self._line.writable and not self._line.full else HEARTBEAT_S
+        if self._line.writable and not self._line.full:
+            return 0.0
+        if self._lingering:
+            return LINGER_S
+        return WAITER_HEARTBEAT_S if self.abandoned else HEARTBEAT_S
 
     def _warn_of_stall(self) -> None:
         now = time.monotonic()
@@ -423,7 +525,7 @@ class Connection:
                 self._pack_tail(self._farewell)
             return not self.ring.unacked
         if self.ring.unacked:
-            _log.warning("%s: client dropped with %d samples un-acked", self.peer, self.ring.unacked)
+            _log.warning("%s: ended with %s", self.peer, self._whats_open())
         return True
 
     def _tear_down(self) -> None:
@@ -431,11 +533,12 @@ class Connection:
         with self._io:
             if self.failure is None:
                 self.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
-                self._failure_told = True
+                self._failure_told = self._failure_told or not self.ring.unacked
             hang_up(self._line.sock)
         self._wake_up.close()
         self.ring.stop()
         _live.discard(self)
+        self._ended.release()
 
     def _disown(self) -> None:
         """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
@@ -448,12 +551,24 @@ _live: set[Connection] = set()
 
 
 def _flush_at_exit() -> None:
-    deadline = Deadline(FAREWELL_S)
-    for connection in list(_live):
-        try:
-            connection.close(deadline)
-        except Exception as error:
-            _log.warning("at exit: %s", error)
+    deadline = Deadline(FAREWELL_S + HEARTBEAT_S)
+    connections = list(_live)
+    for connection in connections:
+        connection.say_farewell()
+    for connection in connections:
+        connection.join(deadline)
+
+
+_flushes_at_its_end = 0
+"""The process in which a finaliser of multiprocessing is set."""
+
+
+def _flush_at_end_of_child() -> None:
+    """multiprocessing ends forked children without `atexit`, but not without its own finalisers."""
+    global _flushes_at_its_end
+    if multiprocessing.parent_process() is not None and _flushes_at_its_end != os.getpid():
+        _flushes_at_its_end = os.getpid()
+        multiprocessing.util.Finalize(None, _flush_at_exit, exitpriority=0)
 
 
 def _disown_after_fork() -> None:

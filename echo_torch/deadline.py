@@ -6,6 +6,8 @@ import math
 import threading
 import time
 
+from .checks import check_timeout
+
 # What `lock.acquire` and `poll` take at the most; a longer wait is cut here and begun again by whoever waits.
 _LONGEST_WAIT_S = min(threading.TIMEOUT_MAX, 86_400.0)
 
@@ -26,17 +28,6 @@ class Deadline:
     @property
     def expired(self) -> bool:
         return time.monotonic() >= self.at
-
-
-def check_timeout(name: str, timeout: float | None) -> float | None:
-    """Give ``timeout`` back if it is ``None`` or a number of seconds that is not negative."""
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"{name}: got {timeout!r}, expected seconds as a number, or None for no limit")
-    if not timeout >= 0:
-        raise ValueError(f"{name}: got {timeout!r}, expected seconds >= 0, or None for no limit")
-    return timeout
 
 
 def bounded_wait(seconds: float) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from .checks import check_count
 from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError, HandshakeError
 from .wire import Handshake, WireLeaf
@@ -33,6 +34,14 @@ _Address = tuple[socket.AddressFamily, Any]
 def peer_name(host: str, port: int) -> str:
     """``host:port`` as messages name it, IPv6 literals in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise TypeError or ValueError unless these could be a host and a port."""
+    if not isinstance(host, str):
+        raise TypeError(f"host: got {host!r}, expected a name or an address")
+    if check_count("port", port, least=1) > 65535:
+        raise ValueError(f"port: got {port}, expected 1 to 65535")
 
 
 def dial(
@@ -52,10 +61,7 @@ def dial(
         ConnectionClosedError: the peer hung up before its greeting was complete.
         HandshakeError: the peer is no echo server of wire version 1.
     """
-    if isinstance(port, bool) or not isinstance(port, int):
-        raise TypeError(f"port: got {port!r}, expected a whole number")
-    if not 0 < port < 65536:
-        raise ValueError(f"port: got {port}, expected 1 to 65535")
+    check_address(host, port)
     peer = peer_name(host, port)
     pause, longest = _RETRY_S
     while True:
@@ -63,9 +69,9 @@ def dial(
             sock = _connect(_resolve(host, port, deadline), peer, deadline)
             break
         except ConnectionRefusedError:
-            if not retry_refused or deadline.remaining() <= pause:
+            if not retry_refused or deadline.expired:
                 raise
-        time.sleep(pause * random.uniform(0.5, 1.0))
+        time.sleep(min(pause * random.uniform(0.5, 1.0), deadline.remaining()))
         pause = min(2 * pause, longest)
     try:
         leaves = _shake_hands(sock, peer, deadline)
@@ -123,7 +129,7 @@ def _connect(addresses: Sequence[_Address], peer: str, deadline: Deadline) -> so
         except OSError as error:
             failures.append(error)
     failure = max(failures, key=_telling)  # getaddrinfo gives at least one address or raises
-    if isinstance(failure, TimeoutError):
+    if isinstance(failure, TimeoutError) and deadline.expired:
         raise TimeoutError(f"{peer}: no connection within {deadline.timeout:g} s") from failure
     if isinstance(failure, ConnectionResetError):  # just after it was made
         raise ConnectionClosedError(f"{peer} broke the connection off before the handshake: {failure}") from failure

@@ -36,7 +36,10 @@ class ProtocolError(ConnectionClosedError):
 
 
 class DeliveryTimeoutError(_CountedError, TimeoutError):
-    """A ``timeout`` passed, or nothing was acknowledged for ``stall_timeout``. Nothing is dropped: delivery goes on."""
+    """A ``timeout`` passed, or nothing was acknowledged for ``stall_timeout``.
+
+    Nothing is dropped and delivery goes on, unless it was ``close`` that ran out of time.
+    """
 
 
 class HandshakeError(ValueError):

@@ -19,7 +19,7 @@ from .wire import WireLeaf
 Array = npt.NDArray[Any]
 DType = torch.dtype | np.dtype[Any]
 
-# Stands for values of a wrong dtype: no leaf has this one.
+# What `as_array` gives for a value of a wrong dtype: an array of a dtype that no leaf has, so that the caller sees it.
 _NOT_SENT = np.array(None, dtype=object)
 ARRAY_TYPES = (torch.Tensor, np.ndarray, np.generic, bool, int, float, complex)
 _SCALAR_DTYPES: dict[type, torch.dtype] = {
@@ -85,9 +85,13 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
     """
     if isinstance(value, torch.Tensor):
         if value.dtype is leaf.dtype:
-            return _numpy_view(value, leaf, root)
+            try:
+                return value.numpy(force=True) if not leaf.opaque else _bits(value, leaf)
+            except (TypeError, RuntimeError, NotImplementedError) as error:
+                dtypes_of(value, root + leaf.path)
+                raise TypeError(f"{root}{leaf.path}: got {_kind(value)}, which has no numpy view: {error}") from None
     elif isinstance(value, np.ndarray):
-        if not leaf.opaque:
+        if not leaf.opaque and not isinstance(value, np.ma.MaskedArray):
             return value
     elif not leaf.opaque and isinstance(value, ARRAY_TYPES):
         try:
@@ -98,15 +102,8 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
     return np.broadcast_to(_NOT_SENT, shape_of(value))
 
 
-def _numpy_view(tensor: torch.Tensor, leaf: Leaf, root: str) -> Array:
-    """The tensor's values on the host; detached, conj and neg bits resolved."""
-    try:
-        if not leaf.opaque:
-            return tensor.numpy(force=True)
-        return tensor.detach().resolve_conj().resolve_neg().view(_TORCH_OF[leaf.travels_as]).numpy(force=True)
-    except (TypeError, RuntimeError, NotImplementedError) as error:
-        dtypes_of(tensor, root + leaf.path)
-        raise TypeError(f"{root}{leaf.path}: got {_kind(tensor)}, which has no numpy view: {error}") from None
+def _bits(tensor: torch.Tensor, leaf: Leaf) -> Array:
+    return tensor.detach().resolve_conj().resolve_neg().view(_TORCH_OF[leaf.travels_as]).numpy(force=True)
 
 
 def dtypes_of(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
@@ -125,6 +122,8 @@ def dtypes_of(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
     if not isinstance(value, (np.ndarray, np.generic)):
         remedy = "encode it as numbers, or leave it out with select="
         raise TypeError(f"{path}: got {type(value).__name__}, expected a tensor, numpy array or number; {remedy}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{path}: got a masked array, expected values everywhere; send .filled(x)")
     if value.dtype.hasobject or value.dtype.kind in "SU":
         raise TypeError(f"{path}: got numpy dtype {value.dtype}, expected numbers; encode it, or leave it out")
     return _TORCH_OF.get(value.dtype, value.dtype), value.dtype
@@ -156,5 +155,5 @@ def how_to_cast(value: Any, dtype: DType) -> str:
         return f"convert with .to({dtype})"
     if dtype in OPAQUE:
         return f"send a tensor of {dtype}"
-    name = _TRAVELS_AS[dtype].name
+    name = "bool_" if dtype is torch.bool else _TRAVELS_AS[dtype].name
     return f"convert with .astype('{name}')" if isinstance(value, np.ndarray) else f"convert with np.{name}(x)"

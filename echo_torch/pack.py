@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .connection import Fill
 from .leaves import Array, Leaf
+from .ring import Fill
 
 
 def columns(buffer: memoryview, rows: int, row_bytes: int, leaves: Iterable[Leaf]) -> tuple[Array, ...]:
@@ -35,7 +35,13 @@ def filler(targets: Sequence[Array], arrays: Sequence[Array], batched: bool) -> 
     """
 
     def fill(slot: int, first: int, rows: int) -> None:
-        for target, array in zip(targets, arrays, strict=True):
-            target[slot : slot + rows] = array[first : first + rows] if batched else array
+        run = slice(slot, slot + rows)
+        if not batched or rows == len(arrays[0]):
+            for target, array in zip(targets, arrays, strict=True):
+                target[run] = array
+        else:
+            part = slice(first, first + rows)
+            for target, array in zip(targets, arrays, strict=True):
+                target[run] = array[part]
 
     return fill

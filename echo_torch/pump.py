@@ -21,13 +21,14 @@ from .wire import check_acks
 
 # Acks read by one system call, in bytes, one each.
 ACK_BYTES = 64 * 1024
-# How many acks must lie in the kernel before the I/O thread is woken, while somebody waits for them: they come one
-# byte a segment, and a wake-up for each costs more than the sample did. No more than this share of the window, though:
-# with half a window of 32, a server's queue ran dry and its threads slept for milliseconds.
-EAGER_ACKS = 16
-EAGER_SHARE = 8
-# The same while nobody waits, as a share of the window. Callers read them in passing before that many are there.
-LAZY_SHARE = 2
+# How many acks must lie in the kernel before whoever polls for them is woken: they come one byte a segment, and a
+# wake-up for each costs more than the sample did. The server may have some ten segments under way before TCP
+# acknowledges them, which it does at once when we read or send, and else after up to 40 ms. So: few while a caller
+# waits and nothing is sent, more while there are rows to send, and never more than this share of the window.
+WAITING_ACKS = 8
+PENDING_ACKS = 16
+ACK_SHARE = 8
+# Callers read acks in passing when this share of the window is un-acked.
 CALLER_SHARE = 4
 
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
@@ -43,7 +44,9 @@ class Pump:
         self.full = False
         """Whether the socket took no more at the last try; reset by who saw that it does again."""
         self.progress_at = time.monotonic()
-        """When the last ack came, or the oldest un-acked row was begun if that was later."""
+        """When the last ack came, or more of the oldest un-acked row was written if that was later."""
+        self.written_at = 0.0
+        """When the socket last took something."""
         self._partial = 0  # bytes of row `written` that are written
         self._sent: deque[int] = deque()
         self._received: deque[int] = deque()
@@ -60,13 +63,12 @@ class Pump:
         """Whether anything was written that is not acked."""
         return self.ring.written > self.ring.acked or self._partial > 0
 
-    def run(self, read_acks: bool, write_bytes: int, eager: bool) -> None:
+    def run(self, read_acks: bool, write_bytes: int) -> None:
         """Read the acks that are there, write rows, and say when the next acks are worth a wake-up.
 
         Args:
             read_acks: even if few can be there.
             write_bytes: write about that much at the most.
-            eager: whether somebody waits for acks.
 
         Raises:
             OSError: the connection is lost, or the peer broke the protocol.
@@ -77,7 +79,7 @@ class Pump:
             self._read_acks()
         if not self.full:
             self._write_rows(write_bytes)
-        self._set_ack_mark(eager or self.ring.packed > self.ring.written)
+        self._set_ack_mark()
 
     def _read_acks(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -117,8 +119,9 @@ class Pump:
         sent = self._sent
         if not sent:
             return 0
-        if not self.in_the_air:
-            self.progress_at = time.monotonic()
+        self.written_at = time.monotonic()
+        if self.ring.written == self.ring.acked:  # of the oldest un-acked row
+            self.progress_at = self.written_at
         count = sent[0]
         total = self._partial + count
         # Nothing comes between the next three lines: see the module's rules.
@@ -127,12 +130,14 @@ class Pump:
         sent.clear()
         return count
 
-    def _set_ack_mark(self, eager: bool) -> None:
-        """Say how many acks must have come before the thread is woken; see EAGER_ACKS."""
-        if eager:
-            mark = max(1, min(EAGER_ACKS, self.window // EAGER_SHARE, self.ring.written - self.ring.acked))
-        else:
-            mark = max(1, self.window // LAZY_SHARE)
+    def _set_ack_mark(self) -> None:
+        """Say how many acks must have come before a poll for them ends; only if it could matter by now."""
+        ring = self.ring
+        pending = ring.packed > ring.written
+        if not pending and not ring.waited_for:
+            return
+        most = min(PENDING_ACKS if pending else WAITING_ACKS, self.window // ACK_SHARE, ring.written - ring.acked)
+        mark = max(1, most)
         if mark != self._ack_mark:
             with contextlib.suppress(OSError):  # not on this platform: a wake-up for every ack
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)

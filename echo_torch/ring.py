@@ -21,10 +21,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
 from .deadline import bounded_wait
+
+Fill = Callable[[int, int, int], None]
+"""``fill(slot, first, rows)`` packs a batch's rows from ``first`` on into the ring's from ``slot`` on."""
 
 
 class Waiter(NamedTuple):
@@ -138,6 +142,11 @@ class Ring:
             if everybody or self.stopped or waiter.threshold <= self.acked:
                 waiter.open()
                 self.forget(waiter)
+
+    def wake_one(self) -> None:
+        """Wake somebody, if anybody waits, to look after the others."""
+        for waiter in list(self._waiters)[:1]:
+            waiter.open()
 
     def refuse(self) -> None:
         """Accept no more rows, and wake everybody to see it. What is packed is still delivered."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from .client import Client, TcpClient
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
+from .locks import is_mine
 from .spec import Match, SampleSpec
 
 
@@ -25,7 +26,11 @@ class Route(Protocol):
 
     @property
     def blocked_seconds(self) -> float:
-        """Seconds that `send` waited for the client to take samples."""
+        """Seconds that `send` waited for room; with a client that does not tell, all that its ``send`` took."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be sent, as far as is known."""
 
     def send(self, match: Match, timeout: float | None) -> None: ...
 
@@ -52,9 +57,12 @@ class RingRoute:
     def blocked_seconds(self) -> float:
         return self._client.blocked_seconds
 
+    @property
+    def closed(self) -> bool:
+        return self._client.closed
+
     def send(self, match: Match, timeout: float | None) -> None:
-        arrays = match.arrays if match.batched else [array[None] for array in match.arrays]
-        self._client.send_rows(arrays, timeout=timeout)
+        self._client.send_match(match, timeout=timeout)
 
     def wait(self, timeout: float | None) -> None:
         self._client.wait(timeout)
@@ -74,16 +82,22 @@ class RowRoute:
         self._client = client
         self._spec = spec
         self._peer = peer
-        self._turn = threading.Lock()
-        self._closed = False
+        self._turn = threading.RLock()
+        self._acked = 0
+        self.closed = False
         self.sent = 0
-        self.unacked = 0
         self.blocked_seconds = 0.0
+
+    @property
+    def unacked(self) -> int:
+        return self.sent - self._acked
 
     def send(self, match: Match, timeout: float | None) -> None:
         deadline = Deadline(timeout)
         began = time.monotonic()
         done = 0
+        if is_mine(self._turn):
+            raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         try:
             with self._turn:
                 for done in range(match.rows):
@@ -92,7 +106,6 @@ class RowRoute:
                     leaves = [array[done, ...] for array in match.arrays] if match.batched else match.arrays
                     self._client.send(self._spec.unflatten(leaves))
                     self.sent += 1
-                    self.unacked += 1
         except (ConnectionError, DeliveryTimeoutError) as error:
             raise self._translated(error, done) from error
         finally:
@@ -104,12 +117,12 @@ class RowRoute:
             self._client.wait()
         except ConnectionError as error:
             raise self._translated(error, 0) from error
-        self.unacked = self.sent - asked
+        self._acked = max(self._acked, asked)
 
     def close(self, timeout: float | None) -> None:
-        if self._closed:  # not every client's `wait` returns after its `close`
+        if self.closed:  # not every client's `wait` returns after its `close`
             return
-        self._closed = True
+        self.closed = True
         try:
             self.wait(timeout)
         finally:
@@ -117,9 +130,9 @@ class RowRoute:
 
     def _translated(self, error: Exception, done: int) -> ConnectionClosedError | DeliveryTimeoutError:
         """The client's error as one of ours, with the counts."""
-        text = f"{self._peer}: {error}; {self.unacked} samples un-acked"
-        late = isinstance(error, DeliveryTimeoutError)
-        ours = DeliveryTimeoutError(text) if late else ConnectionClosedError(text)
+        kind = DeliveryTimeoutError if isinstance(error, DeliveryTimeoutError) else ConnectionClosedError
+        ours: ConnectionClosedError | DeliveryTimeoutError
+        ours = kind(f"{self._peer}: {error}; {self.unacked} samples un-acked")
         ours.unacked = self.unacked
         ours.rows_accepted = done
         return ours

@@ -19,11 +19,13 @@ import numpy as np
 import optree
 import torch
 
-from .client import Client, TcpClient, check_count, close_after, ring_rows
-from .deadline import check_timeout
-from .dial import peer_name
+from .checks import check_count, check_timeout
+from .client import Client, TcpClient, close_after, ring_rows
+from .deadline import Deadline, bounded_wait
+from .dial import check_address, peer_name
 from .errors import ConnectionClosedError
 from .leaves import dtypes_of
+from .locks import is_mine, release_if_mine
 from .routes import RingRoute, Route, RowRoute
 from .spec import SampleSpec, flatten
 
@@ -115,6 +117,10 @@ class EchoSink:
         replay_acked: int = 8,
         replay_tail: bool = True,
     ) -> None:
+        check_address(host, port)
+        for name, function in {"select": select, "client": client}.items():
+            if not callable(function) and not (name == "select" and function is None):
+                raise TypeError(f"{name}: got {function!r}, expected something to call")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'warn'")
         self._host = host
@@ -129,7 +135,8 @@ class EchoSink:
         self._on_error = on_error
         self._replay_acked = check_count("replay_acked", replay_acked, least=0)
         self._replay_tail = replay_tail
-        ring_rows(self._spec.payload_size, buffer_bytes, self._replay_acked)
+        if _is_ours(client):
+            ring_rows(self._spec.payload_size, buffer_bytes, self._replay_acked)
         self._sessions: dict[int, _Session] = {}
 
     @classmethod
@@ -159,7 +166,10 @@ class EchoSink:
             OSError, TimeoutError, HandshakeError, SpecMismatchError: as `TcpClient` raises them; and
             ConnectionClosedError after `close`. ``on_error`` has no say here.
         """
-        self._route(self._session())
+        session = self._session()
+        if self._route(session, None).closed:
+            raise ConnectionClosedError(f"{self.peer}: the connection was lost")
+        session.gone = False
         return self
 
     def send(self, batch: Any, *, batched: bool | None = None, timeout: float | None = None) -> None:
@@ -169,7 +179,8 @@ class EchoSink:
             batch: like the example, its leaves matched by key path; or with one more first dimension B on every leaf,
                 which makes it B samples. A batch of 0 samples sends nothing.
             batched: says which of the two it is; None to tell by the number of dimensions.
-            timeout: most seconds to wait for room; None to wait as long as the server acks at all.
+            timeout: most seconds to wait for room, and before that for a connection; None to wait as long as
+                ``connect_timeout`` and ``stall_timeout`` say.
 
         Raises:
             SpecMismatchError: the batch differs from the example; names path, got, expected. Nothing was sent.
@@ -178,7 +189,8 @@ class EchoSink:
             DeliveryTimeoutError: no room in time. Both carry ``rows_accepted``.
             OSError, HandshakeError: from connecting, as `connect`.
 
-        With ``on_error="warn"``, a learner that is gone, or refuses to be connected to, raises nothing.
+        With ``on_error="warn"``, a learner that is gone, or cannot be connected to, raises nothing; one that is there
+        and acks nothing still does.
         """
         check_timeout("timeout", timeout)
         session = self._session()
@@ -191,11 +203,18 @@ class EchoSink:
             self._drop(session, match.rows)
             return
         try:
-            self._route(session).send(match, timeout)
-        except ConnectionError as error:
+            route = self._route(session, timeout)
+        except OSError as error:  # refused, unreachable, unknown, too late: whatever keeps us from the learner
             if self._on_error == "raise" or session.closed:
                 raise
-            self._drop(session, match.rows - getattr(error, "rows_accepted", 0), error)
+            self._drop(session, match.rows, error)
+            return
+        try:
+            route.send(match, timeout)
+        except ConnectionClosedError as error:
+            if self._on_error == "raise" or session.closed:
+                raise
+            self._drop(session, match.rows - error.rows_accepted, error)
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything sent so far, by this process, is acked.
@@ -229,8 +248,7 @@ class EchoSink:
         """
         check_timeout("timeout", timeout)
         session = self._session()
-        with session.lock:
-            session.closed = True
+        session.closed = True  # whoever is connecting just now will see it
         if session.route is None:
             return
         try:
@@ -279,44 +297,57 @@ class EchoSink:
         session = self._sessions.get(pid)
         return session if session is not None else self._sessions.setdefault(pid, _Session())
 
-    def _route(self, session: _Session) -> Route:
+    def _route(self, session: _Session, timeout: float | None) -> Route:
         """The open route, connecting first if there is none."""
         route = session.route
-        if route is not None and not session.closed:
-            return route
-        with session.lock:
-            if session.closed:
-                raise ConnectionClosedError(f"{self.peer}: this sink was closed")
-            if session.route is None:
-                session.route = self._open()
-            return session.route
+        if route is None and not session.closed:
+            route = self._connect_once(session, Deadline(timeout))
+        if route is None or session.closed:
+            raise ConnectionClosedError(f"{self.peer}: this sink was closed")
+        return route
 
-    def _open(self) -> Route:
+    def _connect_once(self, session: _Session, deadline: Deadline) -> Route | None:
+        """Connect, unless another thread did meanwhile or the sink was closed."""
+        lock = session.lock
+        if is_mine(lock):
+            raise RuntimeError("called by a signal handler or finaliser that interrupted connecting in the same thread")
+        try:
+            if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
+                raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
+            if session.route is None and not session.closed:
+                session.route = self._open(None if deadline.timeout is None else deadline.remaining())
+            lock.release()
+        except BaseException:
+            release_if_mine(lock)
+            raise
+        if session.closed and session.route is not None:
+            session.route.close(0)
+        return session.route
+
+    def _open(self, timeout: float | None) -> Route:
         window = max(1, min(self._window, WINDOW_BYTES // self._spec.payload_size))
-        sample = self._spec.numpy_sample()
-        make = self._make_client
-        if isinstance(make, type) and issubclass(make, TcpClient):
-            client = make(
-                self._host,
-                self._port,
-                sample,
-                window,
-                connect_timeout=self._connect_timeout,
+        arguments = (self._host, self._port, self._spec.numpy_sample(), window)
+        if _is_ours(self._make_client):
+            limits = [limit for limit in (self._connect_timeout, timeout) if limit is not None]
+            client = self._make_client(
+                *arguments,
+                connect_timeout=min(limits, default=None),
                 stall_timeout=self._stall_timeout,
                 buffer_bytes=self._buffer_bytes,
                 replay_acked=self._replay_acked,
                 replay_tail=self._replay_tail,
                 retry_refused=True,
             )
-            return RingRoute(client)
-        return RowRoute(self._make_client(self._host, self._port, sample, window), self._spec, self.peer)
+        else:
+            client = self._make_client(*arguments)
+        return RingRoute(client) if isinstance(client, TcpClient) else RowRoute(client, self._spec, self.peer)
 
     def _tell_how_read(self, session: _Session, rows: int, batched: bool) -> None:
         session.told = True
         what = f"{rows} samples" if batched else "one sample"
         _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
 
-    def _drop(self, session: _Session, rows: int, error: ConnectionError | None = None) -> None:
+    def _drop(self, session: _Session, rows: int, error: OSError | None = None) -> None:
         """Count samples as dropped; with the first ``error``, log why."""
         with session.lock:
             session.dropped += rows
@@ -341,6 +372,11 @@ class Tee(Generic[_Batch]):
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]  # raises as the loader does
+
+
+def _is_ours(make_client: Callable[..., Client]) -> bool:
+    """Whether it takes the options of `TcpClient`; a function that returns one has seen to them itself."""
+    return isinstance(make_client, type) and issubclass(make_client, TcpClient)
 
 
 def _one_of(leaf: Any) -> Any:

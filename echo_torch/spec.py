@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -31,10 +31,13 @@ class Match(NamedTuple):
     """A batch that was found to be right."""
 
     arrays: list[Array]
-    """One array per leaf in wire order, shape ``(rows, *leaf.shape)``, sharing the batch's memory where possible."""
+    """One array per leaf in wire order, sharing the batch's memory where possible.
+
+    Of shape ``(rows, *leaf.shape)``, or ``leaf.shape`` if the batch was one sample.
+    """
     rows: int
     batched: bool
-    """False if the batch was one sample; its arrays then have no leading dimension."""
+    """False if the batch was one sample."""
 
 
 class SampleSpec:
@@ -64,8 +67,14 @@ class SampleSpec:
         self.payload_size = offset
         if offset == 0:
             raise ValueError(f"a sample has no bytes: {self.describe()}; the example needs a leaf that is not empty")
+        self._any_opaque = any(leaf.opaque for leaf in leaves)
+        self._in_order = tuple(range(len(leaves)))
         self._orders: dict[Any, tuple[int, ...]] = {}
         self._shapes_for: tuple[int, list[tuple[int, ...]]] = (-1, [])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was learnt, which may hold types that do not pickle."""
+        return {**self.__dict__, "_orders": {}, "_shapes_for": (-1, [])}
 
     def describe(self) -> str:
         """All leaves on one line."""
@@ -97,6 +106,17 @@ class SampleSpec:
         what = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(ours)}"
         raise SpecMismatchError(_listing(what, lines))
 
+    def numpy_leaves(self, sample: Any) -> list[Array] | None:
+        """The leaves of one sample that is, to the letter, the example in numpy arrays; None to have it `match`-ed."""
+        leaves: list[Any]
+        leaves, treespec = optree.tree_flatten(sample)
+        if treespec != self.treespec or self._any_opaque:
+            return None
+        for value, leaf in zip(leaves, self.leaves, strict=True):
+            if type(value) is not np.ndarray or value.shape != leaf.shape or value.dtype != leaf.travels_as:
+                return None
+        return leaves
+
     def match(self, batch: Any, batched: bool | None = None) -> Match:
         """Check ``batch`` against the example, leaf by leaf.
 
@@ -112,14 +132,16 @@ class SampleSpec:
         order = self._orders.get(treespec)
         if order is None:
             order = self._learn(treespec)
-        leaves = self.leaves
-        arrays = [as_array(flat[i], leaf, self.root) for i, leaf in zip(order, leaves, strict=True)]
+        leaves, root = self.leaves, self.root
+        if order != self._in_order:
+            flat = [flat[i] for i in order]
+        arrays = [as_array(value, leaf, root) for value, leaf in zip(flat, leaves, strict=True)]
         first = arrays[0]
         stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
         rows = len(first) if stacked and first.ndim else 1
         for array, leaf, shape in zip(arrays, leaves, self._shapes(rows, stacked), strict=True):
             if array.shape != shape or array.dtype != leaf.travels_as:
-                self._refuse([flat[i] for i in order], batched)
+                self._refuse(flat, batched)
         return Match(arrays, rows, stacked)
 
     def _shapes(self, rows: int, batched: bool) -> list[tuple[int, ...]]:
@@ -207,7 +229,7 @@ def _open_all(leaf: Any) -> Any:
 def _opened(leaf: Any) -> Any:
     """A mapping or dataclass instance as a dict of its items, anything else as it is."""
     if isinstance(leaf, Mapping):
-        return {key: leaf[key] for key in leaf}
+        return {key: leaf[key] for key in leaf.keys()}  # noqa: SIM118  # a TensorDict iterates over its rows
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
     return leaf
@@ -249,7 +271,3 @@ def check_numpy(data_sample: Any) -> None:
     for leaf, path in zip(leaves, _keys_and_paths(treespec)[1], strict=True):
         if not isinstance(leaf, np.ndarray):
             raise TypeError(f"data_sample{path}: got {type(leaf).__name__}, expected a numpy array")
-
-
-Select = Callable[[Any], Any]
-"""Makes of what a loader yields what the server wants."""

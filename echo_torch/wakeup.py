@@ -6,13 +6,15 @@ import contextlib
 import socket
 import threading
 
+from .locks import is_mine
+
 
 class WakeUp:
     """A pair of descriptors: one to poll, one to write to.
 
     Callable from any thread and after `close`. The lock keeps a wake-up from being written to a descriptor that was
-    closed in between and may be somebody else's by now. An interrupt inside `kick` may lose that wake-up and those
-    that follow, until the sleeper wakes by itself and calls `seen`.
+    closed in between and may be somebody else's by now. Whoever kicks has made what it is about visible before. An
+    interrupt inside `kick` may lose that wake-up and those that follow, until the sleeper wakes by itself.
     """
 
     def __init__(self) -> None:
@@ -21,6 +23,11 @@ class WakeUp:
         self.reader, self._writer = socket.socketpair()
         self.reader.setblocking(False)
         self._writer.setblocking(False)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread is inside `kick` or `close`, as only a signal handler can find."""
+        return is_mine(self._lock)
 
     def kick(self) -> None:
         """Wake the sleeper, unless that was done and it has not looked since."""
@@ -35,10 +42,11 @@ class WakeUp:
 
         ``readable`` is whether ``poll`` found the reader so. If not, a kick may have been interrupted half-way.
         """
-        self._kicked = False
         if readable:
             with contextlib.suppress(OSError):
                 self.reader.recv(64)
+        # Only now: the byte of a kick that came in between would have been taken for that of the one before.
+        self._kicked = False
 
     def close(self) -> None:
         with self._lock:
