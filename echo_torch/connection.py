@@ -201,7 +201,7 @@ class Connection:
                 self._raise_failure("close")
         finally:
             self._stop = True
-            self._wake_up.kick()
+            self._wake_up.kick(anyway=True)  # an interrupted kick shall not make this one wait
             if threading.current_thread() is not self._thread:
                 with self._ended:
                     pass

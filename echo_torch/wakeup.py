@@ -29,9 +29,9 @@ class WakeUp:
         """Whether the calling thread is inside `kick` or `close`, as only a signal handler can find."""
         return is_mine(self._lock)
 
-    def kick(self) -> None:
-        """Wake the sleeper, unless that was done and it has not looked since."""
-        if self._kicked:
+    def kick(self, anyway: bool = False) -> None:
+        """Wake the sleeper, unless that was done and it has not looked since; or anyway."""
+        if self._kicked and not anyway:
             return
         self._kicked = True
         with self._lock, contextlib.suppress(OSError):  # closed, or full of wake-ups

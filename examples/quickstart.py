@@ -9,7 +9,7 @@ What it shows:
 
 To run it (some ten seconds; the data comes with scikit-learn, nothing is downloaded):
 
-    pip install 'echo-torch[examples]'
+    pip install '.[examples]'
     python examples/quickstart.py
 
 The exit code is 0 only if all samples arrived as they were sent.
