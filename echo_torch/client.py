@@ -97,11 +97,11 @@ class TcpClient:
         size = self._spec.payload_size
         rows = ring_rows(size, buffer_bytes, replay) if buffer_bytes is not None else window + replay
         window = min(window, rows)
+        buffer = _allocate(rows, size)
         self._peer = peer_name(host, port)
         sock, theirs = dial(host, port, Deadline(connect_timeout), retry_refused=retry_refused)
         try:
             self._spec.check_server(theirs, self._peer)
-            buffer = np.empty(rows * size, np.uint8).data
             self._columns = columns(buffer, rows, size, self._spec.leaves)
             ring = Ring(buffer, size, replay)
             self._connection = Connection(sock, self._peer, ring, window, stall_timeout, replay_tail)
@@ -220,6 +220,14 @@ def _with_payload_size(error: SpecMismatchError, data: Any, expected: int) -> Sp
     """The same error, opening with the sizes if they differ, as the stock client words it."""
     got = sum(leaf.nbytes if hasattr(leaf, "nbytes") else np.asarray(leaf).nbytes for leaf in flatten(data)[0])
     return error if got == expected else SpecMismatchError(f"Payload size {got} != expected {expected}: {error}")
+
+
+def _allocate(rows: int, size: int) -> memoryview:
+    try:
+        return np.empty(rows * size, np.uint8).data
+    except (MemoryError, ValueError):
+        what = f"{rows} samples of {size} bytes do not fit into memory"
+        raise ValueError(f"max_inflight_msgs: {what}; give buffer_bytes for a smaller buffer") from None
 
 
 def ring_rows(payload_size: int, buffer_bytes: int, replay_acked: int) -> int:

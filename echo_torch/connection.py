@@ -53,6 +53,9 @@ LINGER_SHARE = 4  # of the window
 STALL_WARNING_S = 30.0
 # Seconds that a connection may go on delivering after its client was dropped, or at interpreter exit.
 FAREWELL_S = 5.0
+# Seconds for an I/O thread that has done everything to be gone; bounded, since a signal handler may have interrupted
+# another call's `Thread.join`, which then holds the thread's lock.
+JOIN_S = 1.0
 # What a caller writes itself, in bytes: about what a system call costs anyway. More is left to the I/O thread, so that
 # `send` costs one copy and not two.
 CALLER_WRITE_BYTES = 64 * 1024
@@ -109,10 +112,11 @@ class Connection:
         self._ended = threading.Lock()  # held while the thread runs
 
     def start(self) -> None:
-        """Start the I/O thread, on which everything depends; until then, only memory and descriptors are held.
+        """Start the I/O thread, on which everything depends; until then, only memory and the socket are held.
 
-        ``Thread.start`` waits in Python code that an interrupt can leave locked: so it is called on a thread of its
-        own, where none strikes, and waited for in C.
+        ``Thread.start`` waits in Python code that an interrupt can leave locked, and ``socketpair`` can be left with
+        descriptors that nobody owns: so both are called on a thread of their own, where none strikes, which is waited
+        for in C.
         """
         _flush_at_end_of_child()
         started = threading.Lock()
@@ -120,6 +124,7 @@ class Connection:
 
         def start_thread() -> None:
             try:
+                self._wake_up.open()
                 self._thread.start()
             except BaseException as error:
                 outcome.append(error)
@@ -205,7 +210,7 @@ class Connection:
             if threading.current_thread() is not self._thread:
                 with self._ended:
                     pass
-                self._thread.join()
+                self._thread.join(JOIN_S)
 
     def say_farewell(self) -> None:
         """Have the I/O thread deliver what is packed, and the tail, and end, all by itself."""

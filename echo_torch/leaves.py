@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.ma import MaskedArray
 
 from .wire import WireLeaf
 
@@ -91,7 +92,7 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
                 dtypes_of(value, root + leaf.path)
                 raise TypeError(f"{root}{leaf.path}: got {_kind(value)}, which has no numpy view: {error}") from None
     elif isinstance(value, np.ndarray):
-        if not leaf.opaque and not isinstance(value, np.ma.MaskedArray):
+        if not leaf.opaque and not isinstance(value, MaskedArray):
             return value
     elif not leaf.opaque and isinstance(value, ARRAY_TYPES):
         try:
@@ -122,7 +123,7 @@ def dtypes_of(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
     if not isinstance(value, (np.ndarray, np.generic)):
         remedy = "encode it as numbers, or leave it out with select="
         raise TypeError(f"{path}: got {type(value).__name__}, expected a tensor, numpy array or number; {remedy}")
-    if isinstance(value, np.ma.MaskedArray):
+    if isinstance(value, MaskedArray):
         raise TypeError(f"{path}: got a masked array, expected values everywhere; send .filled(x)")
     if value.dtype.hasobject or value.dtype.kind in "SU":
         raise TypeError(f"{path}: got numpy dtype {value.dtype}, expected numbers; encode it, or leave it out")

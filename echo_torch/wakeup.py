@@ -20,6 +20,12 @@ class WakeUp:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._kicked = False
+        self._writer: socket.socket | None = None
+        self.reader: socket.socket
+        """The end to poll; there since `open`."""
+
+    def open(self) -> None:
+        """Make the descriptors; until then, and after `close`, a kick does nothing."""
         self.reader, self._writer = socket.socketpair()
         self.reader.setblocking(False)
         self._writer.setblocking(False)
@@ -35,7 +41,8 @@ class WakeUp:
             return
         self._kicked = True
         with self._lock, contextlib.suppress(OSError):  # closed, or full of wake-ups
-            self._writer.send(b"\0")
+            if self._writer is not None:
+                self._writer.send(b"\0")
 
     def seen(self, readable: bool) -> None:
         """From now on a kick wakes again; to be called whenever the sleeper wakes, before it looks at anything.
@@ -54,5 +61,6 @@ class WakeUp:
 
     def disown(self) -> None:
         """Close a forked child's copies, which no other thread can be using, without the lock, which one may hold."""
-        self.reader.close()
-        self._writer.close()
+        if self._writer is not None:
+            self.reader.close()
+            self._writer.close()

@@ -1,4 +1,7 @@
-"""A program for test_process: ``children.py METHOD PORT`` sends from this process and from two children of it."""
+"""A program for test_process: ``children.py METHOD PORT HOW`` sends from this process and from two children of it.
+
+HOW is what the children do after the last sample: "close" the sink, just "end", or "drop" a sink of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,32 @@ import numpy as np
 
 from echo_torch import EchoSink
 
-
-def work(sink: EchoSink, number: int) -> None:
-    sink.send({"id": np.arange(number * 10, number * 10 + 10)})
-    sink.close()
+EXAMPLE = {"id": np.zeros((), np.int64)}
 
 
-def main(method: str, port: int) -> None:
+def work(sink: EchoSink, number: int, how: str, port: int) -> None:
+    if how == "drop":
+        sink = sink_for(port)
+    sink.send({"id": np.arange(number * 1000, number * 1000 + 1000)})
+    if how == "close":
+        sink.close()
+
+
+def sink_for(port: int) -> EchoSink:
+    return EchoSink("127.0.0.1", port, EXAMPLE, max_inflight_msgs=4, replay_tail=False)
+
+
+def main(method: str, port: int, how: str) -> None:
     context = multiprocessing.get_context(method)
-    with EchoSink("127.0.0.1", port, {"id": np.zeros((), np.int64)}, replay_tail=False) as sink:
-        children = [context.Process(target=work, args=(sink, number)) for number in (1, 2)]
+    with sink_for(port) as sink:
+        children = [context.Process(target=work, args=(sink, number, how, port)) for number in (1, 2)]
         for child in children:
             child.start()
         for child in children:
             child.join()
-        sink.send({"id": np.arange(10)})
+        sink.send({"id": np.arange(1000)})
     print([child.exitcode for child in children])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -78,11 +78,20 @@ Script = Callable[[Line], None]
 
 
 class Peer:
-    """Listens on ``127.0.0.1`` (or ``::1``) and runs ``script`` for each client; a context manager."""
+    """Listens on ``127.0.0.1`` (or ``::1``) and runs ``script`` for each client; a context manager.
 
-    def __init__(self, script: Script, host: str = "127.0.0.1") -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family)
+    Args:
+        script: what it does, on a thread for each client.
+        host: where it listens.
+        receive_buffer: bytes that the system keeps for a script that does not read them; None for its default.
+    """
+
+    def __init__(self, script: Script, host: str = "127.0.0.1", receive_buffer: int | None = None) -> None:
+        self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if receive_buffer is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._listener.bind((host, 0))
+        self._listener.listen()
         self.host = host
         self.port: int = self._listener.getsockname()[1]
         self.lines: list[Line] = []

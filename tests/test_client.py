@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -501,6 +502,131 @@ def test_an_idle_time_does_not_count_as_a_stall() -> None:
         client.wait()
 
 
+def test_many_waits_at_once_after_an_idle_time_are_no_stall() -> None:
+    """While nobody waits, acks pile up unread: each waiter has to look before it says that nothing was acked."""
+    rows = 40
+    idle = Gate()
+
+    def every_20_ms(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(rows * SIZE)
+        for number in range(rows):
+            time.sleep(0.02)
+            line.ack()
+            if number == rows // 2:
+                idle.open()
+        line.hear_all()
+
+    with Peer(every_20_ms) as peer, connect(peer, 64, stall_timeout=0.3) as client:
+        for number in range(rows):
+            client.send(sample(number))
+        idle.wait()
+        start = threading.Barrier(8)
+
+        def wait() -> None:
+            start.wait(SOON_S)
+            client.wait()
+
+        with running(*[wait] * 8) as outcomes:
+            pass
+        assert outcomes == [None] * 8
+
+
+def test_a_huge_sample_that_is_taken_steadily_is_no_stall() -> None:
+    """Its only ack comes long after `stall_timeout`; what says that the peer is alive is that it reads."""
+    big = {"x": np.zeros(20_000_000, np.uint8)}
+    piece = 100_000
+    reading = 0.0
+
+    def slow(line: Line) -> None:
+        nonlocal reading
+        line.greet(big)
+        began = time.monotonic()
+        for _ in range(20_000_000 // piece):
+            line.hear(piece)
+            line.received.clear()
+            time.sleep(0.01)
+        line.ack()
+        reading = time.monotonic() - began
+        line.hear_all()
+
+    stall_timeout = 1.0
+    with (
+        Peer(slow, receive_buffer=64 * 1024) as peer,
+        TcpClient("127.0.0.1", peer.port, big, 1, stall_timeout=stall_timeout) as client,
+    ):
+        client.send(big)
+        client.wait()
+        client.send(big, timeout=SOON_S)
+        with pytest.raises(DeliveryTimeoutError):
+            client.close(0)
+    assert reading > 1.5 * stall_timeout
+
+
+def test_a_window_larger_than_the_buffer_is_the_buffer() -> None:
+    with Peer(acking) as peer:
+        with connect(peer, 2**40, buffer_bytes=100 * SIZE) as client:
+            for number in range(1000):
+                client.send(sample(number))
+            client.wait(SOON_S)
+        assert numbers(peer.lines[0].received) == list(range(1000))
+
+
+@pytest.mark.parametrize("leader_leaves", [False, True], ids=["all stay", "the first ones give up"])
+def test_all_who_wait_return_soon_after_the_last_ack(leader_leaves: bool) -> None:
+    """Only one of them polls: when it is done, or gives up, another takes over, and the last ack reaches all."""
+    rows, waiters = 60, 12
+    ended: list[float] = []
+    last = 0.0
+    go = Gate()
+
+    def dribble(line: Line) -> None:
+        nonlocal last
+        line.greet(SAMPLE)
+        line.hear(rows * SIZE)
+        go.wait()
+        for _ in range(rows):
+            time.sleep(0.01)
+            line.ack()
+        last = time.monotonic()
+        line.hear_all(ack_every=SIZE)
+
+    with Peer(dribble) as peer, connect(peer, rows) as client:
+        for number in range(rows):
+            client.send(sample(number))
+
+        def wait() -> None:
+            client.wait()
+            ended.append(time.monotonic())
+
+        def give_up() -> None:
+            with pytest.raises(DeliveryTimeoutError):
+                client.wait(0.2)
+
+        with running(*[give_up] * 3 * leader_leaves), running(*[wait] * waiters) as outcomes:
+            go.open()
+        assert outcomes == [None] * waiters
+        assert client.in_flight == 0
+    assert max(ended) - last < 0.9
+
+
+def test_threads_that_send_and_wait_by_turns_hand_over_to_each_other() -> None:
+    with Peer(acking) as peer, connect(peer, 16) as client:
+
+        def send_and_wait(thread: int) -> Callable[[], None]:
+            def run() -> None:
+                for number in range(100):
+                    client.send(sample(thread * 100 + number))
+                    client.wait(SOON_S)
+
+            return run
+
+        with running(*map(send_and_wait, range(6))) as outcomes:
+            pass
+        assert outcomes == [None] * 6
+        assert client.in_flight == 0
+
+
 def test_acks_in_a_clump_settle_everything() -> None:
     def clump(line: Line) -> None:
         line.greet(SAMPLE)
@@ -579,6 +705,119 @@ def test_close_tells_a_loss_that_nobody_was_told_of() -> None:
         with pytest.raises(ConnectionClosedError, match="1 samples un-acked"):
             client.close()
         client.close()
+
+
+def acks_all_but_the_tail(line: Line, rows: int = 3) -> None:
+    line.greet(SAMPLE)
+    line.hear(rows * SIZE)
+    line.ack(rows)
+
+
+def test_two_closes_at_once_both_end_when_the_tail_is_acked(descriptors: None) -> None:
+    """One tail is sent, of two samples, and neither returns before it is acked."""
+    gate = Gate()
+    heard, returned = threading.Event(), threading.Event()
+
+    def late(line: Line) -> None:
+        acks_all_but_the_tail(line)
+        line.hear(2 * SIZE)
+        heard.set()
+        gate.wait()
+        line.ack(2)
+        line.hear_all()
+
+    with Peer(late) as peer:
+        client = connect(peer, replay_acked=2, replay_tail=True)
+        for number in range(3):
+            client.send(sample(number))
+
+        def close() -> None:
+            try:
+                client.close()
+            finally:
+                returned.set()
+
+        with running(close, close, close) as outcomes:
+            assert heard.wait(SOON_S)
+            early = returned.wait(0.2)
+            gate.open()
+        assert outcomes == [None] * 3
+        assert not early
+        client.close()
+        assert client.sent == 3
+        assert numbers(peer.lines[0].received) == [0, 1, 2, 1, 2]
+
+
+def test_close_says_that_only_the_tail_may_be_lost() -> None:
+    def leave(line: Line) -> None:
+        acks_all_but_the_tail(line)
+        line.hear(2 * SIZE)
+        line.hang_up()
+
+    with Peer(leave) as peer:
+        client = connect(peer, replay_acked=2, replay_tail=True)
+        for number in range(3):
+            client.send(sample(number))
+        with pytest.raises(
+            ConnectionClosedError, match=r"0 samples un-acked, but their tail.* up to 2 may be lost"
+        ) as caught:
+            client.close()
+        assert caught.value.unacked == 0
+        client.close()
+
+
+def test_close_that_was_interrupted_still_tells_of_the_loss(descriptors: None) -> None:
+    """By the second `close`, once; the first one ended the connection all the same."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Peer(silent) as peer:
+            client = connect(peer)
+            client.send(sample(0))
+            client.send(sample(1))
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                client.close(SOON_S)
+            with pytest.raises(ConnectionClosedError, match="2 samples un-acked") as caught:
+                client.close()
+            assert caught.value.unacked == 2
+            client.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("how", ["closed", "lost"])
+def test_the_memory_of_a_dead_client_is_freed_without_the_garbage_collector(how: str) -> None:
+    def leave(line: Line) -> None:
+        line.greet(SAMPLE)
+        if how == "lost":
+            line.hear(SIZE)
+            line.reset()
+        line.hear_all(ack_every=SIZE)
+
+    buffer_bytes = 32 * 1024 * 1024
+    with Peer(leave) as peer:
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            client = connect(peer, buffer_bytes=buffer_bytes)
+            assert tracemalloc.get_traced_memory()[0] > buffer_bytes // 2
+            client.send(sample(0))
+            if how == "lost":
+                with pytest.raises(ConnectionClosedError):
+                    client.wait(SOON_S)
+            client.close()
+            del client
+            with until(lambda: tracemalloc.get_traced_memory()[0] < buffer_bytes // 2):
+                pass
+        finally:
+            tracemalloc.stop()
+            gc.enable()
 
 
 def test_close_wakes_calls_that_block() -> None:

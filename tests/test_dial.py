@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import socket
 import threading
@@ -226,6 +227,23 @@ def test_silence_at_every_address_ends_at_the_deadline(addresses: int, silent: s
         dial("learner", 50051, deadline)
 
 
+@pytest.mark.parametrize("seconds", [LATER_S, None])
+@pytest.mark.parametrize("addresses", [1, 2])
+def test_a_connection_that_the_system_gives_up_is_its_error(
+    seconds: float | None, addresses: int, nobody: socket.socket, resolve_to, monkeypatch
+) -> None:
+    """Whether or not there is a deadline to name."""
+
+    def connect(*_: object) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    resolve_to(*[nobody.getsockname()] * addresses)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(TimeoutError, match=r"Connection timed out.*learner:50051") as caught:
+        dial("learner", 50051, Deadline(seconds))
+    assert caught.value.errno == errno.ETIMEDOUT
+
+
 @pytest.mark.parametrize("seconds", [SOON_S, 0.0])
 def test_a_peer_that_never_accepts_ends_at_the_deadline(seconds: float) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, times_out(seconds, "handshake|connection") as deadline:
@@ -326,6 +344,33 @@ def test_a_server_that_never_listens_is_given_up_at_the_deadline(host: str, nobo
         dial(host, 50051, Deadline(4 * SOON_S), retry_refused=True)
     assert time.monotonic() - began < 4 * SOON_S + SLACK_S
     assert server.lookups > 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "learner"])
+@pytest.mark.parametrize("share", [0.1, 0.8, 0.97])
+def test_a_server_that_listens_just_before_the_deadline_is_found(host: str, share: float, nobody, monkeypatch) -> None:
+    """On a clock of its own, that only sleeping moves: a refusal costs no time."""
+    began = now = time.monotonic()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        assert seconds > 0
+        now += seconds
+
+    with Peer(greet) as peer, monkeypatch.context() as patch:
+
+        def look_up(*_: object, **__: object) -> list[tuple[Any, ...]]:
+            listens = now - began >= share * LATER_S
+            return resolution(("127.0.0.1", peer.port) if listens else nobody.getsockname())
+
+        patch.setattr(socket, "getaddrinfo", look_up)
+        patch.setattr(time, "monotonic", lambda: now)
+        patch.setattr(time, "sleep", sleep)
+        sock, leaves = dial(host, 50051, Deadline(LATER_S), retry_refused=True)
+        sock.close()
+        patch.undo()
+    assert leaves == LEAVES
+    assert now - began >= share * LATER_S
 
 
 def test_a_refusal_is_final_unless_asked_otherwise(nobody: socket.socket, monkeypatch) -> None:

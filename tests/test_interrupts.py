@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -177,3 +179,88 @@ def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descri
             with pytest.raises(ConnectionClosedError):
                 client.wait(SOON_S)
     assert interrupts.count > 10
+
+
+# Struck before it has a name, a socket is freed all the same, but not without a word; nor is a callback of the library.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lazily", [False, True], ids=["TcpClient", "EchoSink.send"])
+def test_interrupted_connecting_leaves_nothing(interrupts: Interrupts, descriptors: None, lazily: bool) -> None:
+    """Nothing but KeyboardInterrupt comes out; the fixtures look for threads and descriptors."""
+    checker = Checker(4)
+    with Peer(checker) as peer:
+
+        def client(number: int) -> None:
+            made = TcpClient("127.0.0.1", peer.port, checker.sample)
+            interrupts.disarm()
+            made.send({"x": np.full(4, number, np.int64)})
+            made.close(SOON_S)
+
+        def sink(number: int) -> None:
+            made = EchoSink("127.0.0.1", peer.port, checker.sample, replay_tail=False)
+            try:
+                interrupts.arm(3e-3)
+                made.send({"x": np.full(4, number, np.int64)})
+            finally:
+                interrupts.disarm()
+                made.close(SOON_S)
+
+        returned = storm(interrupts, 150, 3e-3, sink if lazily else client)
+    assert returned <= set(checker.seen)
+    assert len(checker.seen) == len(set(checker.seen))
+
+
+CLOSING_HANDLER = """
+import faulthandler, random, signal, sys
+import numpy as np
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, TcpClient
+port, what = int(sys.argv[1]), sys.argv[2]
+sample = {"x": np.zeros(4, np.int64)}
+chance = random.Random(0)
+told = {}
+struck = 0
+
+def call(function, *arguments):
+    try:
+        function(*arguments)
+        told["done"] = told.get("done", 0) + 1
+    except (RuntimeError, ConnectionClosedError, DeliveryTimeoutError) as error:
+        told[type(error).__name__] = told.get(type(error).__name__, 0) + 1
+
+def handler(*_):
+    global struck
+    struck += 1
+    call(client.close, 0.05)
+
+signal.signal(signal.SIGALRM, handler)
+faulthandler.dump_traceback_later(20, exit=True)
+for number in range(150):
+    client = TcpClient("127.0.0.1", port, sample, 4)
+    before = struck
+    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 2e-3))
+    while struck == before:
+        call(client.send, sample)
+        if what != "send":
+            call(client.wait, 5)
+        if what == "close":
+            call(client.close, 5)
+    call(client.close)
+    assert client.closed
+assert struck >= 150
+assert told["done"] and told.keys() <= {"done", "RuntimeError", "ConnectionClosedError", "DeliveryTimeoutError"}, told
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("what", ["send", "wait", "close"])
+def test_a_signal_handler_that_closes_hangs_nothing(what: str) -> None:
+    """Whatever it interrupts. In an interpreter of its own, which can be ended if it hangs."""
+    checker = Checker(4)
+    with Peer(checker) as peer:
+        command = [sys.executable, "-W", "error", "-c", CLOSING_HANDLER, str(peer.port), what]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                out, err = process.communicate(timeout=SOON_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    assert (process.returncode, out, err) == (0, "ended\n", "")

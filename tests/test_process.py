@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,43 @@ def test_interpreter_exit_is_bounded_and_says_what_is_left() -> None:
             peer.port,
         )
     assert "1 samples un-acked" in out
+
+
+def test_interpreter_exit_with_one_peer_that_stalls_delivers_to_all_others() -> None:
+    """And their tails: none has to wait for the time that another takes in vain."""
+
+    def silent(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear_all()
+
+    def steady(line: Line) -> None:
+        """Takes a second for everything, so that nothing of it was done before the exit."""
+        line.greet(SAMPLE)
+        line.hear(SIZE)
+        for _ in range(10):
+            time.sleep(0.1)
+            line.ack()
+            line.hear(SIZE)
+        line.ack()
+        line.hear_all(ack_every=SIZE)
+
+    with Peer(silent) as stalled, Peer(steady) as healthy:
+        began = time.monotonic()
+        out = run(
+            f"""
+            import logging
+            logging.basicConfig(stream=sys.stdout)
+            def sink(port):
+                return EchoSink("127.0.0.1", port, SAMPLE, max_inflight_msgs=1, replay_acked=3).connect()
+            sinks = [sink(port), sink({healthy.port}), sink(port), sink({healthy.port}), sink({healthy.port})]
+            for sink in sinks:
+                sink.send({{"id": np.arange(200)}})
+            """,
+            stalled.port,
+        )
+        assert time.monotonic() - began < LIMIT_S / 2
+        assert [numbers(line) for line in healthy.lines] == [[*range(200), 197, 198, 199]] * 3
+    assert out.count("un-acked") == 2
 
 
 def test_sys_exit_in_a_thread_harms_nothing() -> None:
@@ -206,7 +244,19 @@ def test_fork_while_threads_send_never_hangs_the_child() -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_sink_sends_from_child_processes(method: str) -> None:
     """The sink travels as configuration, although connected; each process opens a connection of its own."""
+    check_children(method, "close")
+
+
+@pytest.mark.parametrize("how", ["end", "drop"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_children_that_end_without_close_deliver_everything(method: str, how: str) -> None:
+    """multiprocessing ends forked children without ``atexit``; far more is packed than the window lets out."""
+    check_children(method, how)
+
+
+def check_children(method: str, how: str) -> None:
     with Peer(acking) as peer:
-        assert execute([str(Path(__file__).with_name("children.py")), method, str(peer.port)]) == "[0, 0]\n"
+        program = str(Path(__file__).with_name("children.py"))
+        assert execute([program, method, str(peer.port), how]) == "[0, 0]\n"
         received = sorted(numbers(line) for line in peer.lines)
-    assert received == [list(range(first, first + 10)) for first in (0, 10, 20)]
+    assert received == [list(range(first, first + 1000)) for first in (0, 1000, 2000)]

@@ -7,8 +7,10 @@ import math
 import pickle
 import re
 import select
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -636,6 +638,230 @@ def test_warn_still_raises_when_a_timeout_passes() -> None:
         for call in (sink.wait, sink.close):
             with pytest.raises(DeliveryTimeoutError):
                 call(SHORT_S)
+
+
+def test_warn_still_raises_when_nothing_is_acked_for_too_long() -> None:
+    with Peer(Silent()) as peer:
+        sink = sink_for(peer, on_error="warn", stall_timeout=SHORT_S, **rows(10))
+        sink.send(batch(*range(10)))
+        for call in (sink.wait, lambda: sink.send(batch(1)), sink.close):
+            with pytest.raises(DeliveryTimeoutError, match="stall_timeout"):
+                call()
+        assert sink.stats().dropped == 0
+
+
+class Directory:
+    """Resolves every name to ``address``, or to nothing, and counts how often it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.address: tuple[str, int] | None = None
+        self.asked = 0
+        monkeypatch.setattr(socket, "getaddrinfo", self._look_up)
+
+    def _look_up(self, *_: object, **__: object) -> list[tuple[Any, ...]]:
+        self.asked += 1
+        if self.address is None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", self.address)]
+
+
+@pytest.fixture
+def directory(monkeypatch: pytest.MonkeyPatch) -> Directory:
+    return Directory(monkeypatch)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def never_greets(line: Line) -> None:
+    line.hear_all()
+
+
+@pytest.mark.usefixtures("descriptors")
+@pytest.mark.parametrize("reason", ["refused", "unknown", "silent"])
+def test_warn_covers_a_learner_that_cannot_be_connected_to_until_it_can(
+    reason: str, refusing: socket.socket, directory: Directory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second send does not even try; `connect` does, raises as ever, and makes sends work again."""
+    with Peer(Script()) as learner, Peer(never_greets) as mute:
+        directory.address = {"refused": refusing.getsockname(), "silent": (mute.host, mute.port)}.get(reason)
+        sink = EchoSink("learner", 7, EXAMPLE, on_error="warn", connect_timeout=SHORT_S)
+        sink.send(batch(1, 2))
+        asked = directory.asked
+        assert asked > 0
+        for _ in range(3):
+            sink.send(batch(3, 4, 5))
+        sink.send({"index": 6})
+        sink.wait()
+        assert directory.asked == asked
+        assert (sink.stats().samples_sent, sink.stats().dropped) == (0, 12)
+        assert len(warnings_of(caplog)) == 1
+        assert "learner:7" in warnings_of(caplog)[0]
+
+        with pytest.raises(OSError, match="learner:7"):
+            sink.connect()
+        sink.send({"index": 7})
+        assert sink.stats().dropped == 13
+
+        directory.address = (learner.host, learner.port)
+        assert sink.connect() is sink
+        sink.send(batch(8, 9))
+        sink.wait()
+        assert (sink.stats().samples_acked, sink.stats().dropped) == (2, 13)
+        sink.close()
+        assert len(warnings_of(caplog)) == 1
+        assert bytes(learner.lines[0].received)[:16] == np.array([8, 9]).tobytes()
+
+
+def test_warn_does_not_outlive_close_where_nothing_could_be_connected(directory: Directory) -> None:
+    sink = EchoSink("learner", 7, EXAMPLE, on_error="warn", connect_timeout=SHORT_S)
+    sink.send(batch(1))
+    sink.close()
+    with pytest.raises(ConnectionClosedError, match="closed"):
+        sink.send(batch(1))
+    assert sink.stats().dropped == 1
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_connect_says_that_the_connection_died(on_error: Any) -> None:
+    with Peer(Leaves(hears=1)) as peer:
+        sink = sink_for(peer, on_error=on_error)
+        sink.send(batch(1))
+        if on_error == "warn":
+            sink.wait(PATIENCE_S)
+        else:
+            with pytest.raises(ConnectionClosedError):
+                sink.wait(PATIENCE_S)
+        for _ in range(2):
+            with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}"):
+                sink.connect()
+        if on_error == "warn":
+            sink.send(batch(1, 2))
+            assert sink.stats().dropped == 2
+        sink.close()
+        assert len(peer.lines) == 1
+
+
+# Timeouts and calls from elsewhere while it connects.
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_the_timeout_of_send_bounds_connecting() -> None:
+    with Peer(never_greets) as peer:
+        sink = sink_for(peer, connect_timeout=PATIENCE_S)
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(TimeoutError, match=f"127.0.0.1:{peer.port}"):
+                sink.send(batch(1), timeout=SHORT_S)
+            assert SHORT_S / 2 < time.monotonic() - began < PATIENCE_S / 3
+        sink.close()
+
+
+class Held(Script):
+    """Greets only when told to, and says when it was connected to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connected, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, line: Line) -> None:
+        self.connected.set()
+        assert self.go.wait(PATIENCE_S)
+        super().__call__(line)
+
+
+def start(call: Callable[[], object]) -> tuple[threading.Thread, list[BaseException | None]]:
+    """Run a call on a thread, and note how it ends."""
+    outcome: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            call()
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, outcome
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_the_timeout_of_send_bounds_waiting_for_another_thread_that_connects() -> None:
+    held = Held()
+    with Peer(held) as peer:
+        sink = sink_for(peer, connect_timeout=PATIENCE_S)
+        thread, outcome = start(lambda: sink.send(batch(1)))
+        assert held.connected.wait(PATIENCE_S)
+        with pytest.raises(TimeoutError, match=f"127.0.0.1:{peer.port}"):
+            sink.send(batch(2), timeout=SHORT_S)
+        held.go.set()
+        thread.join(PATIENCE_S)
+        assert outcome == [None]
+        sink.wait(PATIENCE_S)
+        sink.close()
+        assert held.heard() == [1] * 9
+        assert len(peer.lines) == 1
+
+
+@pytest.mark.usefixtures("descriptors")
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+@pytest.mark.parametrize("greets", [True, False], ids=["that succeeds", "that fails"])
+def test_close_does_not_wait_for_another_thread_that_connects(greets: bool, on_error: Any) -> None:
+    """That thread finds the sink closed, and leaves no connection behind."""
+    held = Held()
+    with Peer(held if greets else never_greets) as peer:
+        sink = sink_for(peer, connect_timeout=PATIENCE_S if greets else 3 * SHORT_S, on_error=on_error)
+        thread, outcome = start(lambda: sink.send(batch(1)))
+        while not peer.lines:
+            assert thread.is_alive()
+            time.sleep(0.001)
+        began = time.monotonic()
+        sink.close(SHORT_S)
+        assert time.monotonic() - began < PATIENCE_S / 3
+        held.go.set()
+        thread.join(PATIENCE_S)
+        assert isinstance(outcome[0], ConnectionClosedError if greets else (ConnectionClosedError, TimeoutError))
+        with pytest.raises(ConnectionClosedError, match="closed"):
+            sink.send(batch(2))
+        assert len(peer.lines) == 1
+        if greets:
+            assert held.heard() == []
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
+    answers: list[str] = []
+    held = Held()
+
+    def handler(*_: object) -> None:
+        for call in (lambda: sink.send(batch(2)), sink.connect):
+            try:
+                call()
+                answers.append("done")
+            except RuntimeError as error:
+                answers.append(str(error))
+        held.go.set()
+
+    def interrupt(line: Line) -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        held(line)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with Peer(interrupt) as peer:
+            sink = sink_for(peer, connect_timeout=PATIENCE_S, replay_tail=False)
+            sink.send(batch(1))
+            sink.wait(PATIENCE_S)
+            sink.send(batch(3))
+            sink.close()
+            assert held.heard() == [1, 3]
+            assert len(peer.lines) == 1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(answers) == 2
+    assert all("signal handler" in answer for answer in answers)
 
 
 # Closing.

@@ -1,0 +1,183 @@
+"""`WakeUp`: no kick is ever lost, whatever comes between, and none reaches a descriptor that is somebody else's."""
+
+from __future__ import annotations
+
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from echo_torch.wakeup import WakeUp
+
+pytestmark = pytest.mark.usefixtures("descriptors")
+
+SOON_S = 10.0
+STRESS_S = 1.0
+
+
+@pytest.fixture
+def wake_up() -> Iterator[WakeUp]:
+    made = WakeUp()
+    made.open()
+    yield made
+    made.close()
+
+
+def readable(wake_up: WakeUp) -> bool:
+    poller = select.poll()
+    poller.register(wake_up.reader.fileno(), select.POLLIN)
+    return bool(poller.poll(0))
+
+
+class KicksWhileRead:
+    """A reader in the middle of whose ``recv`` another thread kicks: before the bytes are taken, or after."""
+
+    def __init__(self, wake_up: WakeUp, before: bool) -> None:
+        self._wake_up = wake_up
+        self._reader = wake_up.reader
+        self._before = before
+
+    def recv(self, size: int) -> bytes:
+        if self._before:
+            self._kick()
+        data = self._reader.recv(size)
+        if not self._before:
+            self._kick()
+        return data
+
+    def _kick(self) -> None:
+        thread = threading.Thread(target=self._wake_up.kick)
+        thread.start()
+        thread.join(SOON_S)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+
+def test_a_kick_makes_the_reader_readable_until_it_was_seen(wake_up: WakeUp) -> None:
+    for _ in range(3):
+        assert not readable(wake_up)
+        wake_up.kick()
+        wake_up.kick()
+        assert readable(wake_up)
+        wake_up.seen(True)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the bytes are taken", "after"])
+def test_a_kick_while_one_is_seen_swallows_none_of_those_after_it(wake_up: WakeUp, before: bool) -> None:
+    """The sleeper looks at everything once it has seen: so that kick itself may be taken for seen, but no later one."""
+    wake_up.kick()
+    reader = wake_up.reader
+    wake_up.reader = KicksWhileRead(wake_up, before)  # type: ignore[assignment]
+    wake_up.seen(True)
+    wake_up.reader = reader
+    wake_up.kick()
+    assert readable(wake_up)
+
+
+@pytest.mark.parametrize("line", range(4))
+def test_a_kick_that_is_interrupted_swallows_none_after_the_sleeper_woke_by_itself(wake_up: WakeUp, line: int) -> None:
+    """Struck before its ``line``-th line, it may have said that it kicked without having done so."""
+    lines = 0
+
+    def strike(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code is not WakeUp.kick.__code__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines > line:
+                raise KeyboardInterrupt
+        return strike
+
+    before = sys.gettrace()
+    sys.settrace(strike)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wake_up.kick()
+    finally:
+        sys.settrace(before)
+    assert not wake_up.is_mine
+    wake_up.seen(readable(wake_up))
+    wake_up.kick()
+    assert readable(wake_up)
+
+
+def test_no_kick_of_many_is_lost() -> None:
+    """The sleeper must see each thing that was posted before a kick, with threads switched all the time."""
+    wake_up = WakeUp()
+    wake_up.open()
+    posted = 0
+    seen = threading.Semaphore(0)
+    interval = sys.getswitchinterval()
+
+    def sleep() -> None:
+        poller = select.poll()
+        poller.register(wake_up.reader, select.POLLIN)
+        looked = 0
+        while looked >= 0:
+            wake_up.seen(bool(poller.poll(SOON_S * 1000)))
+            while looked != posted:
+                looked = posted
+                seen.release()
+
+    sys.setswitchinterval(1e-6)
+    sleeper = threading.Thread(target=sleep, daemon=True)
+    sleeper.start()
+    try:
+        end = time.monotonic() + STRESS_S
+        while time.monotonic() < end:
+            posted += 1
+            for _ in range(5):
+                wake_up.kick()
+            assert seen.acquire(timeout=SOON_S / 2), "a kick was lost"
+    finally:
+        sys.setswitchinterval(interval)
+        posted = -1
+        wake_up.kick()
+        sleeper.join(2 * SOON_S)
+        wake_up.close()
+    assert not sleeper.is_alive()
+
+
+def test_kicks_after_close_reach_nobody() -> None:
+    """The descriptors are somebody else's by then."""
+    wake_up = WakeUp()
+    wake_up.open()
+    wake_up.close()
+    pairs = [socket.socketpair() for _ in range(4)]
+    try:
+        for _ in range(3):
+            wake_up.kick()
+        assert not select.select([sock for pair in pairs for sock in pair], [], [], 0)[0]
+        wake_up.seen(True)
+        wake_up.kick()
+        wake_up.close()
+    finally:
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+
+
+def test_is_mine_tells_the_thread_that_is_inside() -> None:
+    answers: list[bool] = []
+
+    class Asks(WakeUp):
+        def disown(self) -> None:
+            answers.append(self.is_mine)
+            other = threading.Thread(target=lambda: answers.append(self.is_mine))
+            other.start()
+            other.join(SOON_S)
+            super().disown()
+
+    wake_up = Asks()
+    assert not wake_up.is_mine
+    wake_up.close()
+    assert answers == [True, False]
+    assert not wake_up.is_mine
