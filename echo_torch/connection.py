@@ -34,7 +34,7 @@ from .dial import hang_up
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .locks import is_mine, release_if_mine
 from .pump import Pump
-from .ring import Fill, Ring
+from .ring import Fill, Ring, Waiter
 from .wakeup import WakeUp
 
 _log = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ class Connection:
         self._line = Pump(sock, ring, window)
         self._io = threading.RLock()
         self._lead_lock = threading.RLock()
+        self._leader = 0  # the thread that polls for the waiting callers; 0 for none
+        self._lead_up = WakeUp()
         self._listening = False  # whether the I/O thread polls for acks
         self._lingering = False  # whether the I/O thread will look within LINGER_S
         self._warned_at = self._line.progress_at
@@ -125,6 +127,7 @@ class Connection:
         def start_thread() -> None:
             try:
                 self._wake_up.open()
+                self._lead_up.open()
                 self._thread.start()
             except BaseException as error:
                 outcome.append(error)
@@ -228,6 +231,7 @@ class Connection:
     def _refuse(self) -> int:
         """Accept no more rows but the tail; gives where that ends."""
         self.ring.refuse()
+        self._wake_leader()
         with self.ring.turn:
             if self._end is None:
                 tail = self.ring.replay if self._replay_tail and self.ring.packed else 0
@@ -240,7 +244,7 @@ class Connection:
             raise ConnectionClosedError(
                 f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
             )
-        if is_mine(self._io) or is_mine(self.ring.turn) or self._wake_up.is_mine:
+        if is_mine(self._io) or is_mine(self.ring.turn) or self._wake_up.is_mine or self._lead_up.is_mine:
             raise RuntimeError(
                 f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
                 "the same thread; raise an exception there (sys.exit) and flush outside"
@@ -321,28 +325,39 @@ class Connection:
                     if deadline.expired or self._patience() <= 0:
                         self._raise_timeout(call, deadline)
                 pause = min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S)
-                if self._listening or not self._lead(pause):
+                if self._listening or not self._lead(waiter, pause):
                     waiter.park(pause)
             finally:
                 ring.forget(waiter)
         ring.wake_one()
 
-    def _lead(self, seconds: float) -> bool:
-        """Poll the socket for acks, unless another caller does; gives whether none did."""
+    def _lead(self, waiter: Waiter, seconds: float) -> bool:
+        """Poll the socket for acks until some came, or others' pumping ended the wait; False if another thread does."""
         lock = self._lead_lock
         try:
             if not lock.acquire(False):
                 return False
-            descriptor = self._line.sock.fileno()
-            if descriptor >= 0:  # closed otherwise
-                poller = select.poll()
-                poller.register(descriptor, select.POLLIN)
-                poller.poll(seconds * 1000)
+            self._leader = threading.get_ident()
+            if not waiter.opened:  # before anybody knew who leads
+                self._poll_for_acks(seconds)
+            self._leader = 0
             lock.release()
             return True
         except BaseException:
             release_if_mine(lock)
             raise
+
+    def _poll_for_acks(self, seconds: float) -> None:
+        poller = select.poll()
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            poller.register(self._line.sock, select.POLLIN)
+            poller.register(self._lead_up.reader, select.POLLIN)
+            events = dict(poller.poll(seconds * 1000))
+            self._lead_up.seen(self._lead_up.reader.fileno() in events)
+
+    def _wake_leader(self) -> None:
+        if self._leader and self._leader != threading.get_ident():
+            self._lead_up.kick(anyway=True)
 
     def _patience(self) -> float:
         """Seconds until nothing will have been acked for ``stall_timeout``."""
@@ -438,7 +453,8 @@ class Connection:
             self._line.run(read_acks, write_bytes)
         except OSError as error:
             self._fail(error)
-        self.ring.wake()
+        if self.ring.wake():
+            self._wake_leader()
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure, wake everybody, and let the thread end."""
@@ -452,6 +468,7 @@ class Connection:
             self.failure = failure
             self.ring.stopped = True
         self.ring.stop()
+        self._wake_leader()
         if threading.current_thread() is not self._thread:
             self._wake_up.kick()
 
@@ -540,6 +557,8 @@ class Connection:
                 self.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
                 self._failure_told = self._failure_told or not self.ring.unacked
             hang_up(self._line.sock)
+        self._wake_leader()
+        self._lead_up.close()
         self._wake_up.close()
         self.ring.stop()
         _live.discard(self)
@@ -549,6 +568,7 @@ class Connection:
         """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
         self._line.sock.close()
         self._wake_up.disown()
+        self._lead_up.disown()
 
 
 _live: set[Connection] = set()

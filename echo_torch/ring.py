@@ -46,6 +46,10 @@ class Waiter(NamedTuple):
         with suppress(RuntimeError):  # open already
             self.gate.release()
 
+    @property
+    def opened(self) -> bool:
+        return not self.gate.locked()
+
 
 class Ring:
     """``capacity`` rows of ``row_bytes`` bytes each; see the module's rules.
@@ -136,12 +140,15 @@ class Ring:
         with suppress(ValueError):  # forgotten already
             self._waiters.remove(waiter)
 
-    def wake(self, everybody: bool = False) -> None:
-        """Wake all whose wait is over, or everybody."""
+    def wake(self, everybody: bool = False) -> bool:
+        """Wake all whose wait is over, or everybody; gives whether that was anybody."""
+        woken = False
         for waiter in list(self._waiters):
             if everybody or self.stopped or waiter.threshold <= self.acked:
                 waiter.open()
                 self.forget(waiter)
+                woken = True
+        return woken
 
     def wake_one(self) -> None:
         """Wake somebody, if anybody waits, to look after the others."""
