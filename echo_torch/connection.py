@@ -18,10 +18,8 @@
 from __future__ import annotations
 
 import _thread
-import atexit
 import contextlib
 import logging
-import multiprocessing.util
 import os
 import select
 import socket
@@ -29,12 +27,14 @@ import threading
 import time
 from typing import Any, NoReturn
 
+from . import lifetime
 from .deadline import Deadline, bounded_wait
 from .dial import hang_up
 from .errors import ConnectionClosedError, DeliveryTimeoutError
+from .leader import Leader
 from .locks import is_mine, release_if_mine
 from .pump import Pump
-from .ring import Fill, Ring, Waiter
+from .ring import Fill, Ring
 from .wakeup import WakeUp
 
 _log = logging.getLogger(__name__)
@@ -51,8 +51,6 @@ LINGER_BYTES = 1024
 LINGER_SHARE = 4  # of the window
 # Seconds without an ack after which a wait is named in the log, and again after as many more.
 STALL_WARNING_S = 30.0
-# Seconds that a connection may go on delivering after its client was dropped, or at interpreter exit.
-FAREWELL_S = 5.0
 # Seconds for an I/O thread that has done everything to be gone; bounded, since a signal handler may have interrupted
 # another call's `Thread.join`, which then holds the thread's lock.
 JOIN_S = 1.0
@@ -100,9 +98,7 @@ class Connection:
         self._pid = os.getpid()
         self._line = Pump(sock, ring, window)
         self._io = threading.RLock()
-        self._lead_lock = threading.RLock()
-        self._leader = 0  # the thread that polls for the waiting callers; 0 for none
-        self._lead_up = WakeUp()
+        self._leader = Leader(sock)
         self._listening = False  # whether the I/O thread polls for acks
         self._lingering = False  # whether the I/O thread will look within LINGER_S
         self._warned_at = self._line.progress_at
@@ -120,14 +116,14 @@ class Connection:
         descriptors that nobody owns: so both are called on a thread of their own, where none strikes, which is waited
         for in C.
         """
-        _flush_at_end_of_child()
+        lifetime.expect_end_of_child()
         started = threading.Lock()
         outcome: list[BaseException] = []
 
         def start_thread() -> None:
             try:
                 self._wake_up.open()
-                self._lead_up.open()
+                self._leader.open()
                 self._thread.start()
             except BaseException as error:
                 outcome.append(error)
@@ -196,7 +192,7 @@ class Connection:
             DeliveryTimeoutError: rows are un-acked at the deadline.
         """
         if self._pid != os.getpid():
-            self._disown()
+            self.disown()
             return
         self._enter("close")
         try:
@@ -231,7 +227,7 @@ class Connection:
     def _refuse(self) -> int:
         """Accept no more rows but the tail; gives where that ends."""
         self.ring.refuse()
-        self._wake_leader()
+        self._leader.wake()
         with self.ring.turn:
             if self._end is None:
                 tail = self.ring.replay if self._replay_tail and self.ring.packed else 0
@@ -244,7 +240,7 @@ class Connection:
             raise ConnectionClosedError(
                 f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
             )
-        if is_mine(self._io) or is_mine(self.ring.turn) or self._wake_up.is_mine or self._lead_up.is_mine:
+        if is_mine(self._io) or is_mine(self.ring.turn) or self._wake_up.is_mine or self._leader.is_mine:
             raise RuntimeError(
                 f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
                 "the same thread; raise an exception there (sys.exit) and flush outside"
@@ -279,7 +275,7 @@ class Connection:
 
     def _pack_tail(self, deadline: Deadline) -> None:
         """Pack the last ``replay`` rows once more, or all of them in cycles if there were fewer; only once."""
-        ring, size = self.ring, self.ring.row_bytes
+        ring = self.ring
         period = min(ring.replay, ring.packed)
         with ring.turn:  # of several calls of `close`, one
             if not self._replay_tail or not period:
@@ -287,13 +283,7 @@ class Connection:
             self._replay_tail = False
             self._tail_from = ring.packed
 
-        def copy(slot: int, first: int, rows: int) -> None:
-            """Each row from ``period`` rows before it, which are never released yet."""
-            for target in range(slot, slot + rows):
-                source = (target - period) % ring.capacity
-                ring.buffer[target * size : (target + 1) * size] = ring.buffer[source * size : (source + 1) * size]
-
-        self._accept("close", ring.replay, copy, deadline)
+        self._accept("close", ring.replay, lambda slot, first, rows: ring.repeat(slot, rows, period), deadline)
 
     def _wait_for_room(self, call: str, rows: int, deadline: Deadline) -> None:
         """Wait for a good part of the ring at once: a wake-up for every row would cost more than the rows."""
@@ -325,39 +315,11 @@ class Connection:
                     if deadline.expired or self._patience() <= 0:
                         self._raise_timeout(call, deadline)
                 pause = min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S)
-                if self._listening or not self._lead(waiter, pause):
+                if self._listening or not self._leader.lead(waiter, pause):
                     waiter.park(pause)
             finally:
                 ring.forget(waiter)
         ring.wake_one()
-
-    def _lead(self, waiter: Waiter, seconds: float) -> bool:
-        """Poll the socket for acks until some came, or others' pumping ended the wait; False if another thread does."""
-        lock = self._lead_lock
-        try:
-            if not lock.acquire(False):
-                return False
-            self._leader = threading.get_ident()
-            if not waiter.opened:  # before anybody knew who leads
-                self._poll_for_acks(seconds)
-            self._leader = 0
-            lock.release()
-            return True
-        except BaseException:
-            release_if_mine(lock)
-            raise
-
-    def _poll_for_acks(self, seconds: float) -> None:
-        poller = select.poll()
-        with contextlib.suppress(ValueError):  # closed meanwhile
-            poller.register(self._line.sock, select.POLLIN)
-            poller.register(self._lead_up.reader, select.POLLIN)
-            events = dict(poller.poll(seconds * 1000))
-            self._lead_up.seen(self._lead_up.reader.fileno() in events)
-
-    def _wake_leader(self) -> None:
-        if self._leader and self._leader != threading.get_ident():
-            self._lead_up.kick(anyway=True)
 
     def _patience(self) -> float:
         """Seconds until nothing will have been acked for ``stall_timeout``."""
@@ -454,7 +416,7 @@ class Connection:
         except OSError as error:
             self._fail(error)
         if self.ring.wake():
-            self._wake_leader()
+            self._leader.wake()
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first failure, wake everybody, and let the thread end."""
@@ -468,14 +430,14 @@ class Connection:
             self.failure = failure
             self.ring.stopped = True
         self.ring.stop()
-        self._wake_leader()
+        self._leader.wake()
         if threading.current_thread() is not self._thread:
             self._wake_up.kick()
 
     # The I/O thread.
 
     def _run(self) -> None:
-        _live.add(self)
+        lifetime.begin(self)
         try:
             poller = select.poll()
             poller.register(self._wake_up.reader, select.POLLIN)
@@ -539,7 +501,7 @@ class Connection:
         if not self.abandoned:
             return False
         if self._farewell is None:
-            self._farewell = Deadline(FAREWELL_S)
+            self._farewell = Deadline(lifetime.FAREWELL_S)
         if self.ring.unacked and not self._farewell.expired:
             return False
         if self._replay_tail and not self.ring.unacked:
@@ -557,50 +519,14 @@ class Connection:
                 self.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
                 self._failure_told = self._failure_told or not self.ring.unacked
             hang_up(self._line.sock)
-        self._wake_leader()
-        self._lead_up.close()
+        self._leader.close()
         self._wake_up.close()
         self.ring.stop()
-        _live.discard(self)
+        lifetime.end(self)
         self._ended.release()
 
-    def _disown(self) -> None:
+    def disown(self) -> None:
         """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
         self._line.sock.close()
         self._wake_up.disown()
-        self._lead_up.disown()
-
-
-_live: set[Connection] = set()
-"""Connections whose thread runs: for interpreter exit and for fork."""
-
-
-def _flush_at_exit() -> None:
-    deadline = Deadline(FAREWELL_S + HEARTBEAT_S)
-    connections = list(_live)
-    for connection in connections:
-        connection.say_farewell()
-    for connection in connections:
-        connection.join(deadline)
-
-
-_flushes_at_its_end = 0
-"""The process in which a finaliser of multiprocessing is set."""
-
-
-def _flush_at_end_of_child() -> None:
-    """multiprocessing ends forked children without `atexit`, but not without its own finalisers."""
-    global _flushes_at_its_end
-    if multiprocessing.parent_process() is not None and _flushes_at_its_end != os.getpid():
-        _flushes_at_its_end = os.getpid()
-        multiprocessing.util.Finalize(None, _flush_at_exit, exitpriority=0)
-
-
-def _disown_after_fork() -> None:
-    for connection in list(_live):
-        connection._disown()
-    _live.clear()
-
-
-atexit.register(_flush_at_exit)
-os.register_at_fork(after_in_child=_disown_after_fork)
+        self._leader.disown()

@@ -112,6 +112,13 @@ class Ring:
         self.packed = end
         return True
 
+    def repeat(self, slot: int, rows: int, period: int) -> None:
+        """Fill free rows from ``slot`` on, each with the row ``period`` rows before it, which is not released yet."""
+        size = self.row_bytes
+        for target in range(slot, slot + rows):
+            source = (target - period) % self.capacity
+            self.buffer[target * size : (target + 1) * size] = self.buffer[source * size : (source + 1) * size]
+
     # Writing and acking: by the holder of the I/O lock.
 
     def written_view(self, skip: int, limit: int, max_bytes: int) -> memoryview:

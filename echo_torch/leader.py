@@ -1,0 +1,74 @@
+"""Of the callers that wait for acks, the one that polls the socket itself, which spares two thread switches.
+
+Whoever else reads the acks that the leader waits for has to `wake` it. The others park, and lead when it is their turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+
+from .locks import release_if_mine
+from .ring import Waiter
+from .wakeup import WakeUp
+
+
+class Leader:
+    """Who polls ``sock`` for acks; at most one thread at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.RLock()
+        self._thread = 0  # the one that leads; 0 for none
+        self._wake_up = WakeUp()
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread is inside `wake` or `close`, as only a signal handler can find."""
+        return self._wake_up.is_mine
+
+    def open(self) -> None:
+        """Make the descriptors."""
+        self._wake_up.open()
+
+    def lead(self, waiter: Waiter, seconds: float) -> bool:
+        """Poll until acks came, `wake` was called, or ``seconds`` passed; False, at once, if another thread leads.
+
+        Reads nothing. ``waiter`` is the caller's own.
+        """
+        lock = self._lock
+        try:
+            if not lock.acquire(False):
+                return False
+            self._thread = threading.get_ident()
+            if not waiter.opened:  # before anybody knew who leads
+                self._poll(seconds)
+            self._thread = 0
+            lock.release()
+            return True
+        except BaseException:
+            release_if_mine(lock)
+            raise
+
+    def _poll(self, seconds: float) -> None:
+        poller = select.poll()
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            poller.register(self._sock, select.POLLIN)
+            poller.register(self._wake_up.reader, select.POLLIN)
+            events = dict(poller.poll(seconds * 1000))
+            self._wake_up.seen(self._wake_up.reader.fileno() in events)
+
+    def wake(self) -> None:
+        """Have the leader, if that is another thread, look at the counters."""
+        if self._thread and self._thread != threading.get_ident():
+            self._wake_up.kick(anyway=True)
+
+    def close(self) -> None:
+        self.wake()
+        self._wake_up.close()
+
+    def disown(self) -> None:
+        """In a forked child, as `WakeUp.disown`."""
+        self._wake_up.disown()

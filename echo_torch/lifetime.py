@@ -1,0 +1,79 @@
+"""What becomes of open connections when their process ends or forks.
+
+At the end, all of them deliver side by side, each on its own thread, for as long as they are given. In a forked child,
+they close their copies of the descriptors before anything else happens there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+from typing import Protocol
+
+from .deadline import Deadline
+
+_log = logging.getLogger(__name__)
+
+# Seconds that a connection may go on delivering after its client was dropped, or at interpreter exit.
+FAREWELL_S = 5.0
+# Seconds on top, for its thread to say so and be gone.
+_GRACE_S = 1.0
+
+
+class Mortal(Protocol):
+    """A connection, as seen from here."""
+
+    peer: str
+
+    def say_farewell(self) -> None:
+        """Deliver what is there for at most `FAREWELL_S`, and end, without being waited for."""
+
+    def join(self, deadline: Deadline) -> bool:
+        """Wait for the end; gives whether it came."""
+
+    def disown(self) -> None:
+        """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
+
+
+_living: set[Mortal] = set()
+_child = 0  # the process, a child of multiprocessing, in which a finaliser is set
+
+
+def begin(connection: Mortal) -> None:
+    """To be called while a connection's thread runs, and undone by `end`."""
+    _living.add(connection)
+
+
+def end(connection: Mortal) -> None:
+    _living.discard(connection)
+
+
+def expect_end_of_child() -> None:
+    """multiprocessing ends forked children without `atexit`, but not without its own finalisers."""
+    global _child
+    if multiprocessing.parent_process() is not None and _child != os.getpid():
+        _child = os.getpid()
+        multiprocessing.util.Finalize(None, _end_all, exitpriority=0)
+
+
+def _end_all() -> None:
+    deadline = Deadline(FAREWELL_S + _GRACE_S)
+    connections = list(_living)
+    for connection in connections:
+        connection.say_farewell()
+    for connection in connections:
+        if not connection.join(deadline):
+            _log.warning("%s: not ended within %g s", connection.peer, FAREWELL_S + _GRACE_S)
+
+
+def _disown_all() -> None:
+    for connection in list(_living):
+        connection.disown()
+    _living.clear()
+
+
+atexit.register(_end_all)
+os.register_at_fork(after_in_child=_disown_all)
