@@ -90,6 +90,9 @@ def storm(interrupts: Interrupts, strikes: int, longest_s: float, call: Callable
             interrupts.disarm()
         except KeyboardInterrupt:
             pass
+        except BaseException:
+            interrupts.disarm()
+            raise
         number += 1
     return returned
 
