@@ -184,8 +184,8 @@ def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descri
     assert interrupts.count > 10
 
 
-# Struck before it has a name, a socket is freed all the same, but not without a word, and what pytest does on hearing it
-# can be struck as well; nor is a callback of the library silent.
+# Struck before it has a name, a socket is freed all the same, but not without a word, and what pytest does on hearing
+# it can be struck as well; nor is a callback of the library silent.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("lazily", [False, True], ids=["TcpClient", "EchoSink.send"])
