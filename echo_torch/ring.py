@@ -5,7 +5,9 @@ ring is the staging area, the backpressure, the bound on memory and the retransm
 
     released <= acked <= written <= packed <= reserved <= released + capacity      released = max(0, acked - replay)
 
-* The counters count rows since the ring was made and only grow; row ``i`` lies at slot ``i % capacity``.
+* The counters count rows since the ring was made and only grow; `slot` says where row ``i`` lies.
+* The buffer is cut into chunks, and a chunk of rows goes to the memory that was released last, which the caches still
+  hold. Going round through all of a large buffer instead made every copy into it and out of it miss them.
 * Callers move ``reserved`` and ``packed``, in turns (`turn`). Whoever holds the connection's I/O lock moves
   ``written`` and ``acked``. Nobody else writes a counter, so none needs a lock to be read.
 * An interrupt (Ctrl-C) can strike the main thread after any call. Hence a packer writes into rows that are not
@@ -26,6 +28,9 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from .deadline import bounded_wait
+
+# Small enough for what is in use to stay in the caches, large enough that runs of rows are not cut up for nothing.
+CHUNK_BYTES = 1024 * 1024
 
 Fill = Callable[[int, int, int], None]
 """``fill(slot, first, rows)`` packs a batch's rows from ``first`` on into the ring's from ``slot`` on."""
@@ -58,9 +63,10 @@ class Ring:
         buffer: writable, contiguous, ``capacity * row_bytes`` bytes.
         row_bytes: bytes of one sample's payload.
         replay: how many acked rows are kept, to be sent again by a new connection.
+        chunk_bytes: most bytes of a chunk that has more than one row.
     """
 
-    def __init__(self, buffer: memoryview, row_bytes: int, replay: int = 0) -> None:
+    def __init__(self, buffer: memoryview, row_bytes: int, replay: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:
         if row_bytes < 1:
             raise ValueError(f"row_bytes: got {row_bytes}, expected at least 1")
         self.row_bytes = row_bytes
@@ -68,6 +74,10 @@ class Ring:
         self.replay = replay
         if self.capacity < replay + 1:
             raise ValueError(f"a ring of {buffer.nbytes} bytes has {self.capacity} rows, fewer than {replay + 1}")
+        self.chunk_rows = max(1, min(self.capacity, chunk_bytes // row_bytes))
+        self._whole_chunks = self.capacity // self.chunk_rows  # what is left makes one that is shorter, at the end
+        # In which chunk of memory each chunk of a round's rows lies.
+        self._places = list(range(self._whole_chunks + 1))
         self.buffer = buffer.cast("B")
         self.turn = threading.RLock()
         self.acked = 0
@@ -92,13 +102,37 @@ class Ring:
         """Whether anybody is parked."""
         return bool(self._waiters)
 
+    def slot(self, row: int) -> int:
+        """Where a row lies, in rows from the start of the buffer; for rows from ``released`` to ``reserved``."""
+        chunk, rest = divmod(row % self.capacity, self.chunk_rows)
+        return self._places[chunk] * self.chunk_rows + rest
+
+    def _left_in_chunk(self, row: int) -> int:
+        """How many rows the chunk has from ``row`` on."""
+        place = row % self.capacity
+        return min(self.chunk_rows - place % self.chunk_rows, self.capacity - place)
+
     # Packing: by the caller who holds `turn`.
 
     def free_run(self, want: int) -> tuple[int, int]:
-        """The slot and the length, at most ``want`` and maybe 0, of the free rows up to the buffer's end."""
-        slot = self.reserved % self.capacity
-        free = self.capacity - (self.reserved - self.released)
-        return slot, min(want, free, self.capacity - slot)
+        """The slot and the length, at most ``want`` and maybe 0, of the free rows up to the end of the chunk."""
+        reserved = self.reserved
+        free = self.capacity - (reserved - self.released)
+        if free and reserved % self.capacity % self.chunk_rows == 0:
+            self._place_chunk()
+        return self.slot(reserved), min(want, free, self._left_in_chunk(reserved))
+
+    def _place_chunk(self) -> None:
+        """Have the chunk that begins at ``reserved`` swap memory with the last one of which all rows are released."""
+        released = self.released
+        end = released - released % self.capacity % self.chunk_rows
+        here, there = self.reserved % self.capacity // self.chunk_rows, (end - 1) % self.capacity // self.chunk_rows
+        in_use = end == 0 or end - self.chunk_rows + self.capacity <= self.reserved  # packed anew since, or never
+        if in_use or max(here, there) >= self._whole_chunks:
+            return
+        places = self._places
+        # Nothing comes between the two assignments of the next line: see the module's rules.
+        places[here], places[there] = places[there], places[here]
 
     def commit(self, rows: int, last: bool = False) -> bool:
         """Count the next ``rows`` rows, which the caller has filled, as packed; False if the ring accepts none now.
@@ -113,19 +147,19 @@ class Ring:
         return True
 
     def repeat(self, slot: int, rows: int, period: int) -> None:
-        """Fill free rows from ``slot`` on, each with the row ``period`` rows before it, which is not released yet."""
+        """Fill the next free rows, from ``slot`` on, each with the row ``period`` rows before, which is not released."""
         size = self.row_bytes
-        for target in range(slot, slot + rows):
-            source = (target - period) % self.capacity
+        for number in range(rows):
+            target, source = slot + number, self.slot(self.reserved + number - period)
             self.buffer[target * size : (target + 1) * size] = self.buffer[source * size : (source + 1) * size]
 
     # Writing and acking: by the holder of the I/O lock.
 
     def written_view(self, skip: int, limit: int, max_bytes: int) -> memoryview:
-        """The next bytes to write: rows from ``written`` to ``limit``, less ``skip`` bytes, up to the buffer's end."""
-        slot = self.written % self.capacity
-        rows = min(limit - self.written, self.capacity - slot)
-        start = slot * self.row_bytes
+        """The next bytes to write: rows from ``written`` to ``limit``, less ``skip`` bytes, up to the chunk's end."""
+        written = self.written
+        rows = min(limit - written, self._left_in_chunk(written))
+        start = self.slot(written) * self.row_bytes
         return self.buffer[start + skip : min(start + rows * self.row_bytes, start + skip + max_bytes)]
 
     # Waiting: by anybody.
@@ -172,3 +206,4 @@ class Ring:
         """Nothing will move any more: accept no rows and wake everybody."""
         self.stopped = True
         self.wake()
+

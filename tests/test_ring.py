@@ -235,6 +235,61 @@ def test_written_views_in_any_pieces_are_all_bytes_once_and_in_order(capacity, s
     assert stream == b"".join(bytes(range(3 * slot, 3 * slot + 3)) for slot in slots)
 
 
+# Which memory is used.
+
+
+def passed_through(ring: Ring, rows: int, in_flight: int) -> list[int]:
+    """Pack ``rows`` rows, each acked when ``in_flight`` more are packed; gives their slots."""
+    slots = []
+    for row in range(rows):
+        slot, free = ring.free_run(1)
+        assert free == 1
+        assert slot == ring.slot(row)
+        slots.append(slot)
+        assert ring.commit(1)
+        ring.written = ring.packed
+        ring.acked = max(ring.acked, ring.packed - in_flight)
+    return slots
+
+
+@pytest.mark.parametrize("replay", [0, 3])
+@pytest.mark.parametrize("in_flight", [0, 1, 4, 9])
+@pytest.mark.parametrize("rest", [0, 1, 3])
+def test_what_was_released_last_is_used_first(replay: int, in_flight: int, rest: int) -> None:
+    """Of 100 rows and more in chunks of 4, no more memory is touched than what is in flight takes, and a chunk or two."""
+    ring = Ring(memoryview(bytearray(2 * (100 + rest))), 2, replay, chunk_bytes=9)
+    slots = passed_through(ring, 90, in_flight)  # the shorter chunk at the end, if there is one, is used in its turn
+    assert len(set(slots)) <= replay + in_flight + 2 * 4
+
+
+@pytest.mark.parametrize("before", [0, 1, 7, 100, 333])
+@pytest.mark.parametrize(("chunk_bytes", "replay"), [(1, 0), (8, 0), (8, 5), (64, 2), (1000, 0)])
+def test_all_rows_can_be_in_flight_whatever_came_before(before: int, chunk_bytes: int, replay: int) -> None:
+    """No two of them share memory, and the ring takes neither more nor fewer than its capacity."""
+    ring = Ring(memoryview(bytearray(2 * 101)), 2, replay, chunk_bytes)
+    passed_through(ring, before, in_flight=6)
+    ring.acked = ring.packed
+    while ring.free_run(1000)[1]:
+        assert ring.commit(ring.free_run(7)[1])
+    assert ring.reserved - ring.released == ring.capacity == 101
+    assert {ring.slot(row) for row in range(ring.released, ring.reserved)} == set(range(101))
+
+
+def test_repeat_copies_the_rows_before_across_chunks() -> None:
+    ring = Ring(memoryview(bytearray(3 * 20)), 3, 5, chunk_bytes=12)
+    passed_through(ring, 47, in_flight=0)
+    for row in range(ring.released, ring.packed):
+        ring.buffer[3 * ring.slot(row) : 3 * ring.slot(row) + 3] = bytes([row] * 3)
+    copied = 0
+    while copied < 5:
+        slot, rows = ring.free_run(5 - copied)
+        ring.repeat(slot, rows, 5)
+        assert ring.commit(rows, last=True)
+        copied += rows
+    tail = [bytes(ring.buffer[3 * ring.slot(row) : 3 * ring.slot(row) + 3]) for row in range(47, 52)]
+    assert tail == [bytes([row] * 3) for row in range(42, 47)]
+
+
 # Waiting.
 
 
@@ -480,9 +535,11 @@ class RingMachine(RuleBasedStateMachine):
         spare=st.integers(1, 7),
         row_bytes=st.sampled_from([5, 8, 17]),
         rest=st.integers(0, 4),
+        chunk_bytes=st.sampled_from([1, 20, 40, 1 << 20]),
     )
-    def start(self, replay: int, spare: int, row_bytes: int, rest: int) -> None:
-        self.ring = Ring(memoryview(bytearray((replay + spare) * row_bytes + rest)), row_bytes, replay)
+    def start(self, replay: int, spare: int, row_bytes: int, rest: int, chunk_bytes: int) -> None:
+        buffer = memoryview(bytearray((replay + spare) * row_bytes + rest))
+        self.ring = Ring(buffer, row_bytes, replay, chunk_bytes)
         self.desks = [Desk(self.ring, ident) for ident in range(SENDERS)]
         self.partial = b""
         self.rows: list[bytes] = []
@@ -546,7 +603,7 @@ class RingMachine(RuleBasedStateMachine):
     def rows_that_may_be_sent_again_are_untouched(self) -> None:
         ring, size = self.ring, self.ring.row_bytes
         for row in range(ring.released, ring.written):
-            start = row % ring.capacity * size
+            start = ring.slot(row) * size
             assert ring.buffer[start : start + size] == self.rows[row]
 
     def teardown(self) -> None:
