@@ -20,7 +20,7 @@ from .deadline import Deadline
 from .dial import dial, hang_up, peer_name
 from .errors import SpecMismatchError
 from .leaves import Array
-from .pack import columns, filler
+from .pack import Packer
 from .ring import Ring
 from .spec import Match, SampleSpec, check_numpy, flatten
 
@@ -102,7 +102,7 @@ class TcpClient:
         sock, theirs = dial(host, port, Deadline(connect_timeout), retry_refused=retry_refused)
         try:
             self._spec.check_server(theirs, self._peer)
-            self._columns = columns(buffer, rows, size, self._spec.leaves)
+            self._packer = Packer(buffer, size, self._spec.leaves)
             ring = Ring(buffer, size, replay)
             self._connection = Connection(sock, self._peer, ring, window, stall_timeout, replay_tail)
             weakref.finalize(self, _abandon, self._connection).atexit = False
@@ -131,11 +131,11 @@ class TcpClient:
                 arrays = self._spec.match(data, batched=False).arrays
             except SpecMismatchError as error:
                 raise _with_payload_size(error, data, self._spec.payload_size) from None
-        self._connection.send_rows(1, filler(self._columns, arrays, False), Deadline(timeout))
+        self._connection.send_rows(1, self._packer.filler(arrays, False), Deadline(timeout))
 
     def send_match(self, match: Match, *, timeout: float | None = None) -> None:
         """Send what `SampleSpec.match` made of a batch, for a spec of the same leaves; raises as `send_rows`."""
-        fill = filler(self._columns, match.arrays, match.batched)
+        fill = self._packer.filler(match.arrays, match.batched)
         self._connection.send_rows(match.rows, fill, Deadline(timeout))
 
     def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
@@ -157,7 +157,7 @@ class TcpClient:
             if array.shape != (rows, *leaf.shape) or array.dtype != leaf.travels_as:
                 expected = f"{leaf.travels_as} {[rows, *leaf.shape]}"
                 raise ValueError(f"arrays{leaf.path}: got {array.dtype} {list(array.shape)}, expected {expected}")
-        self._connection.send_rows(rows, filler(self._columns, arrays, True), Deadline(timeout))
+        self._connection.send_rows(rows, self._packer.filler(arrays, True), Deadline(timeout))
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything sent so far is acked.

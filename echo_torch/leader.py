@@ -5,12 +5,11 @@ Whoever else reads the acks that the leader waits for has to `wake` it. The othe
 
 from __future__ import annotations
 
-import contextlib
 import select
 import socket
 import threading
 
-from .locks import release_if_mine
+from .locks import is_mine, release_if_mine
 from .ring import Waiter
 from .wakeup import WakeUp
 
@@ -22,6 +21,7 @@ class Leader:
         self._sock = sock
         self._lock = threading.RLock()
         self._thread = 0  # the one that leads; 0 for none
+        self._poller = select.poll()
         self._wake_up = WakeUp()
 
     @property
@@ -32,15 +32,17 @@ class Leader:
     def open(self) -> None:
         """Make the descriptors."""
         self._wake_up.open()
+        self._poller.register(self._sock, select.POLLIN)
+        self._poller.register(self._wake_up.reader, select.POLLIN)
 
     def lead(self, waiter: Waiter, seconds: float) -> bool:
-        """Poll until acks came, `wake` was called, or ``seconds`` passed; False, at once, if another thread leads.
+        """Poll until acks came, `wake` was called, or ``seconds`` passed; False, at once, if somebody else leads.
 
         Reads nothing. ``waiter`` is the caller's own.
         """
         lock = self._lock
         try:
-            if not lock.acquire(False):
+            if is_mine(lock) or not lock.acquire(False):  # a signal handler that interrupted the leader does not poll
                 return False
             self._thread = threading.get_ident()
             if not waiter.opened:  # before anybody knew who leads
@@ -53,12 +55,9 @@ class Leader:
             raise
 
     def _poll(self, seconds: float) -> None:
-        poller = select.poll()
-        with contextlib.suppress(ValueError):  # closed meanwhile
-            poller.register(self._sock, select.POLLIN)
-            poller.register(self._wake_up.reader, select.POLLIN)
-            events = dict(poller.poll(seconds * 1000))
-            self._wake_up.seen(self._wake_up.reader.fileno() in events)
+        # Of descriptors that were closed just now, or are somebody else's since, it can only learn to look again.
+        events = dict(self._poller.poll(seconds * 1000))
+        self._wake_up.seen(self._wake_up.reader.fileno() in events)
 
     def wake(self) -> None:
         """Have the leader, if that is another thread, look at the counters."""

@@ -6,13 +6,12 @@ their acquiring and the block. These are for what ``with`` cannot do.
 
 from __future__ import annotations
 
+import operator
 import threading
-from typing import Any
+from collections.abc import Callable
 
-
-def is_mine(lock: Any) -> bool:
-    """Whether the calling thread holds ``lock``, an ``RLock``."""
-    return bool(lock._is_owned())
+is_mine: Callable[[threading.RLock], bool] = operator.methodcaller("_is_owned")
+"""Whether the calling thread holds an ``RLock``."""
 
 
 def release_if_mine(lock: threading.RLock) -> None:

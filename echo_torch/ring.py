@@ -107,20 +107,17 @@ class Ring:
         chunk, rest = divmod(row % self.capacity, self.chunk_rows)
         return self._places[chunk] * self.chunk_rows + rest
 
-    def _left_in_chunk(self, row: int) -> int:
-        """How many rows the chunk has from ``row`` on."""
-        place = row % self.capacity
-        return min(self.chunk_rows - place % self.chunk_rows, self.capacity - place)
-
     # Packing: by the caller who holds `turn`.
 
     def free_run(self, want: int) -> tuple[int, int]:
         """The slot and the length, at most ``want`` and maybe 0, of the free rows up to the end of the chunk."""
-        reserved = self.reserved
-        free = self.capacity - (reserved - self.released)
-        if free and reserved % self.capacity % self.chunk_rows == 0:
+        place = self.reserved % self.capacity
+        free = self.capacity - (self.reserved - self.released)
+        chunk, rest = divmod(place, self.chunk_rows)
+        if free and not rest:
             self._place_chunk()
-        return self.slot(reserved), min(want, free, self._left_in_chunk(reserved))
+        left = min(self.chunk_rows - rest, self.capacity - place)
+        return self._places[chunk] * self.chunk_rows + rest, min(want, free, left)
 
     def _place_chunk(self) -> None:
         """Have the chunk that begins at ``reserved`` swap memory with the last one of which all rows are released."""
@@ -147,7 +144,7 @@ class Ring:
         return True
 
     def repeat(self, slot: int, rows: int, period: int) -> None:
-        """Fill the next free rows, from ``slot`` on, each with the row ``period`` rows before, which is not released."""
+        """Fill the next free rows, from ``slot`` on, each with the row ``period`` before it, which is not released."""
         size = self.row_bytes
         for number in range(rows):
             target, source = slot + number, self.slot(self.reserved + number - period)
@@ -157,9 +154,10 @@ class Ring:
 
     def written_view(self, skip: int, limit: int, max_bytes: int) -> memoryview:
         """The next bytes to write: rows from ``written`` to ``limit``, less ``skip`` bytes, up to the chunk's end."""
-        written = self.written
-        rows = min(limit - written, self._left_in_chunk(written))
-        start = self.slot(written) * self.row_bytes
+        place = self.written % self.capacity
+        left = min(self.chunk_rows - place % self.chunk_rows, self.capacity - place)
+        rows = min(limit - self.written, left)
+        start = self.slot(place) * self.row_bytes
         return self.buffer[start + skip : min(start + rows * self.row_bytes, start + skip + max_bytes)]
 
     # Waiting: by anybody.
@@ -206,4 +204,3 @@ class Ring:
         """Nothing will move any more: accept no rows and wake everybody."""
         self.stopped = True
         self.wake()
-

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import optree
+import torch
 
 from .errors import SpecMismatchError
 from .leaves import ARRAY_TYPES, OPAQUE, Array, Leaf, as_array, dtypes_of, how_to_cast, shape_of
@@ -25,6 +26,10 @@ from .wire import WireLeaf
 _MAX_STRUCTURES = 64
 # How many wrong leaves an error names.
 _MAX_NAMED = 8
+
+_TENSORS = {torch.Tensor}
+_ARRAYS = {np.ndarray}
+_NUMPY_TYPES = {np.ndarray, *np.sctypeDict.values()}
 
 
 class Match(NamedTuple):
@@ -67,14 +72,21 @@ class SampleSpec:
         self.payload_size = offset
         if offset == 0:
             raise ValueError(f"a sample has no bytes: {self.describe()}; the example needs a leaf that is not empty")
+        self._dtypes = [leaf.travels_as for leaf in leaves]
         self._any_opaque = any(leaf.opaque for leaf in leaves)
         self._in_order = tuple(range(len(leaves)))
+        self._last_met = (self.treespec, self._in_order)
         self._orders: dict[Any, tuple[int, ...]] = {}
         self._shapes_for: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was learnt, which may hold types that do not pickle."""
-        return {**self.__dict__, "_orders": {}, "_shapes_for": (-1, [])}
+        return {
+            **self.__dict__,
+            "_last_met": (self.treespec, self._in_order),
+            "_orders": {},
+            "_shapes_for": (-1, []),
+        }
 
     def describe(self) -> str:
         """All leaves on one line."""
@@ -108,14 +120,13 @@ class SampleSpec:
 
     def numpy_leaves(self, sample: Any) -> list[Array] | None:
         """The leaves of one sample that is, to the letter, the example in numpy arrays; None to have it `match`-ed."""
-        leaves: list[Any]
-        leaves, treespec = optree.tree_flatten(sample)
-        if treespec != self.treespec or self._any_opaque:
+        try:
+            leaves: list[Any] = self.treespec.flatten_up_to(sample)
+        except ValueError:
             return None
-        for value, leaf in zip(leaves, self.leaves, strict=True):
-            if type(value) is not np.ndarray or value.shape != leaf.shape or value.dtype != leaf.travels_as:
-                return None
-        return leaves
+        if self._any_opaque or not _NUMPY_TYPES.issuperset(map(type, leaves)):
+            return None
+        return leaves if self._are_right(leaves, self._shapes(1, False)) else None
 
     def match(self, batch: Any, batched: bool | None = None) -> Match:
         """Check ``batch`` against the example, leaf by leaf.
@@ -128,21 +139,48 @@ class SampleSpec:
             SpecMismatchError: structure, shape or dtype differ; names path, got, expected and remedy.
             TypeError: a leaf is no dense array of numbers.
         """
+        leaves = self.leaves
+        arrays = self._as_they_are(batch)
+        if arrays is None:
+            flat = self._in_wire_order(batch)
+            arrays = [as_array(value, leaf, self.root) for value, leaf in zip(flat, leaves, strict=True)]
+        first = arrays[0]
+        stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
+        rows = len(first) if stacked and first.ndim else 1
+        if not self._are_right(arrays, self._shapes(rows, stacked)):
+            self._refuse(self._in_wire_order(batch), batched)
+        return Match(arrays, rows, stacked)
+
+    def _as_they_are(self, batch: Any) -> list[Array] | None:
+        """The arrays of a batch of the structure met last, all of it plain CPU tensors or all of it arrays; or None.
+
+        This is what a training loop sends again and again; whatever else there is takes the long way.
+        """
+        treespec, order = self._last_met
+        try:
+            flat = treespec.flatten_up_to(batch)
+            if order != self._in_order:
+                flat = [flat[i] for i in order]
+            types = set(map(type, flat))
+            if self._any_opaque:
+                return None
+            if types == _TENSORS:
+                return [tensor.numpy() for tensor in flat]
+            return flat if types == _ARRAYS else None
+        except (ValueError, TypeError, RuntimeError):  # another structure, device, layout; a gradient, a lazy negation
+            return None
+
+    def _are_right(self, arrays: list[Array], shapes: list[tuple[int, ...]]) -> bool:
+        return [array.shape for array in arrays] == shapes and [array.dtype for array in arrays] == self._dtypes
+
+    def _in_wire_order(self, batch: Any) -> list[Any]:
+        """The leaves of a batch of any structure that has the example's."""
         flat, treespec = flatten(batch)
         order = self._orders.get(treespec)
         if order is None:
             order = self._learn(treespec)
-        leaves, root = self.leaves, self.root
-        if order != self._in_order:
-            flat = [flat[i] for i in order]
-        arrays = [as_array(value, leaf, root) for value, leaf in zip(flat, leaves, strict=True)]
-        first = arrays[0]
-        stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
-        rows = len(first) if stacked and first.ndim else 1
-        for array, leaf, shape in zip(arrays, leaves, self._shapes(rows, stacked), strict=True):
-            if array.shape != shape or array.dtype != leaf.travels_as:
-                self._refuse(flat, batched)
-        return Match(arrays, rows, stacked)
+        self._last_met = (treespec, order)
+        return flat if order == self._in_order else [flat[i] for i in order]
 
     def _shapes(self, rows: int, batched: bool) -> list[tuple[int, ...]]:
         """The shapes that the arrays of a batch must have."""

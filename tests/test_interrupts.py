@@ -214,7 +214,7 @@ def test_interrupted_connecting_leaves_nothing(interrupts: Interrupts, descripto
     assert len(checker.seen) == len(set(checker.seen))
 
 
-CLOSING_HANDLER = """
+CALLING_HANDLER = """
 import faulthandler, random, signal, sys
 import numpy as np
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, TcpClient
@@ -234,7 +234,7 @@ def call(function, *arguments):
 def handler(*_):
     global struck
     struck += 1
-    call(client.close, 0.05)
+    call(getattr(client, sys.argv[3]), 0.05)
 
 signal.signal(signal.SIGALRM, handler)
 faulthandler.dump_traceback_later(20, exit=True)
@@ -256,12 +256,13 @@ print("ended")
 """
 
 
+@pytest.mark.parametrize("handler", ["close", "wait"])
 @pytest.mark.parametrize("what", ["send", "wait", "close"])
-def test_a_signal_handler_that_closes_hangs_nothing(what: str) -> None:
+def test_a_signal_handler_that_calls_us_hangs_nothing(what: str, handler: str) -> None:
     """Whatever it interrupts. In an interpreter of its own, which can be ended if it hangs."""
     checker = Checker(4)
     with Peer(checker) as peer:
-        command = [sys.executable, "-W", "error", "-c", CLOSING_HANDLER, str(peer.port), what]
+        command = [sys.executable, "-W", "error", "-c", CALLING_HANDLER, str(peer.port), what, handler]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             try:
                 out, err = process.communicate(timeout=SOON_S)

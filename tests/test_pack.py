@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_torch.pack import columns, filler
+from echo_torch.pack import JOIN_LEAF_BYTES, Packer, columns
 from echo_torch.spec import SampleSpec
 
 Array = np.ndarray[Any, Any]
@@ -60,7 +60,7 @@ def pack(leaves: Sequence[Array], arrays: Sequence[Array], rows: int, slot: int,
     """The rows of a ring after ``run`` rows of a batch, from ``first`` on, were put at ``slot``."""
     spec = SampleSpec(list(leaves))
     ring = np.full(rows * spec.payload_size, UNTOUCHED, np.uint8)
-    filler(columns(ring.data, rows, spec.payload_size, spec.leaves), arrays, True)(slot, first, run)
+    Packer(ring.data, spec.payload_size, spec.leaves).filler(arrays, True)(slot, first, run)
     return [row.tobytes() for row in ring.reshape(rows, -1)]
 
 
@@ -100,11 +100,31 @@ def test_a_single_sample_is_its_payload(batch: tuple[list[Array], list[Array]], 
     leaves, arrays = batch
     if not len(arrays[0]):
         return
-    spec = SampleSpec(leaves)
-    ring = np.zeros(4 * spec.payload_size, np.uint8)
-    sample = [array[0, ...] for array in arrays]
-    filler(columns(ring.data, 4, spec.payload_size, spec.leaves), sample, False)(slot, 0, 1)
-    assert ring.reshape(4, -1)[slot].tobytes() == payload(arrays, 0)
+    assert pack_one(leaves, [array[0, ...] for array in arrays], slot) == payload(arrays, 0)
+
+
+def pack_one(leaves: Sequence[Array], arrays: Sequence[Array], slot: int) -> bytes:
+    """A row after a single sample was put there; nothing else is touched."""
+    spec = SampleSpec(list(leaves))
+    ring = np.full(4 * spec.payload_size, UNTOUCHED, np.uint8)
+    Packer(ring.data, spec.payload_size, spec.leaves).filler(arrays, False)(slot, 0, 1)
+    rows = ring.reshape(4, -1)
+    assert (np.delete(rows, slot, 0) == UNTOUCHED).all()
+    return rows[slot].tobytes()
+
+
+@pytest.mark.parametrize("nbytes", [JOIN_LEAF_BYTES // 2, JOIN_LEAF_BYTES, 2 * JOIN_LEAF_BYTES])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_single_sample_of_small_or_large_leaves(nbytes: int, layout: str) -> None:
+    arrays = [values((2, nbytes // 8, 4), ">i2", 1), np.arange(2, dtype=np.uint8)]
+    sample = [LAYOUTS[layout](array[1, ...]) if array.ndim > 1 else array[1, ...] for array in arrays]
+    leaves = [np.zeros(array.shape[1:], array.dtype) for array in arrays]
+    assert pack_one(leaves, sample, 2) == b"".join(array.tobytes() for array in sample)
+
+
+def test_a_single_sample_of_numpy_scalars() -> None:
+    sample = [np.float32(1.5), np.int64(-2), np.bool_(True)]
+    assert pack_one([np.asarray(value) for value in sample], sample, 0) == b"".join(x.tobytes() for x in sample)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,7 +141,7 @@ def test_runs_that_wrap_around_the_ring() -> None:
     spec = SampleSpec(torch.zeros(3, dtype=torch.int16))
     ring = np.full(5 * 6, UNTOUCHED, np.uint8)
     batch = np.arange(12, dtype=np.int16).reshape(4, 3)
-    fill = filler(columns(ring.data, 5, 6, spec.leaves), [batch], True)
+    fill = Packer(ring.data, 6, spec.leaves).filler([batch], True)
     fill(3, 0, 2)
     fill(0, 2, 2)
     rows = [row.tobytes() for row in ring.reshape(5, 6)]
@@ -139,7 +159,7 @@ def test_the_caller_may_change_the_batch_afterwards() -> None:
     ring = np.zeros(2 * 16, np.uint8)
     arrays = [np.array([1, 2]), np.array([0.5, 1.5])]
     before = [payload(arrays, row) for row in range(2)]
-    filler(columns(ring.data, 2, 16, spec.leaves), arrays, True)(0, 0, 2)
+    Packer(ring.data, 16, spec.leaves).filler(arrays, True)(0, 0, 2)
     for array in arrays:
         array[...] = -1
     assert [row.tobytes() for row in ring.reshape(2, 16)] == before

@@ -256,7 +256,7 @@ def passed_through(ring: Ring, rows: int, in_flight: int) -> list[int]:
 @pytest.mark.parametrize("in_flight", [0, 1, 4, 9])
 @pytest.mark.parametrize("rest", [0, 1, 3])
 def test_what_was_released_last_is_used_first(replay: int, in_flight: int, rest: int) -> None:
-    """Of 100 rows and more in chunks of 4, no more memory is touched than what is in flight takes, and a chunk or two."""
+    """Of 100 rows and more in chunks of 4, what is in flight touches no more memory than it takes, and two chunks."""
     ring = Ring(memoryview(bytearray(2 * (100 + rest))), 2, replay, chunk_bytes=9)
     slots = passed_through(ring, 90, in_flight)  # the shorter chunk at the end, if there is one, is used in its turn
     assert len(set(slots)) <= replay + in_flight + 2 * 4
