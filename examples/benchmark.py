@@ -1,319 +1,315 @@
 """What sending costs: the sink and `TcpClient` beside the stock ``echo.TcpClient`` and the raw limit of the socket.
 
-    python examples/benchmark.py [--quick] [--json FILE] [--cases 29B,1KB] [--peers null,real] [--rounds 5]
+    python examples/benchmark.py [--quick] [--json FILE] [--cases 29B,1KB] [--peers null,real] [--tables busy,loop]
 
 Every figure is the median of interleaved rounds in one run: the senders take turns on one peer, so that a drifting
-machine drifts for all of them. Peers run in processes of their own:
-
-* ``real``: an ``echo.Server`` whose learner does nothing but drain;
-* ``null``: reads and acks as fast as it can, which shows the sender's own limit. How busy it was is printed: a peer
-  below 100 % waited for the sender.
-
-Senders, each with its default configuration, over the same data:
-
-* ``sink``: ``EchoSink.send(batch)`` of B samples, torch tensors;
-* ``client``: ``echo_torch.TcpClient.send(sample)``, B samples cut out of the batch beforehand;
-* ``stock``: ``echo.TcpClient.send(sample)``, the same;
-* ``raw``: ``sendall`` of the batch's packed bytes, acks read by a thread: the better of plain reading and reading with
-  ``SO_RCVLOWAT``. It checks nothing, packs nothing, and its window (32,768 samples) is only there to end in time.
+machine drifts for all of them. ``benchmark_senders.py`` says what is compared with what.
 
 Times include the final ``wait()``. CPU is user + system of the sending process. "blocked" is how long the caller of
 one batch's sends was away, median of all batches of a round.
+
+The last table holds the figures against what the package set out to reach; it decides nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import inspect
 import json
-import multiprocessing
+import os
 import resource
-import select
-import socket
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-import echo
-import optree
-import torch
+import numpy as np
+from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, cpu_seconds, sink
 
-from echo_torch import EchoSink, TcpClient, numpy_example
-from echo_torch.wire import ACK, WireLeaf, encode_handshake
+from echo_torch import EchoSink
 
-HOST = "127.0.0.1"
-ACK_MARK = 16
-RAW_WINDOW = 32_768
-WARM_UP_S = 0.1
-
-
-def cases() -> dict[str, tuple[int, dict[str, torch.Tensor]]]:
-    """Name -> batch size and one batch, whose leaves have the batch dimension first."""
-
-    def batch(size: int, **leaves: tuple[tuple[int, ...], torch.dtype]) -> tuple[int, dict[str, torch.Tensor]]:
-        return size, {
-            name: torch.randint(0, 2, (size, *shape)).to(dtype) for name, (shape, dtype) in sorted(leaves.items())
-        }
-
-    steps = 5
-    observation = {f"obs_{index:02d}": ((steps, 4 + index % 13), torch.float32) for index in range(43)}
-    return {
-        "29B": batch(
-            256,
-            obs=((4,), torch.float32),
-            action=((), torch.int64),
-            reward=((), torch.float32),
-            done=((), torch.bool),
-        ),
-        "1KB": batch(256, obs=((250,), torch.float32), action=((), torch.int64), reward=((), torch.float32)),
-        "28KB": batch(64, obs=((4, 84, 84), torch.uint8), action=((), torch.int64), reward=((), torch.float32)),
-        "602KB": batch(16, image=((3, 224, 224), torch.float32), label=((), torch.int64)),
-        "43 leaves": batch(64, **observation),
-    }
-
-
-# Peers.
-
-
-def run_null_peer(pipe: Any, greeting: bytes, payload: int) -> None:
-    listener = socket.create_server((HOST, 0))
-    pipe.send(listener.getsockname()[1])
-
-    def serve(line: socket.socket) -> None:
-        buffer, left = bytearray(1 << 22), 0
-        while count := line.recv_into(buffer):
-            whole, left = divmod(left + count, payload)
-            line.sendall(ACK * whole)
-
-    def accept() -> None:
-        while True:
-            line, _ = listener.accept()
-            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            line.sendall(greeting)
-            threading.Thread(target=serve, args=(line,), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    answer_cpu(pipe)
-
-
-def run_real_peer(pipe: Any, example: Any, batch_size: int) -> None:
-    server = echo.Server(example, batch_size=batch_size, transport=echo.TcpTransport(port=0))
-    server.start()
-    pipe.send(server.port)
-
-    def drain() -> None:
-        while server.sample() is not None:
-            pass
-
-    threading.Thread(target=drain, daemon=True).start()
-    answer_cpu(pipe)
-
-
-def answer_cpu(pipe: Any) -> None:
-    """Say how much CPU this process has used whenever asked; ends with the benchmark."""
-    try:
-        while pipe.recv():
-            pipe.send(cpu_seconds())
-    except EOFError:
-        pass
-
-
-class PeerProcess:
-    """A peer in a process of its own."""
-
-    def __init__(self, target: Callable[..., None], *args: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=target, args=(theirs, *args), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.port: int = self._pipe.recv()
-
-    def cpu_seconds(self) -> float:
-        self._pipe.send(True)
-        return float(self._pipe.recv())
-
-    def __enter__(self) -> PeerProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.close()
-        self._process.terminate()
-        self._process.join()
-
-
-# Senders: each is a context that gives the two calls to measure, "send one batch" and "wait for all".
-
-Calls = tuple[Callable[[], Any], Callable[[], Any]]
-
-
-@contextmanager
-def sink(port: int, batch: dict[str, torch.Tensor]) -> Iterator[Calls]:
-    with EchoSink(HOST, port, {name: leaf[0] for name, leaf in batch.items()}) as made:
-        yield lambda: made.send(batch), made.wait
-
-
-@contextmanager
-def one_by_one(make: Callable[..., Any], port: int, batch: dict[str, torch.Tensor]) -> Iterator[Calls]:
-    arrays = {name: leaf.numpy() for name, leaf in batch.items()}
-    size = len(next(iter(arrays.values())))
-    samples = [{name: leaf[row, ...] for name, leaf in arrays.items()} for row in range(size)]
-    made = make(HOST, port, samples[0])
-
-    def send() -> None:
-        for sample in samples:
-            made.send(sample)
-
-    try:
-        yield send, made.wait
-    finally:
-        made.close()
-
-
-@contextmanager
-def raw(port: int, batch: dict[str, torch.Tensor], mark: int) -> Iterator[Calls]:
-    leaves = [leaf.numpy() for leaf in optree.tree_leaves(batch)]
-    rows = len(leaves[0])
-    payload = b"".join(leaf[row].tobytes() for row in range(rows) for leaf in leaves)
-    line = socket.create_connection((HOST, port))
-    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    line.recv(1 << 16)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
-    sent, acked, all_acked = [0], [0], threading.Event()
-
-    def read() -> None:
-        poller = select.poll()  # a blocking `recv` would stick to the mark of when it was called
-        poller.register(line, select.POLLIN)
-        while True:
-            poller.poll()
-            try:
-                count = len(line.recv(1 << 16, socket.MSG_DONTWAIT))
-            except BlockingIOError:
-                continue
-            if not count:
-                return
-            acked[0] += count
-            if acked[0] == sent[0]:
-                all_acked.set()
-
-    def send() -> None:
-        while sent[0] - acked[0] > max(4 * rows, RAW_WINDOW):
-            time.sleep(0.0005)
-        sent[0] += rows
-        line.sendall(payload)
-
-    def wait() -> None:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        while acked[0] < sent[0]:
-            all_acked.wait(0.001)
-            all_acked.clear()
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        yield send, wait
-    finally:
-        line.shutdown(socket.SHUT_RDWR)
-        reader.join()
-        line.close()
-
-
-Sender = Callable[[int, dict[str, torch.Tensor]], Any]
-SENDERS: dict[str, Sender] = {
-    "sink": sink,
-    "client": lambda port, batch: one_by_one(TcpClient, port, batch),
-    "stock": lambda port, batch: one_by_one(echo.TcpClient, port, batch),
-    "raw": lambda port, batch: raw(port, batch, 1),
-    "raw lowat": lambda port, batch: raw(port, batch, ACK_MARK),
-}
+# Seconds that a warm-up takes at the least: it also tells how many batches a round has.
+WARM_UP_S = 0.05
+# What `EchoSink` keeps samples in, unless told otherwise.
+RING_BYTES: int = inspect.signature(EchoSink).parameters["buffer_bytes"].default
+# Samples per second at which all senders are compared beside a training loop, and how many batches a slice of it has.
+LOOP_RATE = 10_000.0
+SLICE_BATCHES = 4
+# How many calls of `send` must leave memory as it was.
+MEMORY_SENDS = 10_000
+# Blocks of memory by which Python's own caches may change meanwhile; a leak of one per thousand sends is more.
+BLOCKS_NOISE = 10
 
 
 # Measuring.
 
 
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def timed(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
-def measure(name: str, peer: PeerProcess, batch: dict[str, torch.Tensor], seconds: float) -> dict[str, float]:
-    """Send for about ``seconds`` and give the figures of that round."""
-    rows = len(next(iter(batch.values())))
-    with SENDERS[name](peer.port, batch) as (send, wait):
-        stop = time.perf_counter() + WARM_UP_S
-        while time.perf_counter() < stop:
+def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+
+
+def batches_in(send: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> int:
+    """Warm up, and give how many batches it takes ``seconds`` to send and to see acked.
+
+    A number and not a time, because a sender with a large buffer could accept in a second what takes a minute to ack.
+    """
+    count = 1
+    while True:
+        began = time.perf_counter()
+        for _ in range(count):
             send()
         wait()
-        blocked = []
+        wall = time.perf_counter() - began
+        if wall >= WARM_UP_S:
+            return max(1, round(count * seconds / wall))
+        count *= 2
+
+
+class Table:
+    """Prints its rows as they come, aligned, and keeps them.
+
+    ``columns`` are heads, right-aligned in as many characters as they have, each with its key in a row and how to
+    format that.
+    """
+
+    def __init__(self, title: str, columns: dict[str, tuple[str, str]]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._columns = columns
+        print(f"\n{title}\n{'  '.join(columns)}", flush=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        cells = (format(row[key], form).rjust(len(head)) for head, (key, form) in self._columns.items())
+        print("  ".join(cells), flush=True)
+
+
+# Throughput.
+
+
+def measure(name: str, peer: PeerProcess, case: Case, seconds: float) -> dict[str, float]:
+    """Send for about ``seconds`` and give the figures of that round."""
+    with SENDERS[name](peer.port, case.batch) as (send, wait):
+        count = batches_in(send, wait, seconds)
         peer_cpu, cpu, began = peer.cpu_seconds(), cpu_seconds(), time.perf_counter()
-        before = began
-        while before < began + seconds:
-            send()
-            now = time.perf_counter()
-            blocked.append(now - before)
-            before = now
+        blocked = [timed(send) for _ in range(count)]
         wait()
         wall = time.perf_counter() - began
         cpu = cpu_seconds() - cpu
-        samples = rows * len(blocked)
+        samples = case.size * count
         return {
             "samples_s": samples / wall,
+            "mb_s": samples * case.payload / 1e6 / wall,
             "cpu_us": cpu / samples * 1e6,
             "blocked_us": statistics.median(blocked) * 1e6,
             "peer_busy": (peer.cpu_seconds() - peer_cpu) / wall,
         }
 
 
-def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-
-
-def throughput(names: list[str], peers: list[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    rows = []
-    for case in names:
-        size, batch = cases()[case]
-        example = numpy_example({name: leaf[0] for name, leaf in batch.items()})
-        leaves = [WireLeaf(leaf.dtype.itemsize, leaf.shape) for leaf in optree.tree_leaves(example)]
-        payload = sum(leaf.nbytes for leaf in leaves)
-        peer_arguments: dict[str, tuple[Any, ...]] = {
-            "null": (run_null_peer, encode_handshake(leaves), payload),
-            "real": (run_real_peer, example, max(32, size)),
+def measure_all(kind: str, case: Case, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """One row per sender, with the ratios between them."""
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in SENDERS}
+    with PeerProcess(kind, case) as peer:
+        for _ in range(rounds):
+            for name, found in figures.items():
+                found.append(measure(name, peer, case, seconds))
+    results = {name: medians(found) for name, found in figures.items()}
+    limit = max(results.pop("raw"), results.pop("raw lowat"), key=lambda found: found["samples_s"])
+    stock = results["stock"]
+    for name, found in {**results, "raw": limit}.items():
+        yield {
+            "case": case.name,
+            "B": case.size,
+            "peer": kind,
+            "sender": name,
+            **found,
+            "vs_stock": found["samples_s"] / stock["samples_s"],
+            "cpu_vs_stock": found["cpu_us"] / stock["cpu_us"],
+            "blocked_vs_stock": found["blocked_us"] / stock["blocked_us"],
+            "vs_limit": found["samples_s"] / limit["samples_s"],
         }
-        for kind in peers:
-            figures: dict[str, list[dict[str, float]]] = {name: [] for name in SENDERS}
-            with PeerProcess(*peer_arguments[kind]) as peer:
-                for _ in range(rounds):
-                    for name in SENDERS:
-                        figures[name].append(measure(name, peer, batch, seconds))
-            results = {name: medians(found) for name, found in figures.items()}
-            limit = max(results.pop("raw"), results.pop("raw lowat"), key=lambda found: found["samples_s"])
-            for name, found in {**results, "raw": limit}.items():
-                row = {"case": case, "B": size, "peer": kind, "sender": name, **found}
-                row["mb_s"] = found["samples_s"] * payload / 1e6
-                row["vs_stock"] = found["samples_s"] / results["stock"]["samples_s"]
-                row["cpu_vs_stock"] = found["cpu_us"] / results["stock"]["cpu_us"]
-                row["blocked_vs_stock"] = found["blocked_us"] / results["stock"]["blocked_us"]
-                row["vs_limit"] = found["samples_s"] / limit["samples_s"]
-                rows.append(row)
-                print(throughput_line(row), flush=True)
-    return rows
 
 
-THROUGHPUT_HEAD = (
-    f"{'sample':<10}{'B':>4} {'peer':<5}{'sender':<8}{'samples/s':>12}{'MB/s':>9}{'CPU us/sample':>15}"
-    f"{'blocked us/batch':>18}{'x stock':>9}{'CPU/stock':>11}{'blocked/stock':>15}{'x limit':>9}{'peer busy':>11}"
-)
+def throughput(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "   sample": ("case", ""),
+        "  B": ("B", ""),
+        "peer": ("peer", ""),
+        "sender": ("sender", ""),
+        " samples/s": ("samples_s", ",.0f"),
+        " MB/s": ("mb_s", ",.0f"),
+        "CPU us/sample": ("cpu_us", ".3f"),
+        "blocked us/batch": ("blocked_us", ",.1f"),
+        "x stock": ("vs_stock", ".2f"),
+        "CPU/stock": ("cpu_vs_stock", ".4f"),
+        "blocked/stock": ("blocked_vs_stock", ".4f"),
+        "x limit": ("vs_limit", ".2f"),
+        "peer busy": ("peer_busy", ".0%"),
+    }
+    table = Table("Throughput", columns)
+    for name in options.cases:
+        for kind in options.peers:
+            for row in measure_all(kind, cases()[name], options.rounds, options.seconds):
+                table.add(row)
+    say_how_busy([row for row in table.rows if (row["peer"], row["sender"]) == ("null", "sink")])
+    return table.rows
 
 
-def throughput_line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['case']:<10}{row['B']:>4} {row['peer']:<5}{row['sender']:<8}{row['samples_s']:>12,.0f}"
-        f"{row['mb_s']:>9,.0f}{row['cpu_us']:>15.3f}{row['blocked_us']:>18,.1f}{row['vs_stock']:>9.2f}"
-        f"{row['cpu_vs_stock']:>11.4f}{row['blocked_vs_stock']:>15.4f}{row['vs_limit']:>9.2f}{row['peer_busy']:>11.0%}"
+def say_how_busy(rows: list[dict[str, Any]]) -> None:
+    """Whether the null peer was faster than the sink, which it must be to measure the sink and not itself."""
+    if rows:
+        shares = ", ".join(f"{row['peer_busy']:.0%} ({row['case']})" for row in rows)
+        faster = all(row["peer_busy"] < 1 for row in rows)
+        print(
+            f"The null peer was busy for {shares} of the sink's time: {'' if faster else 'NOT always '}faster than it."
+        )
+
+
+# The round trip of one sample.
+
+
+def trip(name: str, peer: PeerProcess, case: Case, seconds: float) -> float:
+    """Microseconds from the call of ``send`` with one sample to the end of ``wait``; median of many."""
+    with SENDERS[name](peer.port, case.cut(1).batch) as (send, wait):
+
+        def there_and_back() -> None:
+            send()
+            wait()
+
+        count = batches_in(there_and_back, wait, seconds)
+        return statistics.median(timed(there_and_back) for _ in range(count)) * 1e6
+
+
+def round_trips(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "sample": ("case", ""),
+        "client us": ("client_us", ".1f"),
+        "stock us": ("stock_us", ".1f"),
+        "client/stock": ("vs_stock", ".2f"),
+    }
+    table = Table("Round trip of one sample, send + wait, real server", columns)
+    for case in (cases()["29B"], cases()["28KB"]):
+        found: dict[str, list[float]] = {"client": [], "stock": []}
+        with PeerProcess("real", case) as peer:
+            for _ in range(options.rounds):
+                for name, times in found.items():
+                    times.append(trip(name, peer, case, options.seconds / 2))
+        client, stock = (statistics.median(times) for times in found.values())
+        table.add({"case": case.name, "client_us": client, "stock_us": stock, "vs_stock": client / stock})
+    return table.rows
+
+
+# What the caller pays while there is room.
+
+
+def room_round(send: Callable[[], Any], wait: Callable[[], Any], source: Any, cold: Any, hot: Any) -> dict[str, float]:
+    """Times of one ``send`` of ``source`` and of two copies, each with ``source`` read just before."""
+
+    def after_reading(call: Callable[[], Any]) -> float:
+        np.add.reduce(source)
+        return timed(call) * 1e6
+
+    found = {"send_us": after_reading(send)}
+    wait()
+    found["cold_us"] = after_reading(lambda: np.copyto(cold, source))
+    np.copyto(hot, source)
+    found["hot_us"] = after_reading(lambda: np.copyto(hot, source))
+    return found
+
+
+def room(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of `EchoSink.send` of 9.6 MB into an empty ring, beside one memcpy of the same bytes.
+
+    The ring is walked from end to end, so a row was last touched 64 MiB ago and is in no cache. The copy to compare
+    with therefore walks as much memory in the same way; the one into memory that is still warm is only for information.
+    """
+    columns = {
+        "send us": ("send_us", ",.0f"),
+        "memcpy us": ("cold_us", ",.0f"),
+        "memcpy into warm memory us": ("hot_us", ",.0f"),
+        "send/memcpy": ("vs_memcpy", ".2f"),
+        "send/warm memcpy": ("vs_hot", ".2f"),
+    }
+    table = Table("Caller blocked in EchoSink.send of 9.6 MB (16 x 602 KB) while the ring has room, null peer", columns)
+    case = cases()["602KB"]
+    source = case.batch["image"].numpy().reshape(-1)
+    laps = RING_BYTES // source.nbytes
+    cold = np.zeros((laps, source.size), source.dtype)
+    hot = np.zeros_like(source)
+    found = []
+    with PeerProcess("null", case) as peer, sink(peer.port, case.batch) as (send, wait):
+        for turn in range((2 + 4 * options.rounds) * laps):
+            found.append(room_round(send, wait, source, cold[turn % laps], hot))
+    middle = medians(found[2 * laps :])  # without those that touched their memory for the first time
+    vs_memcpy, vs_hot = middle["send_us"] / middle["cold_us"], middle["send_us"] / middle["hot_us"]
+    table.add({**middle, "vs_memcpy": vs_memcpy, "vs_hot": vs_hot})
+    return table.rows
+
+
+# Memory and threads.
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def memory_held() -> tuple[int, int]:
+    gc.collect()
+    return resident_bytes(), sys.getallocatedblocks()
+
+
+def growth(name: str, peer: PeerProcess, case: Case, warm_up: int, lots: int) -> dict[str, Any]:
+    """What ``MEMORY_SENDS`` calls add to this process' memory: the median of some lots of them."""
+    threads = threading.active_count()
+    with SENDERS[name](peer.port, case.batch) as (send, wait):
+        threads = threading.active_count() - threads
+
+        def lot(sends: int = MEMORY_SENDS) -> None:
+            for _ in range(sends):
+                send()
+            wait()
+
+        lot(warm_up)
+        held = [memory_held()] * (lots + 1)
+        for index in range(lots + 1):
+            lot()
+            held[index] = memory_held()
+    resident, blocks = (
+        statistics.median(after - before for before, after in pairwise(column)) for column in zip(*held, strict=True)
     )
+    return {"sender": name, "lots": lots, "resident": resident, "blocks": blocks, "threads": threads}
+
+
+def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "sender": ("sender", ""),
+        "resident bytes": ("resident", "+,.0f"),
+        "Python blocks": ("blocks", "+,.0f"),
+        "threads": ("threads", "+"),
+    }
+    case = cases()["29B"]
+    table = Table(
+        f"Growth by {MEMORY_SENDS:,} sends after warm-up, median of {options.rounds} times; threads of a connection; "
+        "29 B, null peer",
+        columns,
+    )
+    lap = RING_BYTES // (case.payload * case.size)
+    with PeerProcess("null", case) as peer:
+        # Memory that the ring touches for the first time counts for nothing.
+        table.add(growth("sink", peer, case, lap + MEMORY_SENDS, options.rounds))
+        table.add(growth("client", peer, case.cut(1), MEMORY_SENDS, options.rounds))
+    return table.rows
 
 
 # A main thread that is busy in Python.
@@ -327,102 +323,212 @@ def step() -> int:
     return total
 
 
-def busy_rate(name: str, port: int, batch: dict[str, torch.Tensor], seconds: float) -> float:
+def busy_rate(name: str, port: int, case: Case, seconds: float) -> float:
     """Samples per second that another thread gets sent while the main thread never lets go of the GIL by itself."""
-    rows = len(next(iter(batch.values())))
-    stop, sent = threading.Event(), [0]
-    with SENDERS[name](port, batch) as (send, wait):
+    rates: list[float] = []
+    with SENDERS[name](port, case.batch) as (send, wait):
 
         def work() -> None:
-            while not stop.is_set():
+            count = batches_in(send, wait, seconds)
+            began = time.perf_counter()
+            for _ in range(count):
                 send()
-                sent[0] += rows
             wait()
+            rates.append(count * case.size / (time.perf_counter() - began))
 
         thread = threading.Thread(target=work)
-        began = time.perf_counter()
         thread.start()
-        while time.perf_counter() < began + seconds:
-            step()
-        stop.set()
         while thread.is_alive():
             step()
-        return sent[0] / (time.perf_counter() - began)
+    return rates[0]
 
 
-def loop_rate(name: str | None, port: int, batch: dict[str, torch.Tensor], rate: float, seconds: float) -> float:
-    """Steps per second of a loop that also sends ``rate`` samples per second; None sends nothing."""
-    rows = len(next(iter(batch.values())))
-
-    def loop(send: Callable[[], Any]) -> float:
-        began = now = time.perf_counter()
-        sent = steps = 0
-        while now < began + seconds:
-            step()
-            steps += 1
-            now = time.perf_counter()
-            if sent + rows <= (now - began) * rate:
-                send()
-                sent += rows
-        return steps / (time.perf_counter() - began)
-
-    if name is None:
-        return loop(lambda: None)
-    with SENDERS[name](port, batch) as (send, wait):
-        found = loop(send)
-        wait()
-        return found
-
-
-def busy_main(rounds: int, seconds: float) -> dict[str, Any]:
-    rate = 10_000.0
-    size, batch = cases()["29B"]
-    example = numpy_example({name: leaf[0] for name, leaf in batch.items()})
-    busy: dict[str, list[float]] = {"sink": [], "client": [], "stock": []}
-    loops: dict[str, list[float]] = {"sink": [], "stock": []}
-    with PeerProcess(run_real_peer, example, size) as peer:
-        for _ in range(rounds):
-            for name, found in busy.items():
-                found.append(busy_rate(name, peer.port, batch, seconds))
-            for name, found in loops.items():
-                alone = loop_rate(None, peer.port, batch, rate, seconds)
-                found.append(loop_rate(name, peer.port, batch, rate, seconds) / alone)
-    return {
-        "samples_s": {name: statistics.median(found) for name, found in busy.items()},
-        "rate": rate,
-        "loop_kept": {name: statistics.median(found) for name, found in loops.items()},
+def busy(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "sender": ("sender", ""),
+        " samples/s": ("samples_s", ",.0f"),
+        "x stock": ("vs_stock", ".1f"),
     }
+    table = Table("Sent by a second thread while the main thread is busy in Python, 29 B, real server", columns)
+    case = cases()["29B"]
+    few = case.cut(32)  # the same to who sends one by one, and a round does not take seconds
+    found: dict[str, list[float]] = {"sink": [], "client": [], "stock": []}
+    with PeerProcess("real", case) as peer:
+        for _ in range(options.rounds):
+            for name, rates in found.items():
+                rates.append(busy_rate(name, peer.port, case if name == "sink" else few, options.seconds))
+    middle = {name: statistics.median(rates) for name, rates in found.items()}
+    for name, rate in middle.items():
+        table.add({"sender": name, "samples_s": rate, "vs_stock": rate / middle["stock"]})
+    return table.rows
 
 
-def print_busy(found: dict[str, Any]) -> None:
-    print("\nMain thread busy in Python, real server, 29 B samples, B = 256")
-    stock = found["samples_s"]["stock"]
-    for name, samples in found["samples_s"].items():
-        print(f"  {name:<8}{samples:>12,.0f} samples/s from a second thread {samples / stock:>8.1f} x stock")
-    for name, kept in found["loop_kept"].items():
-        print(f"  {name:<8}{kept:>12.3f} of the loop's rate kept while it sends {found['rate']:,.0f} samples/s")
+# What a training loop keeps of its speed.
+
+
+def loop_slice(calls: Calls, size: int) -> dict[str, float]:
+    """Steps per second of a loop that sends a few batches, evenly spaced, and how fast it really sent them."""
+    send, wait = calls
+    period = size / LOOP_RATE
+    steps = sent = 0
+    began = time.perf_counter()
+    while (now := time.perf_counter() - began) < SLICE_BATCHES * period:
+        if now >= sent * period:
+            send()
+            sent += 1
+        step()
+        steps += 1
+    wait()
+    wall = time.perf_counter() - began
+    return {"steps_s": steps / wall, "samples_s": sent * size / wall}
+
+
+def loop_turns(senders: dict[str, Calls], size: int, turns: int) -> dict[str, list[dict[str, float]]]:
+    """Slices with each sender, and for each what it kept of the slices without one just before and after."""
+    alone: Calls = (lambda: None, lambda: None)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in senders}
+    before = loop_slice(alone, size)
+    for _ in range(turns):
+        for name, calls in senders.items():
+            middle, after = loop_slice(calls, size), loop_slice(alone, size)
+            middle["alone_steps_s"] = (before["steps_s"] + after["steps_s"]) / 2
+            middle["kept"] = middle["steps_s"] / middle["alone_steps_s"]
+            found[name].append(middle)
+            before = after
+    return found
+
+
+def loop(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "sender": ("sender", ""),
+        "samples/s": ("samples_s", ",.0f"),
+        "steps/s": ("steps_s", ",.0f"),
+        "steps/s alone": ("alone_steps_s", ",.0f"),
+        " kept": ("kept", ".3f"),
+    }
+    table = Table(f"A loop in Python that sends {LOOP_RATE:,.0f} samples/s, 29 B, B = 256, real server", columns)
+    case = cases()["29B"]
+    with PeerProcess("real", case) as peer, ExitStack() as stack:
+        senders = {name: stack.enter_context(SENDERS[name](peer.port, case.batch)) for name in ("sink", "stock")}
+        loop_turns(senders, case.size, 1)
+        found = loop_turns(senders, case.size, max(3, round(100 * options.seconds)))
+    for name, slices in found.items():
+        table.add({"sender": name, **medians(slices)})
+    return table.rows
+
+
+# What was to be reached.
+
+
+class Target(NamedTuple):
+    """A bound on figure ``key`` of those rows of a table that have the values ``of``."""
+
+    says: str
+    table: str
+    of: dict[str, tuple[str, ...]]
+    key: str
+    bound: float
+    at_least: bool = False
+
+
+def rows_of(sender: str, peer: str, *names: str) -> dict[str, tuple[str, ...]]:
+    return {"sender": (sender,), "peer": (peer,), **({"case": names} if names else {})}
+
+
+SMALL_NULL = rows_of("sink", "null", "29B")
+SMALL_REAL = rows_of("sink", "real", "29B", "1KB")
+LARGE_NULL = rows_of("sink", "null", "28KB", "602KB")
+TARGETS = [
+    Target("samples/s, x stock", "throughput", SMALL_NULL, "vs_stock", 100, True),
+    Target("CPU per sample, / stock", "throughput", SMALL_NULL, "cpu_vs_stock", 1 / 100),
+    Target("blocked per batch, / stock", "throughput", SMALL_NULL, "blocked_vs_stock", 1 / 100),
+    Target("samples/s, x raw limit", "throughput", SMALL_REAL, "vs_limit", 0.95, True),
+    Target("CPU per sample, / stock", "throughput", SMALL_REAL, "cpu_vs_stock", 1 / 15),
+    Target("MB/s, x raw limit", "throughput", LARGE_NULL, "vs_limit", 0.9, True),
+    Target("CPU per sample, / stock", "throughput", rows_of("sink", "real", "43 leaves"), "cpu_vs_stock", 1 / 10),
+    Target("CPU per sample, / stock", "throughput", rows_of("client", "real"), "cpu_vs_stock", 1 / 2),
+    Target("client's round trip, / stock", "trips", {}, "vs_stock", 1.1),
+    Target("blocked in send, ring has room, / memcpy", "room", {}, "vs_memcpy", 1.3),
+    Target("samples/s, main thread busy, x stock", "busy", {"sender": ("sink",)}, "vs_stock", 10, True),
+    Target("loop rate kept", "loop", {"sender": ("sink",)}, "kept", 0.97, True),
+    Target(f"resident bytes grown per {MEMORY_SENDS:,} sends", "memory", {}, "resident", 0),
+    Target(f"Python blocks grown per {MEMORY_SENDS:,} sends", "memory", {}, "blocks", BLOCKS_NOISE),
+    Target("threads per connection", "memory", {}, "threads", 1),
+]
+
+
+def judge(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each target with each figure that was measured for it."""
+    table = Table(
+        "Targets",
+        {
+            f"{'target':>42}": ("target", ""),
+            f"{'of':>18}": ("of", ""),
+            "    bound": ("bound", ""),
+            "  figure": ("figure", ",.4g"),
+            "verdict": ("verdict", ""),
+        },
+    )
+    for target in TARGETS:
+        for row in results.get(target.table, []):
+            if any(row[key] not in values for key, values in target.of.items()):
+                continue
+            figure = row[target.key]
+            reached = figure >= target.bound if target.at_least else figure <= target.bound
+            table.add(
+                {
+                    "target": target.says,
+                    "of": " ".join(row[key] for key in ("case", "sender", "peer") if key in row),
+                    "bound": f"{'>=' if target.at_least else '<='} {target.bound:.3g}",
+                    "figure": figure,
+                    "verdict": "reached" if reached else "missed",
+                }
+            )
+    return table.rows
+
+
+TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "throughput": throughput,
+    "trips": round_trips,
+    "room": room,
+    **({"memory": memory} if os.path.exists("/proc/self/statm") else {}),
+    "busy": busy,
+    "loop": loop,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    def some_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+        def chosen(value: str) -> list[str]:
+            if unknown := set(value.split(",")) - set(names):
+                raise argparse.ArgumentTypeError(f"got {', '.join(sorted(unknown))}, expected of {', '.join(names)}")
+            return value.split(",")
+
+        return chosen
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    quick = "under 60 s: rounds of 0.1 s, and no throughput of 1 KB, 602 KB and 43 leaves"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each sender has its turn (default: 5)")
+    parser.add_argument("--seconds", type=float, help="length of one round of one sender (default: 0.6)")
+    parser.add_argument("--cases", type=some_of(list(cases())), help=f"for throughput, of {', '.join(cases())}")
+    parser.add_argument("--peers", type=some_of(["null", "real"]), default="null,real", help="for throughput")
+    everything = ",".join(TABLES)
+    parser.add_argument("--tables", type=some_of(list(TABLES)), default=everything, help=f"of {everything}")
+    options = parser.parse_args()
+    options.cases = options.cases or (["29B", "28KB"] if options.quick else list(cases()))
+    options.seconds = options.seconds or (0.1 if options.quick else 0.6)
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest samples and shorter rounds: under 60 s")
-    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, help="length of one round of one sender")
-    parser.add_argument("--cases", help=f"of {', '.join(cases())}")
-    parser.add_argument("--peers", default="null,real")
-    options = parser.parse_args()
-    names = options.cases.split(",") if options.cases else list(cases())
-    if options.quick and not options.cases:
-        names = ["29B"]
-    seconds = options.seconds or (0.25 if options.quick else 0.6)
-    print(THROUGHPUT_HEAD)
-    rows = throughput(names, options.peers.split(","), options.rounds, seconds)
-    busy = busy_main(options.rounds, seconds)
-    print_busy(busy)
+    options = parse_arguments()
+    results = {name: run(options) for name, run in TABLES.items() if name in options.tables}
+    results["targets"] = judge(results)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"throughput": rows, "busy": busy}, file, indent=2)
+            json.dump(results, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import runpy
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICKSTART = EXAMPLES / "quickstart.py"
+BENCHMARK = EXAMPLES / "benchmark.py"
 
 RUN_S = 90.0
 """Seconds for a whole run; it takes less than ten."""
@@ -27,10 +30,10 @@ GONE_S = 20.0
 
 
 @contextlib.contextmanager
-def running(*options: str) -> Iterator[subprocess.Popen[str]]:
-    """The quickstart, in a process group of its own, of which nothing is left in the end."""
+def running(example: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """An example, in a process group of its own, of which nothing is left in the end."""
     process = subprocess.Popen(
-        [sys.executable, str(QUICKSTART), *options],
+        [sys.executable, str(example), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -71,7 +74,7 @@ def figures(pattern: str, report: str) -> list[float]:
 
 @pytest.mark.parametrize("batch_size", [64, 100])
 def test_quickstart_delivers_every_sample(batch_size: int) -> None:
-    with running("--epochs", "2", "--batch-size", str(batch_size)) as process:
+    with running(QUICKSTART, "--epochs", "2", "--batch-size", str(batch_size)) as process:
         # Both pipes end only when no process holds them any more, so nothing that it started keeps its stdout.
         report, errors = process.communicate(timeout=RUN_S)
         assert process.returncode == 0, errors
@@ -87,7 +90,7 @@ def test_quickstart_delivers_every_sample(batch_size: int) -> None:
 
 
 def test_quickstart_killed_leaves_no_process() -> None:
-    with running("--epochs", "1000") as process:
+    with running(QUICKSTART, "--epochs", "1000") as process:
         assert process.stdout is not None
         assert "listens on port" in process.stdout.readline()
         process.kill()
@@ -124,3 +127,82 @@ def test_quickstart_check_fails_when_it_should(
     expectation = pytest.raises(SystemExit, match=re.escape(says)) if says else contextlib.nullcontext()
     with expectation:
         quickstart["check_received"](received, {(0, 0), (0, 1), (0, 2)}, {"logits": sent})
+
+
+SMALLEST = ("--cases", "29B", "--rounds", "1", "--seconds", "0.02")
+
+
+def test_benchmark_fills_every_table(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    with running(BENCHMARK, *SMALLEST, "--json", str(path)) as process:
+        report, errors = process.communicate(timeout=RUN_S)
+        assert process.returncode == 0, errors
+        assert_all_gone(process.pid)
+    tables = json.loads(path.read_text())
+    senders = ("sink", "client", "stock", "raw")
+    assert [(row["peer"], row["sender"]) for row in tables["throughput"]] == [
+        (peer, sender) for peer in ("null", "real") for sender in senders
+    ]
+    for first in (0, len(senders)):
+        assert_ratios_hold(dict(zip(senders, tables["throughput"][first:], strict=False)))
+    assert [row["case"] for row in tables["trips"]] == ["29B", "28KB"]
+    assert [row["threads"] for row in tables["memory"]] == [1, 1]
+    assert {row["sender"] for row in tables["busy"]} == {"sink", "client", "stock"}
+    assert all(row["alone_steps_s"] > 0 and row["samples_s"] > 0 for row in tables["loop"])
+    (room,) = tables["room"]
+    assert room["vs_memcpy"] == pytest.approx(room["send_us"] / room["cold_us"])
+    assert re.search(r"^The null peer was busy for \d+% \(29B\)", report, re.MULTILINE)
+    assert report.count("reached\n") + report.count("missed\n") == len(tables["targets"]) > 0
+
+
+def assert_ratios_hold(rows: dict[str, dict[str, float]]) -> None:
+    """Whether the ratios of rows of one peer are those of their figures."""
+    for row in rows.values():
+        for ratio, figure in {
+            "vs_stock": "samples_s",
+            "cpu_vs_stock": "cpu_us",
+            "blocked_vs_stock": "blocked_us",
+        }.items():
+            assert row[ratio] == pytest.approx(row[figure] / rows["stock"][figure])
+        assert row["vs_limit"] == pytest.approx(row["samples_s"] / rows["raw"]["samples_s"])
+        assert row["mb_s"] == pytest.approx(29e-6 * row["samples_s"])
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the benchmark defines, without a run of it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return runpy.run_path(str(BENCHMARK))
+
+
+def test_benchmark_judges_the_figures_it_has(benchmark: dict[str, Any]) -> None:
+    def row(case: str, sender: str, peer: str, **figures: float) -> dict[str, Any]:
+        return {"case": case, "sender": sender, "peer": peer, **figures}
+
+    rows = [
+        row("29B", "sink", "real", vs_limit=0.95, cpu_vs_stock=0.07),
+        row("1KB", "sink", "real", vs_limit=0.94, cpu_vs_stock=0.06),
+        row("29B", "stock", "real", vs_limit=0.5, cpu_vs_stock=1.0),
+        row("28KB", "sink", "real", vs_limit=0.5, cpu_vs_stock=1.0),
+    ]
+    judged = benchmark["judge"]({"throughput": rows, "trips": [{"case": "28KB", "vs_stock": 1.2}]})
+    assert [(found["of"], found["figure"], found["verdict"]) for found in judged] == [
+        ("29B sink real", 0.95, "reached"),
+        ("1KB sink real", 0.94, "missed"),
+        ("29B sink real", 0.07, "missed"),
+        ("1KB sink real", 0.06, "reached"),
+        ("28KB", 1.2, "missed"),
+    ]
+
+
+@pytest.mark.parametrize("option", [("--cases", "30B"), ("--peers", "unreal"), ("--tables", "none,busy")])
+def test_benchmark_names_what_it_does_not_know(
+    benchmark: dict[str, Any],
+    option: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), *option])
+    with pytest.raises(SystemExit):
+        benchmark["parse_arguments"]()
+    assert f"{option[0]}: got {option[1].split(',')[0]}, expected of " in capsys.readouterr().err
