@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import json
 import os
 import resource
@@ -29,14 +28,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, cpu_seconds, sink
-
-from echo_torch import EchoSink
+from benchmark_senders import RING_BYTES, SENDERS, Calls, Case, PeerProcess, cases, cpu_seconds, sink
 
 # Seconds that a warm-up takes at the least: it also tells how many batches a round has.
 WARM_UP_S = 0.05
-# What `EchoSink` keeps samples in, unless told otherwise.
-RING_BYTES: int = inspect.signature(EchoSink).parameters["buffer_bytes"].default
+# Seconds after which a warm-up is over although the sink has not touched all of its ring: small samples never do.
+LONG_WARM_UP_S = 0.25
 # Samples per second at which all senders are compared beside a training loop, and how many batches a slice of it has.
 LOOP_RATE = 10_000.0
 SLICE_BATCHES = 4
@@ -59,21 +56,24 @@ def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
 
 
-def batches_in(send: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> int:
+def batches_in(send: Callable[[], Any], wait: Callable[[], Any], seconds: float, lap: int = 0) -> int:
     """Warm up, and give how many batches it takes ``seconds`` to send and to see acked.
 
     A number and not a time, because a sender with a large buffer could accept in a second what takes a minute to ack.
+    The warm-up has at least ``lap`` batches, so that they fill that buffer once, unless it takes too long.
     """
-    count = 1
+    count, done, began = 1, 0, time.perf_counter()
     while True:
-        began = time.perf_counter()
+        before = time.perf_counter()
         for _ in range(count):
             send()
         wait()
-        wall = time.perf_counter() - began
-        if wall >= WARM_UP_S:
-            return max(1, round(count * seconds / wall))
-        count *= 2
+        now = time.perf_counter()
+        done += count
+        if now - before < WARM_UP_S:
+            count *= 2
+        elif done >= lap or now - began > LONG_WARM_UP_S:
+            return max(1, round(count * seconds / (now - before)))
 
 
 class Table:
@@ -100,7 +100,7 @@ class Table:
 def measure(name: str, peer: PeerProcess, case: Case, seconds: float) -> dict[str, float]:
     """Send for about ``seconds`` and give the figures of that round."""
     with SENDERS[name](peer.port, case.batch) as (send, wait):
-        count = batches_in(send, wait, seconds)
+        count = batches_in(send, wait, seconds, case.lap if name == "sink" else 0)
         peer_cpu, cpu, began = peer.cpu_seconds(), cpu_seconds(), time.perf_counter()
         blocked = [timed(send) for _ in range(count)]
         wait()
@@ -304,10 +304,9 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
         "29 B, null peer",
         columns,
     )
-    lap = RING_BYTES // (case.payload * case.size)
     with PeerProcess("null", case) as peer:
         # Memory that the ring touches for the first time counts for nothing.
-        table.add(growth("sink", peer, case, lap + MEMORY_SENDS, options.rounds))
+        table.add(growth("sink", peer, case, case.lap + MEMORY_SENDS, options.rounds))
         table.add(growth("client", peer, case.cut(1), MEMORY_SENDS, options.rounds))
     return table.rows
 

@@ -18,6 +18,7 @@ Senders, each with its default configuration, over the same data:
 from __future__ import annotations
 
 import functools
+import inspect
 import multiprocessing
 import resource
 import select
@@ -38,6 +39,8 @@ from echo_torch.wire import ACK, WireLeaf, encode_handshake
 HOST = "127.0.0.1"
 ACK_MARK = 16
 RAW_WINDOW = 32_768
+# What `EchoSink` keeps samples in, unless told otherwise.
+RING_BYTES: int = inspect.signature(EchoSink).parameters["buffer_bytes"].default
 
 
 class Case(NamedTuple):
@@ -59,6 +62,11 @@ class Case(NamedTuple):
     def payload(self) -> int:
         """Bytes of one sample."""
         return sum(leaf.nbytes for leaf in self.leaves)
+
+    @property
+    def lap(self) -> int:
+        """Batches that fill the sink's ring."""
+        return RING_BYTES // (self.payload * self.size) + 1
 
     def cut(self, size: int) -> Case:
         return self._replace(size=size, batch={name: leaf[:size] for name, leaf in self.batch.items()})
