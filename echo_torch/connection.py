@@ -33,6 +33,7 @@ from .dial import hang_up
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .leader import Leader
 from .locks import is_mine, release_if_mine
+from .pace import Pace
 from .pump import Pump
 from .ring import Fill, Ring
 from .wakeup import WakeUp
@@ -100,6 +101,7 @@ class Connection:
         self._io = threading.RLock()
         self._leader = Leader(sock)
         self._listening = False  # whether the I/O thread polls for acks
+        self._pace = Pace(window)
         self._lingering = False  # whether the I/O thread will look within LINGER_S
         self._warned_at = self._line.progress_at
         self._failure_told = False
@@ -443,6 +445,9 @@ class Connection:
             poller.register(self._wake_up.reader, select.POLLIN)
             writable = True
             while (nap := self._pass(writable)) is not None:
+                pause = self._pace.nap(self.ring.acked)
+                if pause and self._line.waits_for_acks:
+                    time.sleep(pause)
                 poller.register(self._line.sock, self._interest())
                 events = dict(poller.poll(nap * 1000))
                 writable = bool(events.get(self._line.sock.fileno(), 0) & ~select.POLLIN)

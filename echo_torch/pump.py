@@ -59,6 +59,11 @@ class Pump:
         return self.ring.written < min(self.ring.packed, self.ring.acked + self.window)
 
     @property
+    def waits_for_acks(self) -> bool:
+        """Whether there are rows to write that the window, and nothing else, keeps back."""
+        return not self.full and self.ring.packed > self.ring.written >= self.ring.acked + self.window
+
+    @property
     def in_the_air(self) -> bool:
         """Whether anything was written that is not acked."""
         return self.ring.written > self.ring.acked or self._partial > 0
