@@ -19,6 +19,8 @@ from .wire import WireLeaf
 
 Array = npt.NDArray[Any]
 DType = torch.dtype | np.dtype[Any]
+# Where a leaf or container is: for each step, whether it is a mapping's, and its key or index.
+Key = tuple[tuple[bool, Hashable], ...]
 
 # What `as_array` gives for a value of a wrong dtype: an array of a dtype that no leaf has, so that the caller sees it.
 _NOT_SENT = np.array(None, dtype=object)
@@ -56,7 +58,7 @@ class Leaf(NamedTuple):
 
     path: str
     """As one would index the sample: ``['obs']['camera']``; empty if the sample is this one array."""
-    key: tuple[Hashable, ...]
+    key: Key
     """The path, alike for containers that are interchangeable."""
     shape: tuple[int, ...]
     dtype: DType
@@ -76,6 +78,13 @@ class Leaf(NamedTuple):
         return f"{self.path}: {self.dtype} {list(self.shape)}" if self.path else f"{self.dtype} {list(self.shape)}"
 
 
+class Unreadable:
+    """Takes the place of a leaf whose values cannot be had, so that it is refused where its path is known."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
 def as_array(value: Any, leaf: Leaf, root: str) -> Array:
     """``value`` as a numpy array in which it travels, without a copy where that is possible.
 
@@ -88,9 +97,9 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
         if value.dtype is leaf.dtype:
             try:
                 return value.numpy(force=True) if not leaf.opaque else _bits(value, leaf)
-            except (TypeError, RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # a subclass of Tensor may raise anything
                 dtypes_of(value, root + leaf.path)
-                raise TypeError(f"{root}{leaf.path}: got {_kind(value)}, which has no numpy view: {error}") from None
+                raise _without_values(value, root + leaf.path, error) from None
     elif isinstance(value, np.ndarray):
         if not leaf.opaque and not isinstance(value, MaskedArray):
             return value
@@ -115,11 +124,14 @@ def dtypes_of(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
     """
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_nested or value.is_meta or value.dtype not in _TRAVELS_AS:
-            raise TypeError(f"{path}: got {_kind(value)}, expected a dense tensor that holds values{_densely(value)}")
+            raise TypeError(f"{path}: got {_kind(value)}, expected a dense tensor that holds values; {_densely(value)}")
+        _check_readable(value, path)
         return value.dtype, _TRAVELS_AS[value.dtype]
     if type(value) in _SCALAR_DTYPES:
         dtype = _SCALAR_DTYPES[type(value)]
         return dtype, _TRAVELS_AS[dtype]
+    if isinstance(value, Unreadable):
+        raise TypeError(f"{path}: {value.why}")
     if not isinstance(value, (np.ndarray, np.generic)):
         remedy = "encode it as numbers, or leave it out with select="
         raise TypeError(f"{path}: got {type(value).__name__}, expected a tensor, numpy array or number; {remedy}")
@@ -134,12 +146,32 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(np.shape(value))
 
 
+def _check_readable(tensor: torch.Tensor, path: str) -> None:
+    """Raise TypeError for fake tensors and wrappers, which look dense and have no memory that numpy could see."""
+    try:
+        some = tensor.detach()
+        some = (some[:0] if some.ndim else some).resolve_conj().resolve_neg()
+        some.view(_TORCH_OF[_TRAVELS_AS[tensor.dtype]]).numpy(force=True)
+    except Exception as error:  # a subclass of Tensor may raise anything
+        raise _without_values(tensor, path, error) from None
+
+
+def _without_values(tensor: torch.Tensor, path: str, error: Exception) -> TypeError:
+    remedy = "send a plain torch.Tensor: not a fake or wrapped one, and outside of torch.func transforms"
+    why = " ".join(str(error).split())
+    return TypeError(f"{path}: got {_kind(tensor)}, expected a dense tensor that holds values; {remedy} ({why})")
+
+
 def _densely(tensor: torch.Tensor) -> str:
     if tensor.is_nested:
-        return "; pad it with .to_padded_tensor(0.0)"
+        return "pad it to one length: torch.nested.to_padded_tensor(x, 0.0, output_size)"
     if tensor.is_quantized:
-        return "; send .int_repr(), or .dequantize() it"
-    return "; convert with .to_dense()" if tensor.layout is not torch.strided else ""
+        return "send .int_repr(), or .dequantize() it"
+    if tensor.layout is not torch.strided:
+        return "convert with .to_dense()"
+    if tensor.is_meta:
+        return "send a tensor on a device that stores it; as an example, torch.empty(x.shape, dtype=x.dtype) will do"
+    return "send its bytes with .view(torch.uint8)"
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -158,3 +190,13 @@ def how_to_cast(value: Any, dtype: DType) -> str:
         return f"send a tensor of {dtype}"
     name = "bool_" if dtype is torch.bool else _TRAVELS_AS[dtype].name
     return f"convert with .astype('{name}')" if isinstance(value, np.ndarray) else f"convert with np.{name}(x)"
+
+
+def how_to_expand(value: Any, leaf: Leaf) -> str:
+    """How to repeat one sample's value for a batch of B, in the words of the library it is from."""
+    shape = ", ".join(["B", *map(str, leaf.shape)])
+    if isinstance(value, torch.Tensor):
+        return f"x.expand({shape})"
+    if isinstance(value, (np.ndarray, np.generic)):
+        return f"np.broadcast_to(x, ({shape}{'' if leaf.shape else ','}))"
+    return f"torch.full((B,), x, dtype={leaf.dtype})"

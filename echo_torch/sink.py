@@ -382,5 +382,5 @@ def _is_ours(make_client: Callable[..., Client]) -> bool:
 def _one_of(leaf: Any) -> Any:
     """An example of one item of a stacked leaf, which may have none."""
     if isinstance(leaf, torch.Tensor):
-        return torch.empty(leaf.shape[1:], dtype=leaf.dtype)
+        return torch.empty(leaf.shape[1:], dtype=leaf.dtype, device="cpu")  # whatever the default device is
     return np.zeros(np.shape(leaf)[1:], np.asarray(leaf).dtype)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import pickle
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peers import Line, Peer
+from torch._subclasses import FakeTensorMode
 
 from echo_torch import EchoSink, TcpClient
 from echo_torch.leaves import how_to_cast
@@ -115,3 +118,142 @@ def test_the_remedy_makes_what_is_expected(value: Any, name: str) -> None:
 
 def test_the_remedy_for_booleans_is_known_to_numpy_1_too() -> None:
     assert how_to_cast(1, torch.bool) == "convert with np.bool_(x)"
+
+
+def fake(dtype: torch.dtype) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.zeros(4, 3, dtype=dtype)
+
+
+def sparse(layout: torch.layout) -> torch.Tensor:
+    dense = torch.ones(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some are in beta
+        return dense.to_sparse(layout=layout, blocksize=(2, 1) if layout is torch.sparse_bsr else None)
+
+
+def ragged(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are a prototype
+        return torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)], layout=layout)
+
+
+def quantised() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are deprecated
+        return torch.quantize_per_tensor(torch.zeros(4, 3), 1.0, 0, torch.quint8)
+
+
+def masked() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are a prototype
+        return torch.masked.masked_tensor(torch.ones(4, 3), torch.ones(4, 3) > 0)
+
+
+NO_VALUES: dict[str, tuple[Any, str, str]] = {
+    # name: what makes the tensor, what it is called, remedy
+    "fake": (lambda: fake(torch.float32), "torch.float32 FakeTensor on cpu", "plain torch.Tensor"),
+    "fake bfloat16": (lambda: fake(torch.bfloat16), "torch.bfloat16 FakeTensor on cpu", "plain torch.Tensor"),
+    "fake float64": (lambda: fake(torch.float64), "torch.float64 FakeTensor on cpu", "plain torch.Tensor"),
+    "meta": (lambda: torch.zeros(4, 3, device="meta"), "torch.float32 Tensor on meta", "torch.empty(x.shape"),
+    "coo": (lambda: sparse(torch.sparse_coo), "torch.sparse_coo torch.float32", ".to_dense()"),
+    "csr": (lambda: sparse(torch.sparse_csr), "torch.sparse_csr torch.float32", ".to_dense()"),
+    "bsr": (lambda: sparse(torch.sparse_bsr), "torch.sparse_bsr torch.float32", ".to_dense()"),
+    "nested": (lambda: ragged(torch.strided), "nested torch.float32", "to_padded_tensor(x, 0.0, output_size)"),
+    "jagged": (lambda: ragged(torch.jagged), "nested torch.jagged", "to_padded_tensor(x, 0.0, output_size)"),
+    "quantised": (quantised, "torch.quint8", ".int_repr()"),
+    "masked": (masked, "MaskedTensor", "plain torch.Tensor"),
+    "uninitialised": (torch.nn.UninitializedParameter, "UninitializedParameter", "plain torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize(("make", "got", "remedy"), NO_VALUES.values(), ids=NO_VALUES)
+def test_tensors_without_dense_values_are_refused(make: Callable[[], torch.Tensor], got: str, remedy: str) -> None:
+    """As an example, and in the middle of a batch that is right otherwise; with path, got, expected and remedy."""
+    parts = ["['m']['x']: got ", got, ", expected a dense tensor that holds values; ", remedy]
+    with pytest.raises(TypeError) as as_example:
+        SampleSpec({"a": 0, "m": {"x": make()}, "z": 0})
+    assert all(part in str(as_example.value) for part in ["example", *parts])
+    for dtype in (torch.float32, torch.bfloat16):
+        spec = SampleSpec({"a": 0, "m": {"x": torch.zeros(3, dtype=dtype)}, "z": 0})
+        with pytest.raises(TypeError) as in_batch:
+            spec.match({"a": torch.arange(4), "m": {"x": make()}, "z": torch.arange(4)})
+        assert all(part in str(in_batch.value) for part in ["batch", *parts])
+
+
+def test_real_tensors_under_a_fake_mode_are_refused() -> None:
+    spec = SampleSpec({"x": torch.zeros(3)})
+    batch = {"x": torch.zeros(4, 3)}
+    with FakeTensorMode(), pytest.raises(TypeError, match=r"batch\['x'\]: got .*not a fake or wrapped one"):
+        spec.match(batch)
+    assert spec.match(batch).rows == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "transform", [torch.func.vmap, torch.func.grad, torch.func.functionalize], ids=lambda f: f.__name__
+)
+def test_tensors_of_a_transform_are_refused(transform: Callable[..., Any], dtype: torch.dtype) -> None:
+    """Those of ``functionalize`` look as if they had memory; what is in it is not what was computed."""
+    spec = SampleSpec({"x": torch.zeros(3, dtype=dtype)})
+    seen: list[str] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        for refuse in (spec.match, SampleSpec):
+            with pytest.raises(TypeError) as caught:
+                refuse({"x": x})
+            seen.append(str(caught.value))
+        return x.sum()
+
+    transform(function)(torch.ones(4, 3, dtype=dtype))
+    for name, message in zip(["batch", "example"], seen, strict=True):
+        assert all(part in message for part in [f"{name}['x']: got", "expected", "outside of torch.func transforms"])
+
+
+def test_plain_tensors_inside_a_transform_are_sent() -> None:
+    outer = torch.arange(12.0).reshape(4, 3)
+    rows = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        rows.append(SampleSpec(torch.zeros(3)).match(outer).arrays[0].tobytes())
+        return x
+
+    torch.func.vmap(function)(torch.ones(2))
+    assert rows == [outer.numpy().tobytes()]
+
+
+class Mine(torch.Tensor):
+    """A user's subclass."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.nn.Parameter, torch.nn.Buffer, lambda tensor: tensor.as_subclass(Mine)],
+    ids=["Parameter", "Buffer", "subclass"],
+)
+def test_subclasses_of_tensors_are_sent_as_tensors(wrap: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    values = torch.arange(12.0).reshape(4, 3).to(dtype)
+    for spec in (SampleSpec(values[0]), SampleSpec(wrap(values[0]))):
+        (array,) = spec.match(wrap(values)).arrays
+        assert array.tobytes() == values.view(torch.uint8).numpy().tobytes()
+
+
+def test_from_batch_does_not_depend_on_the_default_device() -> None:
+    batch = {"x": torch.zeros(4, 3)}
+    with torch.device("meta"):
+        sink = EchoSink.from_batch("nowhere", 1, batch)
+    assert "['x']: torch.float32 [3]" in repr(sink)
+
+
+@dataclasses.dataclass
+class Late:
+    """A dataclass with a field that is set later."""
+
+    x: Any
+    y: Any = dataclasses.field(init=False)
+
+
+def test_a_field_without_a_value_is_refused_by_path() -> None:
+    with pytest.raises(TypeError, match=r"batch\['y'\]: got Late that cannot give it, expected"):
+        SampleSpec({"x": 0, "y": 0}).match(Late(0))

@@ -354,13 +354,25 @@ def right(rows: int = 4) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"act": None}, ["batch['act']: torch.float32 [3]: missing"]),
+        ({"act": None}, ["batch['act']: got None, expected torch.float32 [3] or [B, 3]"]),
         ({"more": torch.zeros(4)}, ["batch['more']: unexpected"]),
-        ({"reward": None, "rewards": 1}, ["batch['reward']: torch.float64 []: missing", "batch['rewards']: unexpect"]),
-        ({"act": [torch.zeros(3), torch.zeros(3)]}, ["batch['act']: torch.f", "batch['act'][1]: unexpected"]),
-        ({"obs": torch.zeros(2, 3)}, ["batch['obs']['camera']: torch.uint8 [2, 3]: missing", "batch['obs']: unexp"]),
+        (
+            {"reward": None, "rewards": 1},
+            ["batch['reward']: got None, expected torch.float64 [] or [B]", "batch['rewards']: unexpected"],
+        ),
+        ({"act": [1, 2]}, ["batch['act']: got list of 2, expected torch.float32 [3] or [B, 3]", "torch.tensor(x)"]),
+        ({"act": {"x": 1}}, ["batch['act']: got dict of 1, expected torch.float32 [3] or [B, 3]"]),
+        (
+            {"obs": torch.zeros(2, 3)},
+            [
+                "batch['obs']['camera']: torch.uint8 [2, 3]: missing",
+                "batch['obs']: unexpected leaf, expected dict of 1",
+            ],
+        ),
+        ({"names": ["a", "b"] * 20}, ["batch['names']: unexpected list of 40"]),
+        ({"info": {"names": ["a"], "tags": ["b"]}}, ["batch['info']: unexpected dict of 2"]),
     ],
-    ids=["missing", "extra", "renamed", "leaf for container", "container for leaf"],
+    ids=["None", "extra", "renamed", "list for leaf", "dict for leaf", "leaf for dict", "strings", "more strings"],
 )
 def test_another_structure_is_refused_by_key_path(change: dict[str, Any], parts: list[str]) -> None:
     """Names every missing and every unexpected leaf, and the remedy; also when it is met again."""
@@ -372,9 +384,35 @@ def test_another_structure_is_refused_by_key_path(change: dict[str, Any], parts:
             assert part in str(caught.value)
 
 
+def test_a_missing_key_is_named_with_what_was_expected() -> None:
+    batch = right()
+    del batch["act"]
+    with pytest.raises(SpecMismatchError, match=r"batch\['act'\]: torch.float32 \[3\]: missing\n  send what"):
+        SampleSpec(EXAMPLE).match(batch)
+
+
+def test_an_example_of_lists_is_told_how_to_become_tensors() -> None:
+    """As a tokenizer makes them of one text, while a collator makes tensors of many."""
+    with pytest.raises(SpecMismatchError) as caught:
+        SampleSpec({"ids": [1, 2, 3]}).match({"ids": torch.zeros(4, 3, dtype=torch.int64)})
+    assert "batch['ids']: unexpected leaf, expected list of 3" in str(caught.value)
+    assert "torch.tensor(x)" in str(caught.value)
+
+
+def test_the_remedy_is_named_however_many_leaves_are_wrong() -> None:
+    """Leaves that are missing do not push out those that are unexpected, nor what to do."""
+    example = {f"k{i:02}": 0 for i in range(30)}
+    with pytest.raises(SpecMismatchError) as caught:
+        SampleSpec(example).match({f"j{i:02}": 0 for i in range(30)})
+    message = str(caught.value)
+    assert all(part in message for part in ["k00", "j00", "and 22 more", "select="])
+    assert len(message) < 2000
+
+
 def test_a_mapping_is_not_taken_for_a_sequence() -> None:
-    with pytest.raises(SpecMismatchError, match="structure"):
+    with pytest.raises(SpecMismatchError) as caught:
         SampleSpec([1, 2]).match({0: 1, 1: 2})
+    assert "batch[0]: unexpected; in dict of 2, expected list of 2" in str(caught.value)
 
 
 MISMATCHES: dict[str, tuple[Any, Any, str, str, str]] = {
@@ -425,17 +463,91 @@ def test_another_shape_or_dtype_is_refused(example: Any, batch: Any, got: str, e
     ("change", "message"),
     [
         ({"reward": torch.tensor(0.5, dtype=torch.float64)}, r"batch\['reward'\]: got torch.float64 \[\].*\.expand\(B"),
-        ({"reward": 0.5}, r"batch\['reward'\]: got torch.float64 \[\], expected torch.float64 \[\] or \[B\].*expand"),
-        ({"act": torch.zeros(3)}, r"batch\['act'\]: got torch.float32 \[3\], expected .* \[B, 3\]; .*expand"),
+        (
+            {"reward": 0.5},
+            r"batch\['reward'\]: got torch.float64 \[\], expected torch.float64 \[B\]; .*torch\.full\(.B",
+        ),
+        (
+            {"reward": np.float64(1)},
+            r"batch\['reward'\]: .*, expected torch.float64 \[B\]; .*np\.broadcast_to\(x, \(B,\)",
+        ),
+        (
+            {"act": torch.zeros(3)},
+            r"batch\['act'\]: got torch.float32 \[3\], expected .* \[B, 3\]; .*x\.expand\(B, 3\)",
+        ),
         ({"act": torch.zeros(5, 3)}, r"number of samples: 5 at batch\['act'\], 4 at batch\['obs'\]\['camera'\]"),
     ],
-    ids=["0-d", "python", "unbatched", "other size"],
+    ids=["0-d", "python", "numpy", "unbatched", "other size"],
 )
 def test_leaves_that_disagree_on_the_batch_are_refused(change: dict[str, Any], message: str) -> None:
     """Only the leaves that are the mistake are named, whichever comes first."""
     with pytest.raises(SpecMismatchError, match=message) as caught:
         SampleSpec(EXAMPLE).match({**right(), **change})
     assert "camera']: got" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, np.float32(2), np.ones((), np.float32), np.ones(3, np.int16), torch.ones(2, 3)], ids=repr
+)
+def test_the_remedy_for_a_value_without_a_batch_dimension_works(value: Any) -> None:
+    """Pasted as it is printed, with the B that it names, it makes a batch that is right."""
+    spec = SampleSpec({"x": torch.zeros(1), "y": value})
+    batch = {"x": torch.zeros(4, 1), "y": value}
+    with pytest.raises(SpecMismatchError) as caught:
+        spec.match(batch)
+    found = re.search(r"once per sample: (.*), B = (\d+) here", str(caught.value))
+    assert found is not None
+    batch["y"] = eval(found[1], {"np": np, "torch": torch, "x": value, "B": int(found[2])})
+    match = spec.match(batch)
+    assert match.rows == 4
+    assert all(row.tobytes() == np.asarray(value, match.arrays[1].dtype).tobytes() for row in match.arrays[1])
+
+
+def test_padding_that_varies_is_named_by_its_dimension() -> None:
+    spec = SampleSpec({"ids": torch.zeros(16, dtype=torch.int64)})
+    with pytest.raises(SpecMismatchError) as caught:
+        spec.match({"ids": torch.zeros(4, 12, dtype=torch.int64)})
+    assert "to one length: dimension 1 is 12, 16 in the example" in str(caught.value)
+
+
+def test_further_batch_dimensions_are_told_how_to_become_one() -> None:
+    spec = SampleSpec({"x": torch.zeros(3)})
+    with pytest.raises(SpecMismatchError, match=r"of the first 2: x\.reshape\(-1, 3\)"):
+        spec.match({"x": torch.zeros(4, 5, 3)})
+
+
+AS_BATCH = {"x": torch.zeros(32, 3), "y": torch.zeros(32, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "batched"),
+    [
+        ({"x": torch.zeros(7, 3), "y": torch.zeros(7, dtype=torch.int64)}, None),
+        ({"x": torch.zeros(3), "y": 0}, None),
+        (AS_BATCH, True),
+    ],
+    ids=["ragged", "one sample", "batched=True"],
+)
+def test_an_example_that_is_a_batch_is_suspected(batch: Any, batched: bool | None) -> None:
+    with pytest.raises(SpecMismatchError) as caught:
+        SampleSpec(AS_BATCH).match(batch, batched)
+    for part in ["example is a batch of 32 samples", "dataset[0]", "EchoSink.from_batch"]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"x": torch.zeros(7, 3), "y": torch.zeros(6, dtype=torch.int64)},
+        {"x": torch.zeros(7, 4), "y": torch.zeros(7, dtype=torch.int64)},
+        {"x": torch.zeros(5, 32, 4), "y": torch.zeros(5, 32, dtype=torch.int64)},
+    ],
+    ids=["mixed sizes", "other shape", "batch of batches"],
+)
+def test_an_example_is_not_suspected_without_reason(batch: Any) -> None:
+    with pytest.raises(SpecMismatchError) as caught:
+        SampleSpec(AS_BATCH).match(batch)
+    assert "from_batch" not in str(caught.value)
 
 
 def test_every_wrong_leaf_is_named_but_not_without_end() -> None:
