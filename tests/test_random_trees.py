@@ -344,7 +344,7 @@ SENDS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(TREES, SENDS, st.integers(0, 2**32))
 def test_a_match_has_the_bytes_or_is_refused(tree: Any, sends: Any, seed: int) -> None:
     """In the example's order, whatever the containers; rows None is one sample."""
