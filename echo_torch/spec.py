@@ -177,7 +177,7 @@ class SampleSpec:
             if order != self._in_order:
                 flat = [flat[i] for i in order]
             types = set(map(type, flat))
-            if self._any_opaque:
+            if self._any_opaque or _transform() is not None:
                 return None
             if types == _TENSORS:
                 return [tensor.numpy() for tensor in flat]
