@@ -39,6 +39,9 @@ from .wire import WireLeaf
 _MAX_STRUCTURES = 64
 # How many wrong leaves an error names.
 _MAX_NAMED = 8
+# After so many different structures in a row the next is not tried for the last one: to find that it differs is slow,
+# since optree writes it all down for the error.
+_MAX_MISSES = 8
 
 _TENSORS = {torch.Tensor}
 _ARRAYS = {np.ndarray}
@@ -91,6 +94,7 @@ class SampleSpec:
         self._any_opaque = any(leaf.opaque for leaf in leaves)
         self._in_order = tuple(range(len(leaves)))
         self._last_met = (self.treespec, self._in_order)
+        self._misses = 0  # how many in a row had another structure than the one before
         self._orders: dict[Any, tuple[int, ...]] = {}
         self._shapes_for: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
@@ -135,11 +139,8 @@ class SampleSpec:
 
     def numpy_leaves(self, sample: Any) -> list[Array] | None:
         """The leaves of one sample that is, to the letter, the example in numpy arrays; None to have it `match`-ed."""
-        try:
-            leaves: list[Any] = self.treespec.flatten_up_to(sample)
-        except ValueError:
-            return None
-        if self._any_opaque or not _NUMPY_TYPES.issuperset(map(type, leaves)):
+        leaves = self._flat_like_last(sample)
+        if leaves is None or self._any_opaque or not _NUMPY_TYPES.issuperset(map(type, leaves)):
             return None
         return leaves if self._are_right(leaves, self._shapes(1, False)) else None
 
@@ -171,19 +172,29 @@ class SampleSpec:
 
         This is what a training loop sends again and again; whatever else there is takes the long way.
         """
+        flat = self._flat_like_last(batch)
+        if flat is None or self._any_opaque or _transform() is not None:
+            return None
+        types = set(map(type, flat))
+        if types == _TENSORS:
+            try:
+                return [tensor.numpy() for tensor in flat]
+            except Exception:  # another device or layout, a gradient, a lazy negation, a mode: the long way tells
+                return None
+        return flat if types == _ARRAYS else None
+
+    def _flat_like_last(self, tree: Any) -> list[Any] | None:
+        """The leaves in wire order, some of them maybe containers, if they are found where they were last; or None."""
+        if self._misses >= _MAX_MISSES:
+            return None
         treespec, order = self._last_met
         try:
-            flat = treespec.flatten_up_to(batch)
-            if order != self._in_order:
-                flat = [flat[i] for i in order]
-            types = set(map(type, flat))
-            if self._any_opaque or _transform() is not None:
-                return None
-            if types == _TENSORS:
-                return [tensor.numpy() for tensor in flat]
-            return flat if types == _ARRAYS else None
-        except (ValueError, TypeError, RuntimeError):  # another structure, device, layout; a gradient, a lazy negation
+            flat: list[Any] = treespec.flatten_up_to(tree)
+        except Exception:  # another structure; but what comes is what its `repr` raises, if that does
+            self._misses += 1
             return None
+        self._misses = 0
+        return flat if order == self._in_order else [flat[i] for i in order]
 
     def _are_right(self, arrays: list[Array], shapes: list[tuple[int, ...]]) -> bool:
         return [array.shape for array in arrays] == shapes and [array.dtype for array in arrays] == self._dtypes
