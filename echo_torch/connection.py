@@ -256,10 +256,11 @@ class Connection:
             while done < rows:
                 packed = self._pack(call, rows - done, fill, done)
                 done += packed
-                if packed:
+                if not packed:
                     self._push()
-                else:
                     self._wait_for_room(call, rows - done, deadline)
+            # Not after each run: the thread would compete for memory, and for the GIL, with the copying of the next.
+            self._push()
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
             error.rows_accepted = done
             raise

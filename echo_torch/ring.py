@@ -6,8 +6,9 @@ ring is the staging area, the backpressure, the bound on memory and the retransm
     released <= acked <= written <= packed <= reserved <= released + capacity      released = max(0, acked - replay)
 
 * The counters count rows since the ring was made and only grow; `slot` says where row ``i`` lies.
-* The buffer is cut into chunks, and a chunk of rows goes to the memory that was released last, which the caches still
-  hold. Going round through all of a large buffer instead made every copy into it and out of it miss them.
+* The buffer is cut into chunks, and a chunk of rows goes to the memory that was released last: the caches still hold
+  it, and no more of the buffer is touched than is needed at a time. Going round through all of a large one instead
+  made every copy into it and out of it miss them.
 * Callers move ``reserved`` and ``packed``, in turns (`turn`). Whoever holds the connection's I/O lock moves
   ``written`` and ``acked``. Nobody else writes a counter, so none needs a lock to be read.
 * An interrupt (Ctrl-C) can strike the main thread after any call. Hence a packer writes into rows that are not
@@ -30,7 +31,7 @@ from typing import NamedTuple
 from .deadline import bounded_wait
 
 # Small enough for what is in use to stay in the caches, large enough that runs of rows are not cut up for nothing.
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 2 * 1024 * 1024
 
 Fill = Callable[[int, int, int], None]
 """``fill(slot, first, rows)`` packs a batch's rows from ``first`` on into the ring's from ``slot`` on."""
@@ -78,6 +79,7 @@ class Ring:
         self._whole_chunks = self.capacity // self.chunk_rows  # what is left makes one that is shorter, at the end
         # In which chunk of memory each chunk of a round's rows lies.
         self._places = list(range(self._whole_chunks + 1))
+        self._newest = self._unswapped = 0  # where the chunk ends that was released last, and the one to swap with next
         self.buffer = buffer.cast("B")
         self.turn = threading.RLock()
         self.acked = 0
@@ -120,13 +122,20 @@ class Ring:
         return self._places[chunk] * self.chunk_rows + rest, min(want, free, left)
 
     def _place_chunk(self) -> None:
-        """Have the chunk that begins at ``reserved`` swap memory with the last one of which all rows are released."""
+        """Have the chunk that begins at ``reserved`` swap memory with the one released last that has not swapped yet.
+
+        Which one that is only matters for speed: both hold no row that is packed and not released.
+        """
         released = self.released
-        end = released - released % self.capacity % self.chunk_rows
-        here, there = self.reserved % self.capacity // self.chunk_rows, (end - 1) % self.capacity // self.chunk_rows
-        in_use = end == 0 or end - self.chunk_rows + self.capacity <= self.reserved  # packed anew since, or never
-        if in_use or max(here, there) >= self._whole_chunks:
-            return
+        newest = released - released % self.capacity % self.chunk_rows
+        if newest > self._newest:
+            self._newest = self._unswapped = newest
+        last_row = self._unswapped - 1
+        there, rest = divmod(last_row % self.capacity, self.chunk_rows)
+        here, start = self.reserved % self.capacity // self.chunk_rows, last_row - rest
+        if start < 0 or start + self.capacity <= self.reserved or max(here, there) >= self._whole_chunks:
+            return  # there is none, or it is in use again, or one of the two is the short one
+        self._unswapped = start
         places = self._places
         # Nothing comes between the two assignments of the next line: see the module's rules.
         places[here], places[there] = places[there], places[here]

@@ -28,17 +28,17 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from benchmark_senders import RING_BYTES, SENDERS, Calls, Case, PeerProcess, cases, cpu_seconds, sink
+from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, cpu_seconds, elsewhere, sink
 
 # Seconds that a warm-up takes at the least: it also tells how many batches a round has.
 WARM_UP_S = 0.05
-# Seconds after which a warm-up is over although the sink has not touched all of its ring: small samples never do.
-LONG_WARM_UP_S = 0.25
 # Samples per second at which all senders are compared beside a training loop, and how many batches a slice of it has.
 LOOP_RATE = 10_000.0
 SLICE_BATCHES = 4
 # How many calls of `send` must leave memory as it was.
 MEMORY_SENDS = 10_000
+# As many lots of them as may warm up: one for each MiB of the ring.
+MOST_WARM_UP_LOTS = 64
 # Blocks of memory by which Python's own caches may change meanwhile; a leak of one per thousand sends is more.
 BLOCKS_NOISE = 10
 
@@ -56,24 +56,24 @@ def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
 
 
-def batches_in(send: Callable[[], Any], wait: Callable[[], Any], seconds: float, lap: int = 0) -> int:
+def batches_in(send: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> int:
     """Warm up, and give how many batches it takes ``seconds`` to send and to see acked.
 
     A number and not a time, because a sender with a large buffer could accept in a second what takes a minute to ack.
-    The warm-up has at least ``lap`` batches, so that they fill that buffer once, unless it takes too long.
     """
-    count, done, began = 1, 0, time.perf_counter()
-    while True:
-        before = time.perf_counter()
-        for _ in range(count):
-            send()
-        wait()
-        now = time.perf_counter()
-        done += count
-        if now - before < WARM_UP_S:
-            count *= 2
-        elif done >= lap or now - began > LONG_WARM_UP_S:
-            return max(1, round(count * seconds / (now - before)))
+    count = 1
+    while (took := send_all(count, send, wait)) < WARM_UP_S:
+        count *= 2
+    return max(1, round(count * seconds / took))
+
+
+def send_all(count: int, send: Callable[[], Any], wait: Callable[[], Any]) -> float:
+    """Send one batch ``count`` times and wait; gives how many seconds that took."""
+    began = time.perf_counter()
+    for _ in range(count):
+        send()
+    wait()
+    return time.perf_counter() - began
 
 
 class Table:
@@ -100,7 +100,8 @@ class Table:
 def measure(name: str, peer: PeerProcess, case: Case, seconds: float) -> dict[str, float]:
     """Send for about ``seconds`` and give the figures of that round."""
     with SENDERS[name](peer.port, case.batch) as (send, wait):
-        count = batches_in(send, wait, seconds, case.lap if name == "sink" else 0)
+        count = batches_in(send, wait, seconds)
+        send_all(count, send, wait)  # as long a round that does not count: the memory of buffers is there from now on
         peer_cpu, cpu, began = peer.cpu_seconds(), cpu_seconds(), time.perf_counter()
         blocked = [timed(send) for _ in range(count)]
         wait()
@@ -212,47 +213,31 @@ def round_trips(options: argparse.Namespace) -> list[dict[str, Any]]:
 # What the caller pays while there is room.
 
 
-def room_round(send: Callable[[], Any], wait: Callable[[], Any], source: Any, cold: Any, hot: Any) -> dict[str, float]:
-    """Times of one ``send`` of ``source`` and of two copies, each with ``source`` read just before."""
-
-    def after_reading(call: Callable[[], Any]) -> float:
-        np.add.reduce(source)
-        return timed(call) * 1e6
-
-    found = {"send_us": after_reading(send)}
+def room_round(calls: Calls, source: Any, target: Any) -> dict[str, float]:
+    """Times of one ``send`` and of one copy of as many bytes, each with ``source`` read just before."""
+    send, wait = calls
+    np.add.reduce(source)
+    send_us = timed(send) * 1e6
     wait()
-    found["cold_us"] = after_reading(lambda: np.copyto(cold, source))
-    np.copyto(hot, source)
-    found["hot_us"] = after_reading(lambda: np.copyto(hot, source))
-    return found
+    np.add.reduce(source)
+    return {"send_us": send_us, "memcpy_us": timed(lambda: np.copyto(target, source)) * 1e6}
 
 
 def room(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of `EchoSink.send` of 9.6 MB into an empty ring, beside one memcpy of the same bytes.
-
-    The ring is walked from end to end, so a row was last touched 64 MiB ago and is in no cache. The copy to compare
-    with therefore walks as much memory in the same way; the one into memory that is still warm is only for information.
-    """
+    """Times of `EchoSink.send` of 9.6 MB into an empty ring, beside one memcpy of the same bytes."""
     columns = {
         "send us": ("send_us", ",.0f"),
-        "memcpy us": ("cold_us", ",.0f"),
-        "memcpy into warm memory us": ("hot_us", ",.0f"),
+        "memcpy us": ("memcpy_us", ",.0f"),
         "send/memcpy": ("vs_memcpy", ".2f"),
-        "send/warm memcpy": ("vs_hot", ".2f"),
     }
     table = Table("Caller blocked in EchoSink.send of 9.6 MB (16 x 602 KB) while the ring has room, null peer", columns)
     case = cases()["602KB"]
     source = case.batch["image"].numpy().reshape(-1)
-    laps = RING_BYTES // source.nbytes
-    cold = np.zeros((laps, source.size), source.dtype)
-    hot = np.zeros_like(source)
-    found = []
-    with PeerProcess("null", case) as peer, sink(peer.port, case.batch) as (send, wait):
-        for turn in range((2 + 4 * options.rounds) * laps):
-            found.append(room_round(send, wait, source, cold[turn % laps], hot))
-    middle = medians(found[2 * laps :])  # without those that touched their memory for the first time
-    vs_memcpy, vs_hot = middle["send_us"] / middle["cold_us"], middle["send_us"] / middle["hot_us"]
-    table.add({**middle, "vs_memcpy": vs_memcpy, "vs_hot": vs_hot})
+    target = np.zeros_like(source)
+    with PeerProcess("null", case) as peer, sink(peer.port, case.batch) as calls:
+        found = [room_round(calls, source, target) for _ in range(10 + 30 * options.rounds)]
+    middle = medians(found[10:])  # without those that touched their memory for the first time
+    table.add({**middle, "vs_memcpy": middle["send_us"] / middle["memcpy_us"]})
     return table.rows
 
 
@@ -269,18 +254,28 @@ def memory_held() -> tuple[int, int]:
     return resident_bytes(), sys.getallocatedblocks()
 
 
-def growth(name: str, peer: PeerProcess, case: Case, warm_up: int, lots: int) -> dict[str, Any]:
+def warm_up(lot: Callable[[], None]) -> None:
+    """Until the ring has touched what it will of its memory: it does so as backlogs come, and never beyond its size."""
+    before, still = resident_bytes(), 0
+    for _ in range(MOST_WARM_UP_LOTS):
+        lot()
+        after = resident_bytes()
+        still = still + 1 if after <= before else 0
+        before = max(before, after)
+        if still == 5:
+            break
+
+
+def growth(name: str, peer: PeerProcess, case: Case, lots: int) -> dict[str, Any]:
     """What ``MEMORY_SENDS`` calls add to this process' memory: the median of some lots of them."""
     threads = threading.active_count()
     with SENDERS[name](peer.port, case.batch) as (send, wait):
         threads = threading.active_count() - threads
 
-        def lot(sends: int = MEMORY_SENDS) -> None:
-            for _ in range(sends):
-                send()
-            wait()
+        def lot() -> None:
+            send_all(MEMORY_SENDS, send, wait)
 
-        lot(warm_up)
+        warm_up(lot)
         held = [memory_held()] * (lots + 1)
         for index in range(lots + 1):
             lot()
@@ -305,9 +300,8 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
         columns,
     )
     with PeerProcess("null", case) as peer:
-        # Memory that the ring touches for the first time counts for nothing.
-        table.add(growth("sink", peer, case, case.lap + MEMORY_SENDS, options.rounds))
-        table.add(growth("client", peer, case.cut(1), MEMORY_SENDS, options.rounds))
+        table.add(growth("sink", peer, case, options.rounds))
+        table.add(growth("client", peer, case.cut(1), options.rounds))
     return table.rows
 
 
@@ -329,11 +323,7 @@ def busy_rate(name: str, port: int, case: Case, seconds: float) -> float:
 
         def work() -> None:
             count = batches_in(send, wait, seconds)
-            began = time.perf_counter()
-            for _ in range(count):
-                send()
-            wait()
-            rates.append(count * case.size / (time.perf_counter() - began))
+            rates.append(count * case.size / send_all(count, send, wait))
 
         thread = threading.Thread(target=work)
         thread.start()
@@ -398,6 +388,7 @@ def loop_turns(senders: dict[str, Calls], size: int, turns: int) -> dict[str, li
 
 
 def loop(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a loop keeps of its speed; "elsewhere", another process sends, and the loop only shares the machine."""
     columns = {
         "sender": ("sender", ""),
         "samples/s": ("samples_s", ",.0f"),
@@ -408,7 +399,8 @@ def loop(options: argparse.Namespace) -> list[dict[str, Any]]:
     table = Table(f"A loop in Python that sends {LOOP_RATE:,.0f} samples/s, 29 B, B = 256, real server", columns)
     case = cases()["29B"]
     with PeerProcess("real", case) as peer, ExitStack() as stack:
-        senders = {name: stack.enter_context(SENDERS[name](peer.port, case.batch)) for name in ("sink", "stock")}
+        compared = {"sink": SENDERS["sink"], "stock": SENDERS["stock"], "elsewhere": elsewhere}
+        senders = {name: stack.enter_context(make(peer.port, case.batch)) for name, make in compared.items()}
         loop_turns(senders, case.size, 1)
         found = loop_turns(senders, case.size, max(3, round(100 * options.seconds)))
     for name, slices in found.items():

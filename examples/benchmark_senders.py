@@ -18,7 +18,6 @@ Senders, each with its default configuration, over the same data:
 from __future__ import annotations
 
 import functools
-import inspect
 import multiprocessing
 import resource
 import select
@@ -39,8 +38,6 @@ from echo_torch.wire import ACK, WireLeaf, encode_handshake
 HOST = "127.0.0.1"
 ACK_MARK = 16
 RAW_WINDOW = 32_768
-# What `EchoSink` keeps samples in, unless told otherwise.
-RING_BYTES: int = inspect.signature(EchoSink).parameters["buffer_bytes"].default
 
 
 class Case(NamedTuple):
@@ -62,11 +59,6 @@ class Case(NamedTuple):
     def payload(self) -> int:
         """Bytes of one sample."""
         return sum(leaf.nbytes for leaf in self.leaves)
-
-    @property
-    def lap(self) -> int:
-        """Batches that fill the sink's ring."""
-        return RING_BYTES // (self.payload * self.size) + 1
 
     def cut(self, size: int) -> Case:
         return self._replace(size=size, batch={name: leaf[:size] for name, leaf in self.batch.items()})
@@ -246,6 +238,40 @@ def raw(port: int, batch: dict[str, torch.Tensor], mark: int) -> Iterator[Calls]
         line.shutdown(socket.SHUT_RDWR)
         reader.join()
         line.close()
+
+
+def run_sender(pipe: Any, port: int, batch: dict[str, torch.Tensor]) -> None:
+    """Send a batch whenever asked, and answer when everything is acked if asked for that."""
+    with sink(port, batch) as (send, wait):
+        try:
+            while True:
+                if pipe.recv():
+                    send()
+                else:
+                    wait()
+                    pipe.send(None)
+        except EOFError:
+            pass
+
+
+@contextmanager
+def elsewhere(port: int, batch: dict[str, torch.Tensor]) -> Iterator[Calls]:
+    """A sink in another process: what it costs this one is only that both share the machine."""
+    context = multiprocessing.get_context("forkserver")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=run_sender, args=(theirs, port, batch), daemon=True)
+    process.start()
+    theirs.close()
+
+    def wait() -> None:
+        pipe.send(False)
+        pipe.recv()
+
+    try:
+        yield lambda: pipe.send(True), wait
+    finally:
+        pipe.close()
+        process.join()
 
 
 Sender = Callable[[int, dict[str, torch.Tensor]], Any]

@@ -262,6 +262,20 @@ def test_what_was_released_last_is_used_first(replay: int, in_flight: int, rest:
     assert len(set(slots)) <= replay + in_flight + 2 * 4
 
 
+@pytest.mark.parametrize("burst", [1, 3, 4, 17, 30])
+@pytest.mark.parametrize("rest", [0, 1])
+def test_bursts_use_the_same_memory_again(burst: int, rest: int) -> None:
+    """As a training loop makes them: all of a batch is packed before any of it is acked, and all is before the next."""
+    ring = Ring(memoryview(bytearray(2 * (400 + rest))), 2, 0, chunk_bytes=8)
+    slots = set()
+    while ring.packed + burst <= 380:  # the short chunk at the end, if there is one, is used in its turn
+        for _ in range(burst):
+            slots.add(ring.free_run(1)[0])
+            assert ring.commit(1)
+        ring.written = ring.acked = ring.packed
+    assert len(slots) <= burst + 3 * 4
+
+
 @pytest.mark.parametrize("before", [0, 1, 7, 100, 333])
 @pytest.mark.parametrize(("chunk_bytes", "replay"), [(1, 0), (8, 0), (8, 5), (64, 2), (1000, 0)])
 def test_all_rows_can_be_in_flight_whatever_came_before(before: int, chunk_bytes: int, replay: int) -> None:
