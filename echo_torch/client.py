@@ -22,7 +22,8 @@ from .errors import SpecMismatchError
 from .leaves import Array
 from .pack import Packer
 from .ring import Ring
-from .spec import Match, SampleSpec, check_numpy, flatten
+from .spec import Match, SampleSpec, check_numpy
+from .trees import flatten
 
 _log = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from .errors import ConnectionClosedError
 from .leaves import dtypes_of
 from .locks import is_mine, release_if_mine
 from .routes import RingRoute, Route, RowRoute
-from .spec import SampleSpec, flatten
+from .spec import SampleSpec
+from .trees import flatten
 
 _log = logging.getLogger(__name__)
 

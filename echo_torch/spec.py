@@ -5,40 +5,26 @@ The wire knows nothing but item sizes, so every leaf of every batch is checked h
 * The wire order is optree's: dict keys sorted, OrderedDict and sequences in their own order, ``None`` dropped.
 * Leaves match by key path: mappings of any type are interchangeable, and so are list, tuple and namedtuple. Whatever
   order a batch has its keys in, its leaves travel in the example's order.
+* The same structure comes again and again, so where its leaves are is learnt once. A batch that is right costs no more
+  than finding that out; what is wrong with another is looked into after that.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import optree
 import torch
 
-from .errors import SpecMismatchError
-from .leaves import (
-    ARRAY_TYPES,
-    OPAQUE,
-    Array,
-    Key,
-    Leaf,
-    Unreadable,
-    as_array,
-    dtypes_of,
-    how_to_cast,
-    how_to_expand,
-    shape_of,
-)
+from .leaves import OPAQUE, Array, Leaf, as_array, dtypes_of, shape_of
+from .mismatch import leaves_error, server_error, structure_error
+from .trees import flatten, keys_of, path_of, running_transform
 from .wire import WireLeaf
 
 # How many structures of batches are remembered; a loader yields one or two, and a fresh one each time is no leak.
 _MAX_STRUCTURES = 64
-# How many wrong leaves an error names.
-_MAX_NAMED = 8
 # After so many different structures in a row the next is not tried for the last one: to find that it differs is slow,
 # since optree writes it all down for the error.
 _MAX_MISSES = 8
@@ -46,8 +32,6 @@ _MAX_MISSES = 8
 _TENSORS = {torch.Tensor}
 _ARRAYS = {np.ndarray}
 _NUMPY_TYPES = {np.ndarray, *np.sctypeDict.values()}
-# The torch.func transform that is running, or None: asked once per batch, where each tensor would cost more.
-_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 
 
 class Match(NamedTuple):
@@ -78,10 +62,10 @@ class SampleSpec:
     def __init__(self, example: Any, root: str = "batch") -> None:
         self.root = root
         flat, self.treespec = flatten(example)
-        keys, paths = _keys_and_paths(self.treespec)
         offset = 0
         leaves = []
-        for leaf, key, path in zip(flat, keys, paths, strict=True):
+        for leaf, key in zip(flat, keys_of(self.treespec), strict=True):
+            path = path_of(key)
             dtype, travels_as = dtypes_of(leaf, f"example{path}")
             shape = shape_of(leaf)
             leaves.append(Leaf(path, key, shape, dtype, travels_as, offset, dtype in OPAQUE))
@@ -103,6 +87,7 @@ class SampleSpec:
         return {
             **self.__dict__,
             "_last_met": (self.treespec, self._in_order),
+            "_misses": 0,
             "_orders": {},
             "_shapes_for": (-1, []),
         }
@@ -125,20 +110,11 @@ class SampleSpec:
         Raises:
             SpecMismatchError: naming both sides, leaf by leaf.
         """
-        ours = [leaf.wire for leaf in self.leaves]
-        if list(theirs) == ours:
-            return
-        lines = []
-        for index, (server, mine) in enumerate(itertools.zip_longest(theirs, ours)):
-            if server != mine:
-                example = f"{self.leaves[index]} ({mine.itemsize}-byte items)" if mine else "nothing"
-                expected = f"{server.itemsize}-byte items {list(server.shape)}" if server else "nothing"
-                lines.append(f"leaf {index}: server expects {expected}, example has {example}")
-        what = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(ours)}"
-        raise SpecMismatchError(_listing(what, _shortened(lines)))
+        if list(theirs) != [leaf.wire for leaf in self.leaves]:
+            raise server_error(self.leaves, theirs, peer)
 
     def numpy_leaves(self, sample: Any) -> list[Array] | None:
-        """The leaves of one sample that is, to the letter, the example in numpy arrays; None to have it `match`-ed."""
+        """The leaves of one sample that is all numpy and in the structure met last; None to have it `match`-ed."""
         leaves = self._flat_like_last(sample)
         if leaves is None or self._any_opaque or not _NUMPY_TYPES.issuperset(map(type, leaves)):
             return None
@@ -164,7 +140,7 @@ class SampleSpec:
         stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
         rows = len(first) if stacked and first.ndim else 1
         if not self._are_right(arrays, self._shapes(rows, stacked)):
-            self._refuse(self._in_wire_order(batch), batched)
+            raise leaves_error(self.root, leaves, self._in_wire_order(batch), batched)
         return Match(arrays, rows, stacked)
 
     def _as_they_are(self, batch: Any) -> list[Array] | None:
@@ -173,7 +149,7 @@ class SampleSpec:
         This is what a training loop sends again and again; whatever else there is takes the long way.
         """
         flat = self._flat_like_last(batch)
-        if flat is None or self._any_opaque or _transform() is not None:
+        if flat is None or self._any_opaque or running_transform() is not None:
             return None
         types = set(map(type, flat))
         if types == _TENSORS:
@@ -219,102 +195,15 @@ class SampleSpec:
 
     def _learn(self, treespec: Any) -> tuple[int, ...]:
         """Where each leaf of the example is found among the leaves of a structure not seen before."""
-        keys = _keys_and_paths(treespec)[0]
+        keys = keys_of(treespec)
         found = dict(zip(keys, range(len(keys)), strict=True))
         if found.keys() != {leaf.key for leaf in self.leaves}:
-            what = f"{self.root} has not the structure of the example"
-            remedies = ["send what the example holds (select= picks it), or give an example of what is sent"]
-            if self._lists_for_leaves(treespec, found):
-                remedies.insert(0, "numbers in a list become one leaf with torch.tensor(x)")
-            problems = [*self._missing(treespec, found), *self._unexpected(treespec, keys)]
-            raise SpecMismatchError(_listing(what, problems, remedies))
+            raise structure_error(self.root, self.leaves, self.treespec, treespec)
         if len(self._orders) >= _MAX_STRUCTURES:
             self._orders.clear()
         order = tuple(found[leaf.key] for leaf in self.leaves)
         self._orders[treespec] = order
         return order
-
-    def _lists_for_leaves(self, treespec: Any, found: Mapping[Key, int]) -> bool:
-        """Whether one side has a list where the other has a leaf, as a tokenizer makes them of single samples."""
-        theirs, ours = _nodes(treespec), _nodes(self.treespec)
-        met = [theirs.get(leaf.key, "") for leaf in self.leaves] + [ours.get(key, "") for key in found]
-        return any(node.startswith("list ") for node in met)
-
-    def _missing(self, treespec: Any, found: Mapping[Key, int]) -> list[str]:
-        """What there is in place of the example's leaves that a structure has not."""
-        nodes = _nodes(treespec)
-        problems = []
-        for leaf in self.leaves:
-            if leaf.key in found:
-                continue
-            if leaf.key in nodes:
-                shape = _expected_shape(leaf, None)
-                problems.append(f"{self.root}{leaf.path}: got {nodes[leaf.key]}, expected {leaf.dtype} {shape}")
-            else:
-                problems.append(f"{self.root}{leaf}: missing")
-        return _shortened(problems)
-
-    def _unexpected(self, treespec: Any, keys: Sequence[Key]) -> list[str]:
-        """What a structure has that the example has not: whole containers rather than all that is in them."""
-        theirs, ours = _nodes(treespec), _nodes(self.treespec)
-        wanted = {leaf.key for leaf in self.leaves}
-        problems: dict[str, None] = {}
-        for key in keys:
-            # The outermost container that the example has not: naming it says all.
-            top = next((key[:n] for n in range(len(key)) if key[:n] not in ours), key)
-            if key in wanted or top in wanted:
-                continue
-            got = f"{self.root}{_path_of(top)}: unexpected {theirs.get(top, '')}".rstrip()
-            if top in ours and ours[top] != "None":
-                got = f"{self.root}{_path_of(top)}: unexpected leaf, expected {ours[top]}"
-            elif ours.get(top[:-1]) != theirs.get(top[:-1]) and _path_of(top) in map(_path_of, wanted):
-                got = f"{got}; in {theirs[top[:-1]]}, expected {ours[top[:-1]]}"
-            problems[got] = None
-        return _shortened(list(problems))
-
-    def _refuse(self, flat: Sequence[Any], batched: bool | None) -> NoReturn:
-        """Raise the error that names every wrong leaf."""
-        shapes = [shape_of(value) for value in flat]
-        # One leaf with a batch dimension makes it a batch, in which the leaves without one are the mistake.
-        stacked = any(len(shape) == len(leaf.shape) + 1 for shape, leaf in zip(shapes, self.leaves, strict=True))
-        stacked = stacked if batched is None else batched
-        problems = []
-        sizes: dict[int, str] = {}
-        for shape, leaf in zip(shapes, self.leaves, strict=True):
-            if stacked and shape[1:] == leaf.shape and len(shape) == len(leaf.shape) + 1:
-                sizes.setdefault(shape[0], self.root + leaf.path)
-        for value, shape, leaf in zip(flat, shapes, self.leaves, strict=True):
-            path = self.root + leaf.path
-            dtype = dtypes_of(value, path)[0]
-            remedies = [how_to_cast(value, leaf.dtype)] if dtype != leaf.dtype else []
-            if len(shape) != len(leaf.shape) + stacked or shape[int(stacked) :] != leaf.shape:
-                remedies.append(_how_to_reshape(value, leaf, shape, stacked, list(sizes)))
-            if remedies:
-                expected = _expected_shape(leaf, True if stacked and shape == leaf.shape else batched)
-                got = f"{path}: got {dtype} {list(shape)}, expected {leaf.dtype} {expected}"
-                problems.append(f"{got}; {', and '.join(remedies)}")
-        problems = _shortened(problems)
-        if len(sizes) > 1:
-            found = ", ".join(f"{size} at {path}" for size, path in sizes.items())
-            problems.append(f"leaves differ in the number of samples: {found}; send as many of each")
-        raise SpecMismatchError(
-            _listing(f"{self.root} does not match the example", problems, self._whether_example_is_batch(shapes))
-        )
-
-    def _whether_example_is_batch(self, shapes: Sequence[tuple[int, ...]]) -> list[str]:
-        """A remedy, if the shapes of a batch are what they would be if the example were a batch itself."""
-        pairs = list(zip(shapes, (leaf.shape for leaf in self.leaves), strict=True))
-        ours = {example[:1] for _, example in pairs}
-        theirs = {shape[:1] for shape, _ in pairs}
-        as_batch = len(theirs) == 1 and all(shape and shape[1:] == example[1:] for shape, example in pairs)
-        as_sample = all(shape == example[1:] for shape, example in pairs)
-        if len(ours) != 1 or () in ours or not (as_batch or as_sample):
-            return []
-        ((rows,),) = ours
-        return [
-            f"if the example is a batch of {rows} samples: give one of them as the example, such as dataset[0], or "
-            "make the sink with EchoSink.from_batch"
-        ]
 
 
 def numpy_example(example: Any) -> Any:
@@ -334,124 +223,9 @@ def numpy_example(example: Any) -> Any:
     return SampleSpec(example).numpy_sample()
 
 
-def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves and treespec, after containers that optree takes for leaves have been made into dicts."""
-    leaves, treespec = optree.tree_flatten(tree)
-    for leaf in leaves:
-        if not isinstance(leaf, ARRAY_TYPES) and _opens(leaf):
-            leaves, treespec = optree.tree_flatten(optree.tree_unflatten(treespec, map(_open_all, leaves)))
-            break
-    if _transform() is not None:
-        leaves = [_with_memory(leaf) for leaf in leaves]
-    return leaves, treespec
-
-
-def _open_all(leaf: Any) -> Any:
-    return optree.tree_map(_open_all, _opened(leaf)) if not isinstance(leaf, ARRAY_TYPES) and _opens(leaf) else leaf
-
-
-def _opens(leaf: Any) -> bool:
-    """Whether it is a mapping or a dataclass instance, and is so to hold leaves."""
-    if getattr(type(leaf), "_is_non_tensor", False):  # tensordict's wrappers of any object are both, and hold no leaf
-        return False
-    return isinstance(leaf, Mapping) or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type))
-
-
-def _opened(container: Any) -> dict[Any, Any]:
-    """The items of a mapping, or the fields of a dataclass instance."""
-    if isinstance(container, Mapping):
-        # By its keys, for a TensorDict iterates over its rows.
-        return {key: _read(operator.getitem, container, key) for key in container.keys()}  # noqa: SIM118
-    return {field.name: _read(getattr, container, field.name) for field in dataclasses.fields(container)}
-
-
-def _read(read: Callable[[Any, Any], Any], container: Any, key: Any) -> Any:
-    """One item; a stack that is made only now fails for samples that differ in shape, as do fields without a value."""
-    try:
-        return read(container, key)
-    except Exception as error:
-        why = " ".join(str(error).split())
-        expected = "expected a dense tensor; if its samples differ in shape, pad them to one length"
-        return Unreadable(f"got {type(container).__name__} that cannot give it, {expected} ({why})")
-
-
-def _with_memory(leaf: Any) -> Any:
-    """The leaf; but one of torch.func.functionalize has memory of its own with nothing in it."""
-    if not isinstance(leaf, torch.Tensor) or not torch._is_functional_tensor(leaf):
-        return leaf
-    return Unreadable("got a functional tensor, expected one that holds values; send outside of torch.func transforms")
-
-
-def _keys_and_paths(treespec: Any) -> tuple[list[Key], list[str]]:
-    keys: list[Key] = []
-    for accessor in treespec.accessors():
-        keys.append(tuple((isinstance(entry, optree.MappingEntry), entry.entry) for entry in accessor))
-    return keys, list(map(_path_of, keys))
-
-
-def _path_of(key: Key) -> str:
-    return "".join(f"[{entry!r}]" for _, entry in key)
-
-
-def _nodes(treespec: Any, key: Key = ()) -> dict[Key, str]:
-    """What each node that is no leaf is, in words."""
-    if treespec.type is None:
-        return {}
-    if treespec.type is type(None):
-        return {key: "None"}
-    nodes = {key: f"{treespec.type.__name__} of {len(treespec.entries())}"}
-    mapping = issubclass(treespec.type, dict)
-    for entry, child in zip(treespec.entries(), treespec.children(), strict=True):
-        nodes |= _nodes(child, (*key, (mapping, entry)))
-    return nodes
-
-
-def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
-    single, stacked = f"{list(leaf.shape)}", "[" + ", ".join(["B", *map(str, leaf.shape)]) + "]"
-    if batched is None:
-        return f"{single} or {stacked}"
-    return stacked if batched else single
-
-
-def _how_to_reshape(value: Any, leaf: Leaf, shape: tuple[int, ...], stacked: bool, rows: Sequence[int]) -> str:
-    extra = len(shape) - len(leaf.shape)
-    if stacked and shape == leaf.shape:
-        size = f", B = {rows[0]} here" if len(rows) == 1 else ""
-        return f"a batch needs it once per sample: {how_to_expand(value, leaf)}{size}"
-    if extra == stacked:
-        return _how_to_resize(leaf, shape, extra)
-    if stacked and not extra:
-        return f"{_how_to_resize(leaf, shape, extra)}, and repeat it once per sample"
-    if extra > 1 and shape[extra:] == leaf.shape:
-        new = ", ".join(map(str, (-1, *leaf.shape)))
-        return f"make one batch dimension of the first {extra}: x.reshape({new})"
-    return "reshape it; or is the example not one sample?"
-
-
-def _how_to_resize(leaf: Leaf, shape: tuple[int, ...], skip: int) -> str:
-    differ = [
-        f"dimension {index} is {got}, {wanted} in the example"
-        for index, (got, wanted) in enumerate(zip(shape[skip:], leaf.shape, strict=True), skip)
-        if got != wanted
-    ]
-    permute = "permute its dimensions, or " if sorted(shape[skip:]) == sorted(leaf.shape) else ""
-    return f"{permute}pad or crop all samples to one length: {', '.join(differ)}"
-
-
-def _shortened(problems: list[str]) -> list[str]:
-    if len(problems) <= _MAX_NAMED:
-        return problems
-    return [*problems[:_MAX_NAMED], f"... and {len(problems) - _MAX_NAMED} more"]
-
-
-def _listing(what: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> str:
-    lines = [*problems, *remedies]
-    return f"{what}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{what}:", *lines])
-
-
 def check_numpy(data_sample: Any) -> None:
     """Raise TypeError unless every leaf is a numpy array, as the stock client demands of its ``data_sample``."""
     leaves, treespec = flatten(data_sample)
-    for leaf, path in zip(leaves, _keys_and_paths(treespec)[1], strict=True):
+    for leaf, key in zip(leaves, keys_of(treespec), strict=True):
         if not isinstance(leaf, np.ndarray):
-            raise TypeError(f"data_sample{path}: got {type(leaf).__name__}, expected a numpy array")
+            raise TypeError(f"data_sample{path_of(key)}: got {type(leaf).__name__}, expected a numpy array")

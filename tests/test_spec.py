@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
 from echo_torch import SpecMismatchError, numpy_example
-from echo_torch.spec import SampleSpec, flatten
+from echo_torch.spec import SampleSpec
+from echo_torch.trees import flatten
 from echo_torch.wire import WireLeaf
 
 OPAQUE = {

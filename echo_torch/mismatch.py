@@ -1,0 +1,197 @@
+"""What is wrong with a batch, or with a server's spec, and what to do about it, in words.
+
+Only what has been found to differ comes here, so nothing here has to be fast.
+
+* Each function of the public ones makes the error for one kind of difference, for the caller to raise.
+* Every problem is a line: path, got, expected, remedy. At most `_MAX_NAMED` of a kind are named, then counted; the
+  remedies for the whole come last and are never cut off.
+* Only the mistake is named. Where one leaf has a batch dimension, those without one are wrong; where a container is
+  not the example's, it is named rather than all that is in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import SpecMismatchError
+from .leaves import Key, Leaf, dtypes_of, how_to_cast, how_to_expand, shape_of
+from .trees import keys_of, nodes_of, path_of
+from .wire import WireLeaf
+
+# How many wrong leaves an error names.
+_MAX_NAMED = 8
+
+
+def server_error(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf], peer: str) -> SpecMismatchError:
+    """The error for a server that expects other arrays: names both sides, leaf by leaf."""
+    ours = [leaf.wire for leaf in leaves]
+    lines = []
+    for index, (server, mine) in enumerate(itertools.zip_longest(theirs, ours)):
+        if server != mine:
+            example = f"{leaves[index]} ({mine.itemsize}-byte items)" if mine else "nothing"
+            expected = f"{server.itemsize}-byte items {list(server.shape)}" if server else "nothing"
+            lines.append(f"leaf {index}: server expects {expected}, example has {example}")
+    what = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(ours)}"
+    return SpecMismatchError(_listing(what, _shortened(lines)))
+
+
+def structure_error(root: str, leaves: Sequence[Leaf], example: Any, batch: Any) -> SpecMismatchError:
+    """The error for a batch that has not the example's leaves: names what is missing and what is unexpected.
+
+    Args:
+        root: what to call the batch.
+        leaves: the example's.
+        example: its treespec.
+        batch: the treespec of the batch.
+    """
+    keys = keys_of(batch)
+    ours, theirs = nodes_of(example), nodes_of(batch)
+    what = f"{root} has not the structure of the example"
+    remedies = ["send what the example holds (select= picks it), or give an example of what is sent"]
+    if _lists_for_leaves(leaves, keys, ours, theirs):
+        remedies.insert(0, "numbers in a list become one leaf with torch.tensor(x)")
+    problems = [*_missing(root, leaves, keys, theirs), *_unexpected(root, leaves, keys, ours, theirs)]
+    return SpecMismatchError(_listing(what, problems, remedies))
+
+
+def _lists_for_leaves(
+    leaves: Sequence[Leaf], keys: Sequence[Key], ours: Mapping[Key, str], theirs: Mapping[Key, str]
+) -> bool:
+    """Whether one side has a list where the other has a leaf, as a tokenizer makes them of single samples."""
+    met = [theirs.get(leaf.key, "") for leaf in leaves] + [ours.get(key, "") for key in keys]
+    return any(node.startswith("list ") for node in met)
+
+
+def _missing(root: str, leaves: Sequence[Leaf], keys: Sequence[Key], theirs: Mapping[Key, str]) -> list[str]:
+    """What there is in place of the example's leaves that a structure has not."""
+    found = set(keys)
+    problems = []
+    for leaf in leaves:
+        if leaf.key in found:
+            continue
+        if leaf.key in theirs:
+            shape = _expected_shape(leaf, None)
+            problems.append(f"{root}{leaf.path}: got {theirs[leaf.key]}, expected {leaf.dtype} {shape}")
+        else:
+            problems.append(f"{root}{leaf}: missing")
+    return _shortened(problems)
+
+
+def _unexpected(
+    root: str, leaves: Sequence[Leaf], keys: Sequence[Key], ours: Mapping[Key, str], theirs: Mapping[Key, str]
+) -> list[str]:
+    """What a structure has that the example has not: whole containers rather than all that is in them."""
+    wanted = {leaf.key for leaf in leaves}
+    problems: dict[str, None] = {}
+    for key in keys:
+        # The outermost container that the example has not: naming it says all.
+        top = next((key[:n] for n in range(len(key)) if key[:n] not in ours), key)
+        if key in wanted or top in wanted:
+            continue
+        got = f"{root}{path_of(top)}: unexpected {theirs.get(top, '')}".rstrip()
+        if top in ours and ours[top] != "None":
+            got = f"{root}{path_of(top)}: unexpected leaf, expected {ours[top]}"
+        elif ours.get(top[:-1]) != theirs.get(top[:-1]) and path_of(top) in map(path_of, wanted):
+            got = f"{got}; in {theirs[top[:-1]]}, expected {ours[top[:-1]]}"
+        problems[got] = None
+    return _shortened(list(problems))
+
+
+def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batched: bool | None) -> SpecMismatchError:
+    """The error for a batch that differs from the example in shapes or dtypes: names every wrong leaf.
+
+    Args:
+        root: what to call the batch.
+        leaves: the example's.
+        values: the leaves of the batch, in the same order.
+        batched: whether it had to be a batch or one sample; None if it was free to be either.
+
+    Raises:
+        TypeError: a leaf is no dense array of numbers.
+    """
+    shapes = [shape_of(value) for value in values]
+    # One leaf with a batch dimension makes it a batch, in which the leaves without one are the mistake.
+    stacked = any(len(shape) == len(leaf.shape) + 1 for shape, leaf in zip(shapes, leaves, strict=True))
+    stacked = stacked if batched is None else batched
+    problems = []
+    sizes: dict[int, str] = {}
+    for shape, leaf in zip(shapes, leaves, strict=True):
+        if stacked and shape[1:] == leaf.shape and len(shape) == len(leaf.shape) + 1:
+            sizes.setdefault(shape[0], root + leaf.path)
+    for value, shape, leaf in zip(values, shapes, leaves, strict=True):
+        path = root + leaf.path
+        dtype = dtypes_of(value, path)[0]
+        remedies = [how_to_cast(value, leaf.dtype)] if dtype != leaf.dtype else []
+        if len(shape) != len(leaf.shape) + stacked or shape[int(stacked) :] != leaf.shape:
+            remedies.append(_how_to_reshape(value, leaf, shape, stacked, list(sizes)))
+        if remedies:
+            expected = _expected_shape(leaf, True if stacked and shape == leaf.shape else batched)
+            got = f"{path}: got {dtype} {list(shape)}, expected {leaf.dtype} {expected}"
+            problems.append(f"{got}; {', and '.join(remedies)}")
+    problems = _shortened(problems)
+    if len(sizes) > 1:
+        found = ", ".join(f"{size} at {path}" for size, path in sizes.items())
+        problems.append(f"leaves differ in the number of samples: {found}; send as many of each")
+    what = f"{root} does not match the example"
+    return SpecMismatchError(_listing(what, problems, _whether_example_is_batch(leaves, shapes)))
+
+
+def _whether_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int, ...]]) -> list[str]:
+    """A remedy, if the shapes of a batch are what they would be if the example were a batch itself."""
+    pairs = list(zip(shapes, (leaf.shape for leaf in leaves), strict=True))
+    ours = {example[:1] for _, example in pairs}
+    theirs = {shape[:1] for shape, _ in pairs}
+    as_batch = len(theirs) == 1 and all(shape and shape[1:] == example[1:] for shape, example in pairs)
+    as_sample = all(shape == example[1:] for shape, example in pairs)
+    if len(ours) != 1 or () in ours or not (as_batch or as_sample):
+        return []
+    ((rows,),) = ours
+    return [
+        f"if the example is a batch of {rows} samples: give one of them as the example, such as dataset[0], or "
+        "make the sink with EchoSink.from_batch"
+    ]
+
+
+def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
+    single, stacked = f"{list(leaf.shape)}", "[" + ", ".join(["B", *map(str, leaf.shape)]) + "]"
+    if batched is None:
+        return f"{single} or {stacked}"
+    return stacked if batched else single
+
+
+def _how_to_reshape(value: Any, leaf: Leaf, shape: tuple[int, ...], stacked: bool, rows: Sequence[int]) -> str:
+    extra = len(shape) - len(leaf.shape)
+    if stacked and shape == leaf.shape:
+        size = f", B = {rows[0]} here" if len(rows) == 1 else ""
+        return f"a batch needs it once per sample: {how_to_expand(value, leaf)}{size}"
+    if extra == stacked:
+        return _how_to_resize(leaf, shape, extra)
+    if stacked and not extra:
+        return f"{_how_to_resize(leaf, shape, extra)}, and repeat it once per sample"
+    if extra > 1 and shape[extra:] == leaf.shape:
+        new = ", ".join(map(str, (-1, *leaf.shape)))
+        return f"make one batch dimension of the first {extra}: x.reshape({new})"
+    return "reshape it; or is the example not one sample?"
+
+
+def _how_to_resize(leaf: Leaf, shape: tuple[int, ...], skip: int) -> str:
+    differ = [
+        f"dimension {index} is {got}, {wanted} in the example"
+        for index, (got, wanted) in enumerate(zip(shape[skip:], leaf.shape, strict=True), skip)
+        if got != wanted
+    ]
+    permute = "permute its dimensions, or " if sorted(shape[skip:]) == sorted(leaf.shape) else ""
+    return f"{permute}pad or crop all samples to one length: {', '.join(differ)}"
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    if len(problems) <= _MAX_NAMED:
+        return problems
+    return [*problems[:_MAX_NAMED], f"... and {len(problems) - _MAX_NAMED} more"]
+
+
+def _listing(what: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> str:
+    lines = [*problems, *remedies]
+    return f"{what}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{what}:", *lines])

@@ -1,0 +1,98 @@
+"""Trees of containers into leaves, and where in the tree each leaf is.
+
+* optree says what a container is; its order is the order of the leaves. Mappings and dataclass instances that it takes
+  for leaves are opened first, into dicts, however deep they lie.
+* A container is read item by item, and one item that cannot be read takes no other with it: an `Unreadable` stands in
+  for it, to be refused where its path is known.
+* A place in a tree is a `Key`: alike for all mappings, and alike for all sequences. Its path is what one would write to
+  index the tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optree
+import torch
+
+from .leaves import ARRAY_TYPES, Key, Unreadable
+
+# The torch.func transform that is running, or None: asked once per batch, where each tensor would cost more.
+running_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and treespec, after containers that optree takes for leaves have been made into dicts."""
+    leaves, treespec = optree.tree_flatten(tree)
+    for leaf in leaves:
+        if not isinstance(leaf, ARRAY_TYPES) and _opens(leaf):
+            leaves, treespec = optree.tree_flatten(optree.tree_unflatten(treespec, map(_open_all, leaves)))
+            break
+    if running_transform() is not None:
+        leaves = [_with_memory(leaf) for leaf in leaves]
+    return leaves, treespec
+
+
+def _open_all(leaf: Any) -> Any:
+    return optree.tree_map(_open_all, _opened(leaf)) if not isinstance(leaf, ARRAY_TYPES) and _opens(leaf) else leaf
+
+
+def _opens(leaf: Any) -> bool:
+    """Whether it is a mapping or a dataclass instance, and is so to hold leaves."""
+    if getattr(type(leaf), "_is_non_tensor", False):  # tensordict's wrappers of any object are both, and hold no leaf
+        return False
+    return isinstance(leaf, Mapping) or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type))
+
+
+def _opened(container: Any) -> dict[Any, Any]:
+    """The items of a mapping, or the fields of a dataclass instance."""
+    if isinstance(container, Mapping):
+        # By its keys, for a TensorDict iterates over its rows.
+        return {key: _read(operator.getitem, container, key) for key in container.keys()}  # noqa: SIM118
+    return {field.name: _read(getattr, container, field.name) for field in dataclasses.fields(container)}
+
+
+def _read(read: Callable[[Any, Any], Any], container: Any, key: Any) -> Any:
+    """One item; a stack that is made only now fails for samples that differ in shape, as do fields without a value."""
+    try:
+        return read(container, key)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        expected = "expected a dense tensor; if its samples differ in shape, pad them to one length"
+        return Unreadable(f"got {type(container).__name__} that cannot give it, {expected} ({why})")
+
+
+def _with_memory(leaf: Any) -> Any:
+    """The leaf; but one of torch.func.functionalize has memory of its own with nothing in it."""
+    if not isinstance(leaf, torch.Tensor) or not torch._is_functional_tensor(leaf):
+        return leaf
+    return Unreadable("got a functional tensor, expected one that holds values; send outside of torch.func transforms")
+
+
+def keys_of(treespec: Any) -> list[Key]:
+    """Where each leaf is, in the order of the leaves."""
+    keys: list[Key] = []
+    for accessor in treespec.accessors():
+        keys.append(tuple((isinstance(entry, optree.MappingEntry), entry.entry) for entry in accessor))
+    return keys
+
+
+def path_of(key: Key) -> str:
+    """As one would index the tree: ``['obs'][0]``; empty for the tree itself."""
+    return "".join(f"[{entry!r}]" for _, entry in key)
+
+
+def nodes_of(treespec: Any, key: Key = ()) -> dict[Key, str]:
+    """What each node that is no leaf is, in words; ``key`` is where the tree itself is."""
+    if treespec.type is None:
+        return {}
+    if treespec.type is type(None):
+        return {key: "None"}
+    nodes = {key: f"{treespec.type.__name__} of {len(treespec.entries())}"}
+    mapping = issubclass(treespec.type, dict)
+    for entry, child in zip(treespec.entries(), treespec.children(), strict=True):
+        nodes |= nodes_of(child, (*key, (mapping, entry)))
+    return nodes
