@@ -199,4 +199,6 @@ def how_to_expand(value: Any, leaf: Leaf) -> str:
         return f"x.expand({shape})"
     if isinstance(value, (np.ndarray, np.generic)):
         return f"np.broadcast_to(x, ({shape}{'' if leaf.shape else ','}))"
+    if isinstance(leaf.dtype, np.dtype):
+        return f"np.full((B,), x, '{leaf.dtype}')"
     return f"torch.full((B,), x, dtype={leaf.dtype})"

@@ -12,6 +12,7 @@ Only what has been found to differ comes here, so nothing here has to be fast.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -117,6 +118,7 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
     stacked = stacked if batched is None else batched
     problems = []
     sizes: dict[int, str] = {}
+    misshapen = False
     for shape, leaf in zip(shapes, leaves, strict=True):
         if stacked and shape[1:] == leaf.shape and len(shape) == len(leaf.shape) + 1:
             sizes.setdefault(shape[0], root + leaf.path)
@@ -125,7 +127,8 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
         dtype = dtypes_of(value, path)[0]
         remedies = [how_to_cast(value, leaf.dtype)] if dtype != leaf.dtype else []
         if len(shape) != len(leaf.shape) + stacked or shape[int(stacked) :] != leaf.shape:
-            remedies.append(_how_to_reshape(value, leaf, shape, stacked, list(sizes)))
+            misshapen = True
+            remedies.append(_how_to_reshape(value, leaf, shape, stacked, list(sizes), batched))
         if remedies:
             expected = _expected_shape(leaf, True if stacked and shape == leaf.shape else batched)
             got = f"{path}: got {dtype} {list(shape)}, expected {leaf.dtype} {expected}"
@@ -135,7 +138,7 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
         found = ", ".join(f"{size} at {path}" for size, path in sizes.items())
         problems.append(f"leaves differ in the number of samples: {found}; send as many of each")
     what = f"{root} does not match the example"
-    return SpecMismatchError(_listing(what, problems, _whether_example_is_batch(leaves, shapes)))
+    return SpecMismatchError(_listing(what, problems, _whether_example_is_batch(leaves, shapes) if misshapen else ()))
 
 
 def _whether_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int, ...]]) -> list[str]:
@@ -161,17 +164,22 @@ def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
     return stacked if batched else single
 
 
-def _how_to_reshape(value: Any, leaf: Leaf, shape: tuple[int, ...], stacked: bool, rows: Sequence[int]) -> str:
+def _how_to_reshape(
+    value: Any, leaf: Leaf, shape: tuple[int, ...], stacked: bool, sizes: Sequence[int], batched: bool | None
+) -> str:
     extra = len(shape) - len(leaf.shape)
+    if batched is False and extra > 0 and shape[extra:] == leaf.shape:
+        return "one sample is expected: send those of a batch one by one"
     if stacked and shape == leaf.shape:
-        size = f", B = {rows[0]} here" if len(rows) == 1 else ""
+        size = f", B = {sizes[0]} here" if len(sizes) == 1 else ""
         return f"a batch needs it once per sample: {how_to_expand(value, leaf)}{size}"
     if extra == stacked:
         return _how_to_resize(leaf, shape, extra)
     if stacked and not extra:
         return f"{_how_to_resize(leaf, shape, extra)}, and repeat it once per sample"
     if extra > 1 and shape[extra:] == leaf.shape:
-        new = ", ".join(map(str, (-1, *leaf.shape)))
+        rows = -1 if math.prod(leaf.shape) else math.prod(shape[:extra])  # torch cannot infer the -1 from nothing
+        new = ", ".join(map(str, (rows, *leaf.shape)))
         return f"make one batch dimension of the first {extra}: x.reshape({new})"
     return "reshape it; or is the example not one sample?"
 

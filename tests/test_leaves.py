@@ -15,7 +15,7 @@ import torch
 from peers import Line, Peer
 from torch._subclasses import FakeTensorMode
 
-from echo_torch import EchoSink, TcpClient
+from echo_torch import EchoSink, SpecMismatchError, TcpClient
 from echo_torch.leaves import how_to_cast
 from echo_torch.spec import SampleSpec
 
@@ -257,3 +257,33 @@ class Late:
 def test_a_field_without_a_value_is_refused_by_path() -> None:
     with pytest.raises(TypeError, match=r"batch\['y'\]: got Late that cannot give it, expected"):
         SampleSpec({"x": 0, "y": 0}).match(Late(0))
+
+
+def refusal(example: Any, batch: Any, **how: Any) -> str:
+    with pytest.raises(SpecMismatchError) as caught:
+        SampleSpec(example).match(batch, **how)
+    return str(caught.value)
+
+
+def test_a_wrong_dtype_alone_is_no_reason_to_doubt_the_example() -> None:
+    message = refusal({"x": torch.zeros(3)}, {"x": torch.zeros(3, dtype=torch.int32)})
+    assert "convert with .to(torch.float32)" in message
+    assert "example is a batch" not in message
+
+
+@pytest.mark.parametrize("rows", [(4,), (4, 5)], ids=str)
+def test_a_batch_where_one_sample_is_expected_is_told_so(rows: tuple[int, ...]) -> None:
+    message = refusal({"x": torch.zeros(3)}, {"x": torch.zeros(*rows, 3)}, batched=False)
+    assert "one sample is expected: send those of a batch one by one" in message
+
+
+def test_the_remedy_for_a_leaf_without_elements_can_be_pasted() -> None:
+    example = {"x": torch.zeros(2, 0), "y": 0}
+    message = refusal(example, {"x": torch.zeros(4, 5, 2, 0), "y": torch.zeros(4, 5, dtype=torch.int64)})
+    assert "x.reshape(20, 2, 0)" in message
+    assert "x.reshape(-1)" in message
+
+
+def test_the_remedy_for_a_scalar_in_big_endian_is_numpys() -> None:
+    message = refusal({"x": np.zeros((), ">f4"), "y": 0}, {"x": 1.5, "y": torch.zeros(4, dtype=torch.int64)})
+    assert "np.full((B,), x, '>f4')" in message
