@@ -16,7 +16,7 @@ import numpy as np
 
 from .checks import check_count, check_timeout
 from .connection import Connection
-from .deadline import Deadline
+from .deadline import NEVER, Deadline
 from .dial import dial, hang_up, peer_name
 from .errors import SpecMismatchError
 from .leaves import Array
@@ -132,12 +132,12 @@ class TcpClient:
                 arrays = self._spec.match(data, batched=False).arrays
             except SpecMismatchError as error:
                 raise _with_payload_size(error, data, self._spec.payload_size) from None
-        self._connection.send_rows(1, self._packer.filler(arrays, False), Deadline(timeout))
+        self._connection.send_rows(1, self._packer.filler(arrays, False), _deadline(timeout))
 
     def send_match(self, match: Match, *, timeout: float | None = None) -> None:
         """Send what `SampleSpec.match` made of a batch, for a spec of the same leaves; raises as `send_rows`."""
         fill = self._packer.filler(match.arrays, match.batched)
-        self._connection.send_rows(match.rows, fill, Deadline(timeout))
+        self._connection.send_rows(match.rows, fill, _deadline(timeout))
 
     def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
         """Send a block of samples whose leaves were checked and stacked before.
@@ -215,6 +215,10 @@ class TcpClient:
 
     def __repr__(self) -> str:
         return f"<TcpClient {self._peer} {'closed' if self.closed else 'open'}>"
+
+
+def _deadline(timeout: float | None) -> Deadline:
+    return NEVER if timeout is None else Deadline(timeout)
 
 
 def _with_payload_size(error: SpecMismatchError, data: Any, expected: int) -> SpecMismatchError:

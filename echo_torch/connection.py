@@ -28,6 +28,7 @@ import time
 from typing import Any, NoReturn
 
 from . import lifetime
+from .backlog import Backlog
 from .deadline import Deadline, bounded_wait
 from .dial import hang_up
 from .errors import ConnectionClosedError, DeliveryTimeoutError
@@ -55,9 +56,6 @@ STALL_WARNING_S = 30.0
 # Seconds for an I/O thread that has done everything to be gone; bounded, since a signal handler may have interrupted
 # another call's `Thread.join`, which then holds the thread's lock.
 JOIN_S = 1.0
-# What a caller writes itself, in bytes: about what a system call costs anyway. More is left to the I/O thread, so that
-# `send` costs one copy and not two.
-CALLER_WRITE_BYTES = 64 * 1024
 # One system call's worth for the I/O thread, in bytes: large enough for calls not to count, small enough for the lock.
 THREAD_WRITE_BYTES = 1024 * 1024
 # Whether `poll` tells of a peer that hung up without being asked for acks too. Where not, every ack wakes the thread.
@@ -102,12 +100,14 @@ class Connection:
         self._leader = Leader(sock)
         self._listening = False  # whether the I/O thread polls for acks
         self._pace = Pace(window)
+        self._backlog = Backlog(ring, window)
         self._lingering = False  # whether the I/O thread will look within LINGER_S
         self._warned_at = self._line.progress_at
         self._failure_told = False
         self._stop = False
         self._farewell: Deadline | None = None
         self._wake_up = WakeUp()
+        self._locks = (self._io, ring.turn, self._wake_up.lock, self._leader.lock)
         self._thread = threading.Thread(target=self._run, name=f"echo_torch {peer}", daemon=True)
         self._ended = threading.Lock()  # held while the thread runs
 
@@ -242,7 +242,7 @@ class Connection:
             raise ConnectionClosedError(
                 f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
             )
-        if is_mine(self._io) or is_mine(self.ring.turn) or self._wake_up.is_mine or self._leader.is_mine:
+        if any(map(is_mine, self._locks)):
             raise RuntimeError(
                 f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
                 "the same thread; raise an exception there (sys.exit) and flush outside"
@@ -252,6 +252,7 @@ class Connection:
 
     def _accept(self, call: str, rows: int, fill: Fill, deadline: Deadline) -> None:
         done = 0
+        self._backlog.begin()
         try:
             while done < rows:
                 packed = self._pack(call, rows - done, fill, done)
@@ -291,19 +292,20 @@ class Connection:
     def _wait_for_room(self, call: str, rows: int, deadline: Deadline) -> None:
         """Wait for a good part of the ring at once: a wake-up for every row would cost more than the rows."""
         ring = self.ring
-        rows = min(rows, max(1, (ring.capacity - ring.replay) // 4))
-        began = time.monotonic()
+        threshold = ring.rows_free_at(min(rows, max(1, min(ring.limit, ring.capacity - ring.replay) // 4)))
+        began, acked = time.monotonic(), ring.acked
         try:
-            self._wait_for(call, ring.rows_free_at(rows), deadline)
+            self._wait_for(call, threshold, deadline, self._backlog.patience(threshold))
         finally:
             self.blocked_seconds += time.monotonic() - began
+        self._backlog.waited(threshold, acked, began)
 
     # Waiting.
 
-    def _wait_for(self, call: str, threshold: int, deadline: Deadline) -> None:
-        """Park until ``acked`` reaches ``threshold``."""
+    def _wait_for(self, call: str, threshold: int, deadline: Deadline, until: Deadline | None = None) -> None:
+        """Park until ``acked`` reaches ``threshold``, or at the most ``until`` some moment."""
         ring = self.ring
-        while ring.acked < threshold:
+        while ring.acked < threshold and not (until and until.expired):
             waiter = ring.enlist(threshold)
             try:
                 self._nudge()
@@ -318,6 +320,7 @@ class Connection:
                     if deadline.expired or self._patience() <= 0:
                         self._raise_timeout(call, deadline)
                 pause = min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S)
+                pause = min(pause, until.remaining()) if until else pause
                 if self._listening or not self._leader.lead(waiter, pause):
                     waiter.park(pause)
             finally:
@@ -375,7 +378,7 @@ class Connection:
             if not self._lingering:
                 self._lingering = True
                 self._wake_up.kick()
-        elif pending > CALLER_WRITE_BYTES and ring.written - ring.acked < line.window:
+        elif pending > self._backlog.caller_bytes and ring.written - ring.acked < line.window:
             self._wake_up.kick()
         else:
             self._nudge(read_acks=False)
@@ -396,7 +399,7 @@ class Connection:
         """Read the acks that are there, waiting for whoever pumps to be done with it."""
         with self._io:
             if self.failure is None:
-                self._pump(True, CALLER_WRITE_BYTES)
+                self._pump(True, self._backlog.caller_bytes)
 
     def _try_pump(self, read_acks: bool = False) -> bool:
         """Pump if the I/O lock is free; gives whether it was."""
@@ -405,7 +408,7 @@ class Connection:
             if is_mine(lock) or not lock.acquire(False):
                 return False
             if self.failure is None:
-                self._pump(read_acks, CALLER_WRITE_BYTES)
+                self._pump(read_acks, self._backlog.caller_bytes)
             lock.release()
             return True
         except BaseException:

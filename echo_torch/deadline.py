@@ -30,6 +30,9 @@ class Deadline:
         return time.monotonic() >= self.at
 
 
+NEVER = Deadline(None)
+
+
 def bounded_wait(seconds: float) -> float:
     """Cut a wait, which may be infinite, to what the operating system takes."""
     return min(seconds, _LONGEST_WAIT_S)

@@ -23,11 +23,7 @@ class Leader:
         self._thread = 0  # the one that leads; 0 for none
         self._poller = select.poll()
         self._wake_up = WakeUp()
-
-    @property
-    def is_mine(self) -> bool:
-        """Whether the calling thread is inside `wake` or `close`, as only a signal handler can find."""
-        return self._wake_up.is_mine
+        self.lock = self._wake_up.lock  # held inside `wake` and `close`, as only a signal handler can find
 
     def open(self) -> None:
         """Make the descriptors."""

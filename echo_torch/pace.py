@@ -13,7 +13,7 @@ import time
 SHARE = 4
 # Seconds: below the first, sleeping costs more than it saves; above the second, it would save hardly more.
 LEAST_S = 0.0001
-MOST_S = 0.001
+MOST_S = 0.002
 
 
 class Pace:

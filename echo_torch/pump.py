@@ -27,9 +27,9 @@ ACK_BYTES = 64 * 1024
 # waits and nothing is sent, more while there are rows to send, and never more than this share of the window.
 WAITING_ACKS = 8
 PENDING_ACKS = 16
-ACK_SHARE = 8
+ACK_SHARE = 4
 # Callers read acks in passing when this share of the window is un-acked.
-CALLER_SHARE = 4
+CALLER_SHARE = 2
 
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 

@@ -6,8 +6,6 @@ import contextlib
 import socket
 import threading
 
-from .locks import is_mine
-
 
 class WakeUp:
     """A pair of descriptors: one to poll, one to write to.
@@ -18,7 +16,7 @@ class WakeUp:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held inside `kick` and `close`, as only a signal handler can find
         self._kicked = False
         self._writer: socket.socket | None = None
         self.reader: socket.socket
@@ -30,17 +28,12 @@ class WakeUp:
         self.reader.setblocking(False)
         self._writer.setblocking(False)
 
-    @property
-    def is_mine(self) -> bool:
-        """Whether the calling thread is inside `kick` or `close`, as only a signal handler can find."""
-        return is_mine(self._lock)
-
     def kick(self, anyway: bool = False) -> None:
         """Wake the sleeper, unless that was done and it has not looked since; or anyway."""
         if self._kicked and not anyway:
             return
         self._kicked = True
-        with self._lock, contextlib.suppress(OSError):  # closed, or full of wake-ups
+        with self.lock, contextlib.suppress(OSError):  # closed, or full of wake-ups
             if self._writer is not None:
                 self._writer.send(b"\0")
 
@@ -56,7 +49,7 @@ class WakeUp:
         self._kicked = False
 
     def close(self) -> None:
-        with self._lock:
+        with self.lock:
             self.disown()
 
     def disown(self) -> None:

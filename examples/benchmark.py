@@ -22,6 +22,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -121,9 +122,11 @@ def measure_all(kind: str, case: Case, rounds: int, seconds: float) -> Iterator[
     """One row per sender, with the ratios between them."""
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in SENDERS}
     with PeerProcess(kind, case) as peer:
+        names = deque(figures)
         for _ in range(rounds):
-            for name, found in figures.items():
-                found.append(measure(name, peer, case, seconds))
+            for name in names:
+                figures[name].append(measure(name, peer, case, seconds))
+            names.rotate()  # whoever follows on another finds the machine as that one left it
     results = {name: medians(found) for name, found in figures.items()}
     limit = max(results.pop("raw"), results.pop("raw lowat"), key=lambda found: found["samples_s"])
     stock = results["stock"]

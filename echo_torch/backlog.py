@@ -1,0 +1,67 @@
+"""How far callers run ahead of the acks: as far as the ring goes, or less while more would only be slower.
+
+A ring that is always full is one that callers fill faster than it drains; nothing is gained then by filling all of it,
+and copies that go round through 64 MiB miss the caches. Measured with samples of 28 KB and 602 KB and a null peer:
+0.82 and 0.87 of what a raw ``sendall`` reaches with a full ring, 0.95 and 1.04 with 8 MiB of it.
+
+* The limit is set when a ring that was full drains fast. Where it drains slowly, the memory is not what holds it up.
+* It is lifted as soon as the ring is empty, or drains at half that speed: then bursts need the room.
+
+Who cannot run ahead gains nothing from leaving what it packed to the I/O thread, and writes more of it itself, while
+its own caches hold it: 1.3 times as many samples of 602 KB got through `TcpClient` so, and 1.1 times of 28 KB.
+"""
+
+from __future__ import annotations
+
+import time
+
+from .deadline import Deadline
+from .ring import Ring
+
+# Bytes per second that are fast: some share of what memory does, and more than most networks do.
+FAST_BYTES_S = 1e9
+# What callers run ahead by while the limit is set, in bytes: no less than the window.
+MODEST_BYTES = 8 * 1024 * 1024
+# What a caller writes itself, in bytes, while it runs ahead: about what a system call costs anyway, so that `send`
+# costs one copy and not two. And while it does not: a good part of what the socket takes.
+AHEAD_WRITE_BYTES = 64 * 1024
+LEVEL_WRITE_BYTES = 1024 * 1024
+# Seconds that a wait may take at the least before it counts as slow: threads are not always woken at once.
+HICCUP_S = 0.02
+
+
+class Backlog:
+    """Sets and lifts ``ring.limit``, for a window of ``window`` rows."""
+
+    def __init__(self, ring: Ring, window: int) -> None:
+        self._ring = ring
+        self._modest = min(ring.capacity - ring.replay, max(1, MODEST_BYTES // ring.row_bytes))
+        self._beyond_window = ring.capacity - ring.replay > window
+
+    @property
+    def caller_bytes(self) -> int:
+        """About how much a caller writes itself."""
+        ahead = self._beyond_window and self._ring.limit == self._ring.capacity
+        return AHEAD_WRITE_BYTES if ahead else LEVEL_WRITE_BYTES
+
+    def begin(self) -> None:
+        """Somebody is about to pack."""
+        ring = self._ring
+        if ring.limit < ring.capacity and not ring.unacked:
+            ring.limit = ring.capacity
+
+    def patience(self, threshold: int) -> Deadline | None:
+        """Until when to wait for ``acked`` to reach ``threshold`` before the limit is lifted; None if there is none."""
+        ring = self._ring
+        if ring.limit == ring.capacity:
+            return None
+        return Deadline(max(HICCUP_S, 2 * (threshold - ring.acked) * ring.row_bytes / FAST_BYTES_S))
+
+    def waited(self, threshold: int, acked: int, began: float) -> None:
+        """Learn from a wait for ``threshold`` that began at some moment, when so many rows were acked."""
+        ring = self._ring
+        if ring.limit < ring.capacity:
+            fast = ring.acked >= threshold
+        else:
+            fast = (ring.acked - acked) * ring.row_bytes >= FAST_BYTES_S * (time.monotonic() - began)
+        ring.limit = self._modest if fast else ring.capacity
