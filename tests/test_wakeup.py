@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from echo_torch.locks import is_mine
 from echo_torch.wakeup import WakeUp
 
 pytestmark = pytest.mark.usefixtures("descriptors")
@@ -103,7 +104,7 @@ def test_a_kick_that_is_interrupted_swallows_none_after_the_sleeper_woke_by_itse
             wake_up.kick()
     finally:
         sys.settrace(before)
-    assert not wake_up.is_mine
+    assert not is_mine(wake_up.lock)
     wake_up.seen(readable(wake_up))
     wake_up.kick()
     assert readable(wake_up)
@@ -165,19 +166,19 @@ def test_kicks_after_close_reach_nobody() -> None:
                 sock.close()
 
 
-def test_is_mine_tells_the_thread_that_is_inside() -> None:
+def test_the_lock_tells_the_thread_that_is_inside() -> None:
     answers: list[bool] = []
 
     class Asks(WakeUp):
         def disown(self) -> None:
-            answers.append(self.is_mine)
-            other = threading.Thread(target=lambda: answers.append(self.is_mine))
+            answers.append(is_mine(self.lock))
+            other = threading.Thread(target=lambda: answers.append(is_mine(self.lock)))
             other.start()
             other.join(SOON_S)
             super().disown()
 
     wake_up = Asks()
-    assert not wake_up.is_mine
+    assert not is_mine(wake_up.lock)
     wake_up.close()
     assert answers == [True, False]
-    assert not wake_up.is_mine
+    assert not is_mine(wake_up.lock)
