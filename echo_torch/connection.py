@@ -37,6 +37,7 @@ from .locks import is_mine, release_if_mine
 from .pace import Pace
 from .pump import Pump
 from .ring import Fill, Ring
+from .vigil import silence
 from .wakeup import WakeUp
 
 _log = logging.getLogger(__name__)
@@ -484,6 +485,9 @@ class Connection:
             written = self.ring.written
             self._pump(True, THREAD_WRITE_BYTES)
             self._lingering = lingered and self.ring.written > written
+        if self._line.in_the_air and (why := silence(self._line.sock)):
+            self._fail(ConnectionClosedError(why))
+            return None
         self._warn_of_stall()
         if self._said_farewell():
             return None

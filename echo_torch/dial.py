@@ -20,6 +20,7 @@ from typing import Any
 from .checks import check_count
 from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError, HandshakeError
+from .vigil import keep_asking
 from .wire import Handshake, WireLeaf
 
 # How long to wait before the next try while a server is not listening yet: short enough not to be felt, long enough
@@ -145,6 +146,7 @@ def _connect_one(family: socket.AddressFamily, address: Any, timeout: float) -> 
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_asking(sock)
         sock.settimeout(_socket_timeout(timeout))
         sock.connect(address)
         if _is_itself(sock):

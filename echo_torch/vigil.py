@@ -1,0 +1,50 @@
+"""Whether the host at the other end is still there, which a host that vanishes (power, cable) does not say.
+
+* While nothing is under way, the kernel asks (keepalive) and ends the connection if there is no answer.
+* While something is, the kernel only repeats it, for a quarter of an hour; `silence` looks at how often it did.
+* A learner that is paused is no fault: its kernel answers for it. So nothing here counts time without acks, and
+  TCP_USER_TIMEOUT, which ends connections to hosts that are only slow, is not used.
+
+Both are Linux's; elsewhere the defaults of the operating system and ``stall_timeout`` remain.
+"""
+
+from __future__ import annotations
+
+import socket
+
+# Seconds until the first question to an idle peer and between them, and how many may stay without an answer: together
+# a minute, as fast as is usual for datacentres, and too slow for a hiccup of the network to count.
+KEEPALIVE_IDLE_S = 30
+KEEPALIVE_INTERVAL_S = 10
+KEEPALIVE_COUNT = 3
+# How often the same bytes were sent without an answer, which takes some seven seconds on a fast network; and how many
+# questions whether a full peer has room again stayed without one. A peer that lives answers the first.
+MOST_RETRANSMITS = 5
+MOST_PROBES = 2
+# Where these two are in struct tcp_info of linux/tcp.h, in bytes.
+_RETRANSMITS_AT, _PROBES_AT = 2, 3
+
+
+def keep_asking(sock: socket.socket) -> None:
+    """Turn keepalive on."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {
+        "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
+        "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
+        "TCP_KEEPCNT": KEEPALIVE_COUNT,
+    }
+    for name, value in options.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def silence(sock: socket.socket) -> str | None:
+    """Why the peer's host is taken to be gone, if it is, while something is under way to it."""
+    if not hasattr(socket, "TCP_INFO"):
+        return None
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _PROBES_AT + 1)
+    if info[_RETRANSMITS_AT] >= MOST_RETRANSMITS:
+        return f"the peer's host does not answer: the same bytes were sent again {info[_RETRANSMITS_AT]} times"
+    if info[_PROBES_AT] >= MOST_PROBES:
+        return f"the peer's host does not answer: it was full, and asked {info[_PROBES_AT]} times in vain since"
+    return None
