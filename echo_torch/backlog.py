@@ -5,7 +5,8 @@ and copies that go round through 64 MiB miss the caches. Measured with samples o
 0.82 and 0.87 of what a raw ``sendall`` reaches with a full ring, 0.95 and 1.04 with 8 MiB of it.
 
 * The limit is set when a ring that was full drains fast. Where it drains slowly, the memory is not what holds it up.
-* It is lifted as soon as the ring is empty, or drains at half that speed: then bursts need the room.
+* It is lifted as soon as the ring is empty, and when a wait for a part of it takes twice as long as it should, and
+  `HICCUP_S` at the least: then bursts need the room, and who waits gets it at once.
 
 Who cannot run ahead gains nothing from leaving what it packed to the I/O thread, and writes more of it itself, while
 its own caches hold it: 1.3 times as many samples of 602 KB got through `TcpClient` so, and 1.1 times of 28 KB.
@@ -20,7 +21,7 @@ from .ring import Ring
 
 # Bytes per second that are fast: some share of what memory does, and more than most networks do.
 FAST_BYTES_S = 1e9
-# What callers run ahead by while the limit is set, in bytes: no less than the window.
+# What callers run ahead by while the limit is set, in bytes; the window, if that is more.
 MODEST_BYTES = 8 * 1024 * 1024
 # What a caller writes itself, in bytes, while it runs ahead: about what a system call costs anyway, so that `send`
 # costs one copy and not two. And while it does not: a good part of what the socket takes.
@@ -35,7 +36,8 @@ class Backlog:
 
     def __init__(self, ring: Ring, window: int) -> None:
         self._ring = ring
-        self._modest = min(ring.capacity - ring.replay, max(1, MODEST_BYTES // ring.row_bytes))
+        modest = max(1, window, MODEST_BYTES // ring.row_bytes)
+        self._modest = modest if modest < ring.capacity - ring.replay else ring.capacity
         self._beyond_window = ring.capacity - ring.replay > window
 
     @property

@@ -158,7 +158,7 @@ class TcpClient:
             if array.shape != (rows, *leaf.shape) or array.dtype != leaf.travels_as:
                 expected = f"{leaf.travels_as} {[rows, *leaf.shape]}"
                 raise ValueError(f"arrays{leaf.path}: got {array.dtype} {list(array.shape)}, expected {expected}")
-        self._connection.send_rows(rows, self._packer.filler(arrays, True), Deadline(timeout))
+        self._connection.send_rows(rows, self._packer.filler(arrays, True), _deadline(timeout))
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything sent so far is acked.
@@ -223,7 +223,10 @@ def _deadline(timeout: float | None) -> Deadline:
 
 def _with_payload_size(error: SpecMismatchError, data: Any, expected: int) -> SpecMismatchError:
     """The same error, opening with the sizes if they differ, as the stock client words it."""
-    got = sum(leaf.nbytes if hasattr(leaf, "nbytes") else np.asarray(leaf).nbytes for leaf in flatten(data)[0])
+    try:
+        got = sum(leaf.nbytes if hasattr(leaf, "nbytes") else np.asarray(leaf).nbytes for leaf in flatten(data)[0])
+    except Exception:  # a leaf that has no bytes to count, or does not say; the error names it
+        return error
     return error if got == expected else SpecMismatchError(f"Payload size {got} != expected {expected}: {error}")
 
 

@@ -1,7 +1,8 @@
 """One connection: a ring of rows, a socket, and the one thread that sees to both.
 
 * The I/O lock guards the pump: the socket, ``ring.written`` and ``ring.acked``. The I/O thread pumps as long as
-  rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch. When
+  rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch, and
+  for more while it cannot run ahead of the acks anyway (`backlog`). When
   everything is written, one of the callers that wait leads: it polls the socket itself, and wakes the others.
   Nobody blocks while holding it. Of the locks (``ring.turn``, the I/O lock, the leader's, the wake-up's) no two are
   held at once, but the wake-up's inside the I/O lock.
@@ -29,7 +30,7 @@ from typing import Any, NoReturn
 
 from . import lifetime
 from .backlog import Backlog
-from .deadline import Deadline, bounded_wait
+from .deadline import NEVER, Deadline, bounded_wait
 from .dial import hang_up
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .leader import Leader
@@ -261,11 +262,12 @@ class Connection:
                 if not packed:
                     self._push()
                     self._wait_for_room(call, rows - done, deadline)
-            # Not after each run: the thread would compete for memory, and for the GIL, with the copying of the next.
-            self._push()
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
             error.rows_accepted = done
             raise
+        finally:
+            # Not after each run: the thread would compete for memory, and for the GIL, with the copying of the next.
+            self._push()
 
     def _pack(self, call: str, want: int, fill: Fill, first: int) -> int:
         """Fill and count as many rows as are free in one run; gives how many."""
@@ -296,7 +298,11 @@ class Connection:
         threshold = ring.rows_free_at(min(rows, max(1, min(ring.limit, ring.capacity - ring.replay) // 4)))
         began, acked = time.monotonic(), ring.acked
         try:
-            self._wait_for(call, threshold, deadline, self._backlog.patience(threshold))
+            patience = self._backlog.patience(threshold)
+            if patience is None:
+                self._wait_for(call, threshold, deadline)
+            else:  # and then, if that was not enough, for room in all of the ring, of which there may be some
+                self._wait_for(call, threshold, NEVER, min(patience, deadline, key=lambda moment: moment.at))
         finally:
             self.blocked_seconds += time.monotonic() - began
         self._backlog.waited(threshold, acked, began)
@@ -304,7 +310,7 @@ class Connection:
     # Waiting.
 
     def _wait_for(self, call: str, threshold: int, deadline: Deadline, until: Deadline | None = None) -> None:
-        """Park until ``acked`` reaches ``threshold``, or at the most ``until`` some moment."""
+        """Park until ``acked`` reaches ``threshold``; with ``until``, at the most so long, and without timing out."""
         ring = self.ring
         while ring.acked < threshold and not (until and until.expired):
             waiter = ring.enlist(threshold)
@@ -319,6 +325,8 @@ class Connection:
                         break
                     self._check_open(call)
                     if deadline.expired or self._patience() <= 0:
+                        if until:
+                            break
                         self._raise_timeout(call, deadline)
                 pause = min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S)
                 pause = min(pause, until.remaining()) if until else pause
@@ -370,7 +378,7 @@ class Connection:
     # Between callers and the I/O thread.
 
     def _push(self) -> None:
-        """See that rows just packed get written: here and now if they are few, else by the thread."""
+        """See that rows just packed get written: here and now if `Backlog` has callers do that, else by the thread."""
         ring, line = self.ring, self._line
         if line.full:
             return  # the thread waits for the socket to take more

@@ -53,6 +53,8 @@ def structure_error(root: str, leaves: Sequence[Leaf], example: Any, batch: Any)
     remedies = ["send what the example holds (select= picks it), or give an example of what is sent"]
     if _lists_for_leaves(leaves, keys, ours, theirs):
         remedies.insert(0, "numbers in a list become one leaf with torch.tensor(x)")
+    if batch.type in (list, tuple) and batch.num_children and all(child == example for child in batch.children()):
+        remedies.insert(0, "stack a list of samples into one batch with torch.utils.data.default_collate(samples)")
     problems = [*_missing(root, leaves, keys, theirs), *_unexpected(root, leaves, keys, ours, theirs)]
     return SpecMismatchError(_listing(what, problems, remedies))
 
@@ -173,15 +175,25 @@ def _how_to_reshape(
     if stacked and shape == leaf.shape:
         size = f", B = {sizes[0]} here" if len(sizes) == 1 else ""
         return f"a batch needs it once per sample: {how_to_expand(value, leaf)}{size}"
+    if stacked and len(shape) and _without_ones(shape[1:]) == _without_ones(leaf.shape):
+        return _reshaped(leaf, shape[0])
     if extra == stacked:
         return _how_to_resize(leaf, shape, extra)
     if stacked and not extra:
         return f"{_how_to_resize(leaf, shape, extra)}, and repeat it once per sample"
     if extra > 1 and shape[extra:] == leaf.shape:
-        rows = -1 if math.prod(leaf.shape) else math.prod(shape[:extra])  # torch cannot infer the -1 from nothing
-        new = ", ".join(map(str, (rows, *leaf.shape)))
-        return f"make one batch dimension of the first {extra}: x.reshape({new})"
+        return f"make one batch dimension of the first {extra}: {_reshaped(leaf, math.prod(shape[:extra]))}"
     return "reshape it; or is the example not one sample?"
+
+
+def _reshaped(leaf: Leaf, rows: int) -> str:
+    if math.prod(leaf.shape):  # else torch cannot infer the -1
+        rows = -1
+    return f"x.reshape({', '.join(map(str, (rows, *leaf.shape)))})"
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _how_to_resize(leaf: Leaf, shape: tuple[int, ...], skip: int) -> str:

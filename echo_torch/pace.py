@@ -28,6 +28,8 @@ class Pace:
         """Seconds that may pass before the next look, if only acks matter; to be asked after every look."""
         now = time.monotonic()
         came, took = acked - self._acked, now - self._at
+        if not came:  # too early to tell, or nothing to hurry for: the next one that comes shall wake us
+            return 0.0
         self._acked, self._at = acked, now
-        seconds = min(MOST_S, took * self._window / (SHARE * came)) if came else MOST_S
+        seconds = min(MOST_S, took * self._window / (SHARE * came))
         return seconds if seconds >= LEAST_S else 0.0

@@ -79,6 +79,7 @@ class Ring:
         self._whole_chunks = self.capacity // self.chunk_rows  # what is left makes one that is shorter, at the end
         # In which chunk of memory each chunk of a round's rows lies.
         self._places = list(range(self._whole_chunks + 1))
+        self._placed = -1  # where the chunk begins that was placed last
         self._newest = self._unswapped = 0  # where the chunk ends that was released last, and the one to swap with next
         self.buffer = buffer.cast("B")
         self.turn = threading.RLock()
@@ -120,8 +121,10 @@ class Ring:
         if self.limit < self.capacity:
             free = max(0, min(free, self.limit - self.reserved + self.acked))
         chunk, rest = divmod(place, self.chunk_rows)
-        if free and not rest:
+        if free and not rest and self._placed < self.reserved:
+            self._placed = self.reserved
             self._place_chunk()
+            # Once per chunk: whoever asks again after a packing that was broken off shall find the same memory.
         left = self.chunk_rows - rest if chunk < self._whole_chunks else self.capacity - place
         return self._places[chunk] * self.chunk_rows + rest, min(want, free, left)
 

@@ -20,7 +20,7 @@ import torch
 
 from .leaves import OPAQUE, Array, Leaf, as_array, dtypes_of, shape_of
 from .mismatch import leaves_error, server_error, structure_error
-from .trees import flatten, keys_of, path_of, running_transform
+from .trees import flatten, flatten_telling, is_plain, keys_of, path_of, tensors_may_be_hollow
 from .wire import WireLeaf
 
 # How many structures of batches are remembered; a loader yields one or two, and a fresh one each time is no leak.
@@ -77,7 +77,7 @@ class SampleSpec:
         self._dtypes = [leaf.travels_as for leaf in leaves]
         self._any_opaque = any(leaf.opaque for leaf in leaves)
         self._in_order = tuple(range(len(leaves)))
-        self._last_met = (self.treespec, self._in_order)
+        self._last_met = (self.treespec, self._in_order) if is_plain(self.treespec) else None
         self._misses = 0  # how many in a row had another structure than the one before
         self._orders: dict[Any, tuple[int, ...]] = {}
         self._shapes_for: tuple[int, list[tuple[int, ...]]] = (-1, [])
@@ -86,7 +86,7 @@ class SampleSpec:
         """Without what was learnt, which may hold types that do not pickle."""
         return {
             **self.__dict__,
-            "_last_met": (self.treespec, self._in_order),
+            "_last_met": (self.treespec, self._in_order) if is_plain(self.treespec) else None,
             "_misses": 0,
             "_orders": {},
             "_shapes_for": (-1, []),
@@ -149,7 +149,7 @@ class SampleSpec:
         This is what a training loop sends again and again; whatever else there is takes the long way.
         """
         flat = self._flat_like_last(batch)
-        if flat is None or self._any_opaque or running_transform() is not None:
+        if flat is None or self._any_opaque or tensors_may_be_hollow():
             return None
         types = set(map(type, flat))
         if types == _TENSORS:
@@ -161,9 +161,10 @@ class SampleSpec:
 
     def _flat_like_last(self, tree: Any) -> list[Any] | None:
         """The leaves in wire order, some of them maybe containers, if they are found where they were last; or None."""
-        if self._misses >= _MAX_MISSES:
+        last = self._last_met
+        if last is None or self._misses >= _MAX_MISSES:
             return None
-        treespec, order = self._last_met
+        treespec, order = last
         try:
             flat: list[Any] = treespec.flatten_up_to(tree)
         except Exception:  # another structure; but what comes is what its `repr` raises, if that does
@@ -177,11 +178,16 @@ class SampleSpec:
 
     def _in_wire_order(self, batch: Any) -> list[Any]:
         """The leaves of a batch of any structure that has the example's."""
-        flat, treespec = flatten(batch)
+        flat, treespec, opened = flatten_telling(batch)
+        last = self._last_met
+        known = last is not None and treespec == last[0]
+        if known and not opened:
+            self._misses = 0
         order = self._orders.get(treespec)
         if order is None:
             order = self._learn(treespec)
-        self._last_met = (treespec, order)
+        if not known:
+            self._last_met = (treespec, order) if is_plain(treespec) else None
         return flat if order == self._in_order else [flat[i] for i in order]
 
     def _shapes(self, rows: int, batched: bool) -> list[tuple[int, ...]]:
@@ -202,7 +208,8 @@ class SampleSpec:
         if len(self._orders) >= _MAX_STRUCTURES:
             self._orders.clear()
         order = tuple(found[leaf.key] for leaf in self.leaves)
-        self._orders[treespec] = order
+        if is_plain(treespec):
+            self._orders[treespec] = order
         return order
 
 

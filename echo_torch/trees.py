@@ -20,20 +20,33 @@ import torch
 
 from .leaves import ARRAY_TYPES, Key, Unreadable
 
-# The torch.func transform that is running, or None: asked once per batch, where each tensor would cost more.
-running_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+# The torch.func transform that is running, and the fake mode, or None: asked once per batch, where each tensor would
+# cost more.
+_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+_mode = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+_FAKE = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "FAKE", None)
+
+
+def tensors_may_be_hollow() -> bool:
+    """Whether tensors may show memory in which their values are not."""
+    return _transform() is not None or _mode(_FAKE) is not None
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves and treespec, after containers that optree takes for leaves have been made into dicts."""
-    leaves, treespec = optree.tree_flatten(tree)
-    for leaf in leaves:
-        if not isinstance(leaf, ARRAY_TYPES) and _opens(leaf):
-            leaves, treespec = optree.tree_flatten(optree.tree_unflatten(treespec, map(_open_all, leaves)))
-            break
-    if running_transform() is not None:
-        leaves = [_with_memory(leaf) for leaf in leaves]
+    leaves, treespec, _ = flatten_telling(tree)
     return leaves, treespec
+
+
+def flatten_telling(tree: Any) -> tuple[list[Any], Any, bool]:
+    """As `flatten`, and whether there was such a container."""
+    leaves, treespec = optree.tree_flatten(tree)
+    opened = any(not isinstance(leaf, ARRAY_TYPES) and _opens(leaf) for leaf in leaves)
+    if opened:
+        leaves, treespec = optree.tree_flatten(optree.tree_unflatten(treespec, map(_open_all, leaves)))
+    if tensors_may_be_hollow():
+        leaves = [_with_memory(leaf) for leaf in leaves]
+    return leaves, treespec, opened
 
 
 def _open_all(leaf: Any) -> Any:
@@ -66,10 +79,20 @@ def _read(read: Callable[[Any, Any], Any], container: Any, key: Any) -> Any:
 
 
 def _with_memory(leaf: Any) -> Any:
-    """The leaf; but one of torch.func.functionalize has memory of its own with nothing in it."""
-    if not isinstance(leaf, torch.Tensor) or not torch._is_functional_tensor(leaf):
+    """The leaf; but one of torch.func.functionalize has memory of its own with nothing in it, and so have fake ones."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if _mode(_FAKE) is not None:
+        expected = "expected one that holds values, not a fake or wrapped one; send outside of FakeTensorMode"
+        return Unreadable(f"got a tensor under a fake mode, {expected}")
+    if not torch._is_functional_tensor(leaf):
         return leaf
     return Unreadable("got a functional tensor, expected one that holds values; send outside of torch.func transforms")
+
+
+def is_plain(treespec: Any) -> bool:
+    """Whether there are only containers that optree knows by itself; of others it does not compare the keys."""
+    return treespec.kind != optree.PyTreeKind.CUSTOM and all(map(is_plain, treespec.children()))
 
 
 def keys_of(treespec: Any) -> list[Key]:

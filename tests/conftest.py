@@ -11,6 +11,25 @@ from collections.abc import Iterator
 
 import pytest
 
+
+class Clock:
+    """Stands still until it is told; in place of the module ``time`` where only ``monotonic`` is used."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """To be overridden by tests, which know the module whose time it shall tell."""
+    return Clock()
+
+
 LEFT_OVER_S = 10.0
 """Seconds in which dropped clients must have ended their threads."""
 

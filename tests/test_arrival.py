@@ -13,6 +13,7 @@ import numpy as np
 import optree
 import pytest
 import torch
+from compare import same, to_numpy
 from learner import Learner
 from torch.utils.data import DataLoader, Dataset
 
@@ -85,28 +86,6 @@ class Bench:
         for batch in batches:
             mine = np.isin(everything["index"], batch["index"].numpy())
             same(optree.tree_map(lambda leaf, mine=mine: leaf[mine], everything), to_numpy(batch))
-
-
-def to_numpy(batch: Any) -> Any:
-    """As the learner sees it."""
-
-    def convert(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        leaf = leaf.detach()
-        return (leaf.view(torch.uint16) if leaf.dtype is torch.bfloat16 else leaf).numpy()
-
-    return optree.tree_map(convert, batch)
-
-
-def same(got: Any, expected: Any) -> None:
-    """Equal structure, dtypes, shapes and bytes."""
-    assert optree.tree_structure(got) == optree.tree_structure(expected)
-    for path, mine, theirs in zip(
-        optree.tree_paths(got), optree.tree_leaves(got), optree.tree_leaves(expected), strict=True
-    ):
-        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), path
-        assert mine.tobytes() == theirs.tobytes(), path
 
 
 def rows_of(batch: Any) -> Iterator[Any]:

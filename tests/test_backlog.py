@@ -1,10 +1,19 @@
-"""`Backlog`: how far callers may run ahead after a ring was full, and how much they write themselves."""
+"""`Backlog`: how far callers may run ahead after a ring was full, and how much they write themselves.
+
+On its own, and where a client uses it.
+"""
 
 from __future__ import annotations
 
-import pytest
+import threading
+import time
 
-from echo_torch import backlog
+import numpy as np
+import pytest
+from conftest import Clock
+from peers import Line, Peer
+
+from echo_torch import DeliveryTimeoutError, TcpClient, backlog
 from echo_torch.backlog import AHEAD_WRITE_BYTES, FAST_BYTES_S, HICCUP_S, LEVEL_WRITE_BYTES, MODEST_BYTES, Backlog
 from echo_torch.ring import Ring
 
@@ -13,19 +22,10 @@ CAPACITY = 40
 MODEST = MODEST_BYTES // ROW
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(backlog, "time", made)
-    return made
+def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(backlog, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -133,3 +133,51 @@ def test_rows_larger_than_the_limit_still_go_through(clock: Clock) -> None:
     assert ring.limit == 1
     ring.acked = 3
     assert ring.free_run(5)[1] == 1
+
+
+def test_the_limit_leaves_room_for_the_window(clock: Clock) -> None:
+    for window, limit in [(4, MODEST), (MODEST + 5, MODEST + 5), (CAPACITY, CAPACITY)]:
+        ring = Ring(memoryview(bytearray(CAPACITY * ROW)), ROW)
+        assert ring.commit(CAPACITY)
+        ring.written = CAPACITY
+        made = Backlog(ring, window)
+        made.waited(1, 0, drain(ring, clock, 1, 1e15))
+        assert ring.limit == limit
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.005, 1.0])
+def test_a_learner_that_pauses_after_it_was_fast_still_gets_all_of_the_ring(timeout: float) -> None:
+    """Whatever the timeout: there is room, so `send` does not time out before all of it is used."""
+    size, capacity = 28_000, 1000
+    fast_rows = 4 * capacity
+    paused = threading.Event()
+    block = [np.zeros((50, size), np.uint8)]
+
+    def script(line: Line) -> None:
+        line.greet(np.zeros(size, np.uint8))
+        buffer, heard, acked = bytearray(1 << 22), 0, 0
+        while acked < fast_rows and (count := line.sock.recv_into(buffer)):
+            heard += count
+            whole = min(fast_rows, heard // size)
+            line.ack(whole - acked)
+            acked = whole
+        paused.wait(30)
+
+    with Peer(script) as peer:
+        example = np.zeros(size, np.uint8)
+        client = TcpClient("127.0.0.1", peer.port, example, 290, buffer_bytes=capacity * size)
+        for _ in range(fast_rows // 50):
+            client.send_rows(block)
+        while client.sent - client.in_flight < fast_rows:
+            time.sleep(0.001)
+        accepted = 0
+        try:
+            while accepted <= capacity:
+                client.send_rows(block, timeout=timeout)
+                accepted += 50
+        except DeliveryTimeoutError:
+            pass
+        assert accepted == capacity
+        paused.set()
+        with pytest.raises(DeliveryTimeoutError):
+            client.close(0.1)

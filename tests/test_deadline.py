@@ -6,27 +6,18 @@ import math
 import select
 import socket
 import threading
-import time
 
 import pytest
+from conftest import Clock
 
+import echo_torch.deadline as deadline_module
 from echo_torch.deadline import Deadline, bounded_wait, check_timeout
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still until it is told to ``advance``."""
-
-    class Clock:
-        now = 1000.0
-
-        def advance(self, seconds: float) -> None:
-            self.now += seconds
-
-    clock = Clock()
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "monotonic", lambda: clock.now)
-        yield clock
+def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(deadline_module, "time", clock)
+    return clock
 
 
 def test_time_left_shrinks_with_the_clock_and_ends_at_zero(clock) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import optree
 import pytest
 import torch
 from peers import Line, Peer
@@ -287,3 +288,77 @@ def test_the_remedy_for_a_leaf_without_elements_can_be_pasted() -> None:
 def test_the_remedy_for_a_scalar_in_big_endian_is_numpys() -> None:
     message = refusal({"x": np.zeros((), ">f4"), "y": 0}, {"x": 1.5, "y": torch.zeros(4, dtype=torch.int64)})
     assert "np.full((B,), x, '>f4')" in message
+
+
+@pytest.mark.parametrize(
+    ("example", "batch", "remedy"),
+    [((1,), (5,), "x.reshape(-1, 1)"), ((), (5, 1), "x.reshape(-1)"), ((3, 1), (5, 3), "x.reshape(-1, 3, 1)")],
+    ids=str,
+)
+def test_dimensions_of_size_one_are_put_right_by_reshaping(example: Any, batch: Any, remedy: str) -> None:
+    """And not by padding, or repeating one sample, which would send other data."""
+    message = refusal(
+        {"x": torch.zeros(4), "y": torch.zeros(example)}, {"x": torch.zeros(5, 4), "y": torch.zeros(batch)}
+    )
+    assert message.endswith(f"; {remedy}")
+
+
+def test_transposed_samples_are_not_told_to_be_reshaped() -> None:
+    message = refusal({"x": torch.zeros(3, 2)}, {"x": torch.zeros(5, 2, 3)})
+    assert "permute" in message
+    assert "reshape" not in message
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_samples_is_told_to_be_stacked(kind: Any) -> None:
+    sample = {"x": torch.zeros(4), "y": 1}
+    assert "default_collate(samples)" in refusal(sample, kind([sample, sample]))
+    assert "default_collate" not in refusal(sample, kind([{"z": 1}, {"z": 1}]))
+
+
+def test_a_sparse_leaf_in_another_structure_is_refused_with_what_is_wrong() -> None:
+    """Its bytes cannot be counted for the words of the stock client."""
+    with Peer(lambda line: (line.greet({"x": np.zeros(2)}), line.hear_all())) as peer:  # type: ignore[func-returns-value]
+        client = TcpClient(peer.host, peer.port, {"x": np.zeros(2)})
+        with pytest.raises(SpecMismatchError, match=r"data\['y'\]: unexpected"):
+            client.send({"x": np.zeros(2), "y": torch.eye(2).to_sparse()})
+        client.close()
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_real_tensors_are_not_read_under_a_fake_mode(allow: bool, grad: bool) -> None:
+    """Their memory shows something, but not what is in them."""
+    spec = SampleSpec({"x": torch.zeros(3)})
+    batch = {"x": torch.ones(4, 3, requires_grad=grad)}
+    with FakeTensorMode(allow_non_fake_inputs=allow), pytest.raises(TypeError, match=r"batch\['x'\]: got .*fake"):
+        spec.match(batch)
+    assert spec.match(batch).rows == 4
+
+
+class Fields:
+    """A container of which optree is told the names by its entries alone."""
+
+    def __init__(self, **items: Any) -> None:
+        self.items = items
+
+
+optree.register_pytree_node(
+    Fields,
+    lambda fields: (tuple(fields.items.values()), None, tuple(fields.items)),
+    lambda _, children: children,
+    namespace=getattr(optree.registry, "__GLOBAL_NAMESPACE"),
+)
+
+
+def test_containers_that_users_told_optree_of_are_matched_by_key_path() -> None:
+    """Though their treespecs compare equal whatever their keys are."""
+    spec = SampleSpec(Fields(a=0, b=1))
+    for batch in (Fields(a=1, b=2), Fields(b=2, a=1), {"a": 1, "b": 2}, Fields(b=2, a=1)):
+        if isinstance(batch, dict):
+            with pytest.raises(SpecMismatchError):
+                spec.match(batch)
+        else:
+            assert [array.item() for array in spec.match(batch).arrays] == [1, 2]
+    with pytest.raises(SpecMismatchError, match="unexpected"):
+        spec.match(Fields(x=1, y=2))

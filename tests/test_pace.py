@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from conftest import Clock
 
 from echo_torch import pace
 from echo_torch.pace import LEAST_S, MOST_S, SHARE, Pace
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(pace, "time", made)
-    return made
+def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(pace, "time", clock)
+    return clock
 
 
 @pytest.mark.parametrize("window", [1, 32, 1024])
@@ -39,10 +31,20 @@ def test_no_more_than_a_share_of_the_window_is_acked_during_a_nap(clock: Clock, 
             assert nap > 0.0
 
 
-def test_where_nothing_was_acked_the_nap_is_the_longest(clock: Clock) -> None:
+@pytest.mark.parametrize("took", [1e-6, 5.0])
+def test_there_is_no_nap_where_nothing_was_acked(clock: Clock, took: float) -> None:
     asked = Pace(1024)
-    clock.now += 5.0
-    assert asked.nap(0) == MOST_S
+    clock.now += took
+    assert asked.nap(0) == 0.0
+
+
+def test_a_look_that_came_too_early_does_not_count(clock: Clock) -> None:
+    """The rate is that since the last acks, however often was looked in between."""
+    asked, undisturbed = Pace(1024), Pace(1024)
+    for _ in range(10):
+        clock.now += 1e-4
+        asked.nap(0)
+    assert asked.nap(300) == undisturbed.nap(300) > 0.0
 
 
 def test_only_what_came_since_the_last_look_counts(clock: Clock) -> None:

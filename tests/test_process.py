@@ -67,7 +67,8 @@ def test_import_loads_no_server_no_trainer_and_starts_nothing() -> None:
     import sys, threading
     import torch
     import echo_torch
-    heavy = "echo lightning pytorch_lightning transformers accelerate ignite stable_baselines3 torchrl tensordict ray"
+    heavy = "echo lightning pytorch_lightning transformers accelerate ignite stable_baselines3 torchrl ray"
+    heavy += " tensordict tokenizers"
     print([name for name in heavy.split() if name in sys.modules], threading.active_count())
     """),
         ]
