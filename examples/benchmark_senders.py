@@ -10,7 +10,8 @@ Senders, each with its default configuration, over the same data:
 
 * ``sink``: ``EchoSink.send(batch)`` of B samples, torch tensors;
 * ``client``: ``echo_torch.TcpClient.send(sample)``, B samples cut out of the batch beforehand;
-* ``stock``: ``echo.TcpClient.send(sample)``, the same;
+* ``stock``: ``echo.TcpClient.send(sample)``, the same; its window is 32 samples, the sink's 1,024. ``stock 1024`` has
+  as large a window as the sink;
 * ``raw``: ``sendall`` of the batch's packed bytes, acks read by a thread: the better of plain reading and reading with
   ``SO_RCVLOWAT``. It checks nothing, packs nothing, and its window (32,768 samples) is only there to end in time.
 """
@@ -240,9 +241,9 @@ def raw(port: int, batch: dict[str, torch.Tensor], mark: int) -> Iterator[Calls]
         line.close()
 
 
-def run_sender(pipe: Any, port: int, batch: dict[str, torch.Tensor]) -> None:
+def run_sender(pipe: Any, port: int, batch: dict[str, Any]) -> None:
     """Send a batch whenever asked, and answer when everything is acked if asked for that."""
-    with sink(port, batch) as (send, wait):
+    with sink(port, {name: torch.from_numpy(leaf) for name, leaf in batch.items()}) as (send, wait):
         try:
             while True:
                 if pipe.recv():
@@ -259,7 +260,8 @@ def elsewhere(port: int, batch: dict[str, torch.Tensor]) -> Iterator[Calls]:
     """A sink in another process: what it costs this one is only that both share the machine."""
     context = multiprocessing.get_context("forkserver")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=run_sender, args=(theirs, port, batch), daemon=True)
+    copies = {name: leaf.numpy() for name, leaf in batch.items()}  # tensors would be moved into shared memory
+    process = context.Process(target=run_sender, args=(theirs, port, copies), daemon=True)
     process.start()
     theirs.close()
 
@@ -279,6 +281,9 @@ SENDERS: dict[str, Sender] = {
     "sink": sink,
     "client": lambda port, batch: one_by_one(TcpClient, port, batch),
     "stock": lambda port, batch: one_by_one(echo.TcpClient, port, batch),
+    "stock 1024": lambda port, batch: one_by_one(
+        functools.partial(echo.TcpClient, max_inflight_msgs=1024), port, batch
+    ),
     "raw": lambda port, batch: raw(port, batch, 1),
     "raw lowat": lambda port, batch: raw(port, batch, ACK_MARK),
 }

@@ -362,3 +362,19 @@ def test_containers_that_users_told_optree_of_are_matched_by_key_path() -> None:
             assert [array.item() for array in spec.match(batch).arrays] == [1, 2]
     with pytest.raises(SpecMismatchError, match="unexpected"):
         spec.match(Fields(x=1, y=2))
+
+
+def test_batches_that_settle_on_one_structure_are_matched_the_short_way_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any number of others; the long way flattens a batch, and the short one knows how it will be flat."""
+    spec = SampleSpec({"x": torch.zeros(3)})
+    flattened: list[Any] = []
+    flatten = optree.tree_flatten
+    monkeypatch.setattr(optree, "tree_flatten", lambda tree: (flattened.append(tree), flatten(tree))[1])
+    for _ in range(20):
+        spec.match(collections.UserDict(x=torch.zeros(2, 3)))
+    steady = {"x": torch.zeros(4, 3)}
+    for _ in range(3):
+        spec.match(steady)
+    flattened.clear()
+    spec.match(steady)
+    assert not flattened
