@@ -113,8 +113,7 @@ def test_callers_write_more_themselves_where_they_cannot_run_ahead(ring: Ring, c
     assert Backlog(ring, CAPACITY - ring.replay).caller_bytes == LEVEL_WRITE_BYTES
     made = Backlog(ring, 8)
     assert made.caller_bytes == AHEAD_WRITE_BYTES
-    made = engaged(ring, clock)
-    assert made.caller_bytes == LEVEL_WRITE_BYTES
+    assert engaged(ring, clock).caller_bytes == AHEAD_WRITE_BYTES
 
 
 def test_a_small_ring_is_never_limited(clock: Clock) -> None:
