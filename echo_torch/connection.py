@@ -1,11 +1,10 @@
 """One connection: a ring of rows, a socket, and the one thread that sees to both.
 
 * The I/O lock guards the pump: the socket, ``ring.written`` and ``ring.acked``. The I/O thread pumps as long as
-  rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch, and
-  for more while it cannot run ahead of the acks anyway (`backlog`). When
-  everything is written, one of the callers that wait leads: it polls the socket itself, and wakes the others.
-  Nobody blocks while holding it. Of the locks (``ring.turn``, the I/O lock, the leader's, the wake-up's) no two are
-  held at once, but the wake-up's inside the I/O lock.
+  rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch, and for
+  more if it cannot run ahead of the acks anyway (`backlog`). When everything is written, one of the callers that wait
+  leads: it polls the socket itself, and wakes the others. Nobody blocks while holding it. Of the locks (``ring.turn``,
+  the I/O lock, the leader's, the wake-up's) no two are held at once, but the wake-up's inside the I/O lock.
 * An interrupt (Ctrl-C) may break off whatever the main thread does here; `HEARTBEAT_S` later at the latest, the I/O
   thread makes good what that left undone.
 * A signal handler, or a finaliser, that finds its own thread holding one of these locks is turned away with a
@@ -493,8 +492,7 @@ class Connection:
             written = self.ring.written
             self._pump(True, THREAD_WRITE_BYTES)
             self._lingering = lingered and self.ring.written > written
-        if self._line.in_the_air and (why := silence(self._line.sock)):
-            self._fail(ConnectionClosedError(why))
+        if self._host_is_gone():
             return None
         self._warn_of_stall()
         if self._said_farewell():
@@ -504,6 +502,16 @@ class Connection:
         if self._lingering:
             return LINGER_S
         return WAITER_HEARTBEAT_S if self.abandoned else HEARTBEAT_S
+
+    def _host_is_gone(self) -> bool:
+        """Whether the peer's host answers no more; asked when acks have stayed away for a while."""
+        line = self._line
+        if not line.in_the_air or time.monotonic() - line.progress_at < HEARTBEAT_S:
+            return False
+        why = silence(line.sock)
+        if why:
+            self._fail(ConnectionClosedError(why))
+        return bool(why)
 
     def _warn_of_stall(self) -> None:
         now = time.monotonic()
