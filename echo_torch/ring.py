@@ -121,10 +121,10 @@ class Ring:
         if self.limit < self.capacity:
             free = max(0, min(free, self.limit - self.reserved + self.acked))
         chunk, rest = divmod(place, self.chunk_rows)
+        # Once per chunk: whoever asks again after a packing that was broken off shall find the same memory.
         if free and not rest and self._placed < self.reserved:
             self._placed = self.reserved
             self._place_chunk()
-            # Once per chunk: whoever asks again after a packing that was broken off shall find the same memory.
         left = self.chunk_rows - rest if chunk < self._whole_chunks else self.capacity - place
         return self._places[chunk] * self.chunk_rows + rest, min(want, free, left)
 
