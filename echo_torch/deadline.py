@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 
 from .checks import check_timeout
 
@@ -29,6 +30,38 @@ class Deadline:
     def expired(self) -> bool:
         return time.monotonic() >= self.at
 
+    def within(self, timeout: float | None) -> Deadline:
+        """The same kind of deadline, for a step that may take ``timeout`` seconds at the most."""
+        left = self.remaining()
+        return Deadline(left if timeout is None else min(timeout, left))
+
+
+class Revocable(Deadline):
+    """A deadline that has also passed as soon as ``revoked()`` says so.
+
+    Nobody who waits is woken by that: a wait for it is cut into pieces of `LOOK_S`.
+    """
+
+    __slots__ = ("_revoked",)
+
+    def __init__(self, timeout: float | None, revoked: Callable[[], bool]) -> None:
+        super().__init__(timeout)
+        self._revoked = revoked
+
+    def remaining(self) -> float:
+        return 0.0 if self._revoked() else super().remaining()
+
+    @property
+    def expired(self) -> bool:
+        return self._revoked() or super().expired
+
+    def within(self, timeout: float | None) -> Deadline:
+        left = self.remaining()
+        return Revocable(left if timeout is None else min(timeout, left), self._revoked)
+
+
+# Seconds after which a wait that nobody can wake looks at its deadline again.
+LOOK_S = 0.05
 
 NEVER = Deadline(None)
 

@@ -1,35 +1,42 @@
 """From a host name to a socket that has shaken hands, under one deadline.
 
 Every address that the name resolves to is tried in turn (IPv6 literals and v6-only names included). A resolver cannot
-be interrupted, so a name is looked up on a daemon thread that is left behind when the deadline passes.
+be interrupted, so a name is looked up on a daemon thread that is left behind when the deadline passes. All else waits
+in pieces, so that a deadline that can be revoked is looked at often enough.
 """
 
 from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import queue
-import random
+import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from .backoff import Backoff
 from .checks import check_count
-from .deadline import Deadline, bounded_wait
+from .deadline import LOOK_S, Deadline
 from .errors import ConnectionClosedError, HandshakeError
 from .vigil import keep_asking
 from .wire import Handshake, WireLeaf
 
-# How long to wait before the next try while a server is not listening yet: short enough not to be felt, long enough
-# for a thousand actors not to hammer the learner's host. Grows to the second figure.
+# Seconds between tries while a server is not listening yet: at first and at the most.
 _RETRY_S = (0.05, 1.0)
 # An address must leave this share of what is left of the deadline to the addresses after it.
 _PATIENCE = 0.5
 
 _Address = tuple[socket.AddressFamily, Any]
+
+# All that were made here, and are not gone yet: a forked child closes its copies, or the peer would not learn of the
+# end of this process before that of the child.
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def peer_name(host: str, port: int) -> str:
@@ -64,7 +71,7 @@ def dial(
     """
     check_address(host, port)
     peer = peer_name(host, port)
-    pause, longest = _RETRY_S
+    backoff = Backoff(*_RETRY_S)
     while True:
         try:
             sock = _connect(_resolve(host, port, deadline), peer, deadline)
@@ -72,12 +79,9 @@ def dial(
         except ConnectionRefusedError:
             if not retry_refused or deadline.expired:
                 raise
-        time.sleep(min(pause * random.uniform(0.5, 1.0), deadline.remaining()))
-        pause = min(2 * pause, longest)
+        time.sleep(min(backoff.pause(), deadline.remaining()))
     try:
-        leaves = _shake_hands(sock, peer, deadline)
-        sock.setblocking(False)
-        return sock, leaves
+        return sock, _shake_hands(sock, peer, deadline)
     except BaseException:
         sock.close()
         raise
@@ -94,11 +98,18 @@ def _resolve(host: str, port: int, deadline: Deadline) -> Sequence[_Address]:
         except Exception as error:
             answers.put(error)
 
-    threading.Thread(target=look_up, name=f"echo_torch resolve {host}", daemon=True).start()
     try:
-        answer = answers.get(timeout=bounded_wait(deadline.remaining()))
-    except queue.Empty:
-        raise TimeoutError(f"{peer_name(host, port)}: name not resolved within {deadline.timeout:g} s") from None
+        threading.Thread(target=look_up, name=f"echo_torch resolve {host}", daemon=True).start()
+    except RuntimeError:  # the interpreter is ending, and starts none any more
+        look_up()
+    answer = None
+    while answer is None:
+        try:
+            answer = answers.get(timeout=min(deadline.remaining(), LOOK_S))
+        except queue.Empty:
+            if deadline.expired:
+                late = f"{peer_name(host, port)}: name not resolved within {deadline.timeout:g} s"
+                raise TimeoutError(late) from None
     if isinstance(answer, OSError):
         raise _named(answer, peer_name(host, port))
     if isinstance(answer, Exception):
@@ -123,10 +134,9 @@ def _connect(addresses: Sequence[_Address], peer: str, deadline: Deadline) -> so
     """Connect to the first address that answers; of several failures the one that says most is raised."""
     failures: list[OSError] = []
     for index, (family, address) in enumerate(addresses):
-        left = deadline.remaining()
-        share = left if index == len(addresses) - 1 else left * _PATIENCE
+        share = None if index == len(addresses) - 1 else deadline.remaining() * _PATIENCE
         try:
-            return _connect_one(family, address, share)
+            return _connect_one(family, address, deadline.within(share))
         except OSError as error:
             failures.append(error)
     failure = max(failures, key=_telling)  # getaddrinfo gives at least one address or raises
@@ -142,13 +152,21 @@ def _telling(failure: OSError) -> int:
     return 2 if isinstance(failure, ConnectionRefusedError) else 0 if isinstance(failure, TimeoutError) else 1
 
 
-def _connect_one(family: socket.AddressFamily, address: Any, timeout: float) -> socket.socket:
+def _connect_one(family: socket.AddressFamily, address: Any, deadline: Deadline) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
+    _sockets.add(sock)
     try:
+        sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_asking(sock)
-        sock.settimeout(_socket_timeout(timeout))
-        sock.connect(address)
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            if not _ready(sock, select.POLLOUT, deadline):
+                raise TimeoutError("timed out") from None
+            problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if problem:
+                raise OSError(problem, os.strerror(problem)) from None
         if _is_itself(sock):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself: nobody listens there")
         return sock
@@ -157,9 +175,14 @@ def _connect_one(family: socket.AddressFamily, address: Any, timeout: float) -> 
         raise
 
 
-def _socket_timeout(seconds: float) -> float:
-    """What sockets take: not infinite, and not zero, which would mean not to wait but to say "in progress"."""
-    return max(bounded_wait(seconds), 1e-3)
+def _ready(sock: socket.socket, event: int, deadline: Deadline) -> bool:
+    """Wait for a socket; gives whether the event came before the deadline, which is looked at once at least."""
+    poller = select.poll()
+    poller.register(sock, event)
+    while not poller.poll(min(deadline.remaining(), LOOK_S) * 1000):
+        if deadline.expired:
+            return False
+    return True
 
 
 def _is_itself(sock: socket.socket) -> bool:
@@ -180,19 +203,17 @@ def _named(failure: OSError, peer: str) -> OSError:
 def _shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> tuple[WireLeaf, ...]:
     handshake = Handshake()
     while handshake.leaves is None:
-        sock.settimeout(_socket_timeout(deadline.remaining()))
+        if not _ready(sock, select.POLLIN, deadline):
+            raise _late(handshake, peer, deadline)
         try:
             data = sock.recv(handshake.missing)
-        except TimeoutError:
-            data = b""
-            if deadline.expired:
-                raise _late(handshake, peer, deadline) from None
+        except BlockingIOError:  # woken for nothing
+            continue
         except OSError as error:
             raise ConnectionClosedError(f"{peer} broke the connection off during the handshake: {error}") from error
-        else:
-            if not data:
-                got = len(handshake.received)
-                raise ConnectionClosedError(f"{peer} closed the connection during the handshake, after {got} bytes")
+        if not data:
+            got = len(handshake.received)
+            raise ConnectionClosedError(f"{peer} closed the connection during the handshake, after {got} bytes")
         try:
             handshake.feed(data)
         except HandshakeError as error:
@@ -212,3 +233,11 @@ def hang_up(sock: socket.socket) -> None:
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()
+
+
+def _close_all() -> None:
+    for sock in _sockets:
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_close_all)

@@ -1,0 +1,19 @@
+"""How long to wait before the next try: longer each time, and not in step with others who lost the same server."""
+
+from __future__ import annotations
+
+import random
+
+
+class Backoff:
+    """Pauses of ``first`` seconds, doubled each time up to ``longest``, each shortened at random by up to a half."""
+
+    def __init__(self, first: float, longest: float) -> None:
+        self._next = first
+        self._longest = longest
+
+    def pause(self) -> float:
+        """Seconds to wait now."""
+        pause = self._next
+        self._next = min(2 * pause, self._longest)
+        return pause * random.uniform(0.5, 1.0)
