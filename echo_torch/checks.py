@@ -7,13 +7,16 @@ import operator
 
 def check_timeout(name: str, timeout: float | None) -> float | None:
     """Give ``timeout`` back if it is ``None`` or a number of seconds that is not negative."""
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"{name}: got {timeout!r}, expected seconds as a number, or None for no limit")
-    if not timeout >= 0:
-        raise ValueError(f"{name}: got {timeout!r}, expected seconds >= 0, or None for no limit")
-    return timeout
+    return None if timeout is None else check_seconds(name, timeout, " or None for no limit")
+
+
+def check_seconds(name: str, seconds: float, otherwise: str = "") -> float:
+    """Give ``seconds`` back if it is a number that is not negative."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"{name}: got {seconds!r}, expected seconds as a number{otherwise}")
+    if not seconds >= 0:
+        raise ValueError(f"{name}: got {seconds!r}, expected seconds >= 0{otherwise}")
+    return seconds
 
 
 def check_count(name: str, count: int, *, least: int) -> int:

@@ -6,7 +6,9 @@ samples are sent at once (`send_rows`).
 
 from __future__ import annotations
 
+import functools
 import logging
+import socket
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -14,13 +16,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from .checks import check_count, check_timeout
+from .checks import check_count, check_seconds, check_timeout
 from .connection import Connection
 from .deadline import NEVER, Deadline
 from .dial import dial, hang_up, peer_name
 from .errors import SpecMismatchError
+from .io_thread import IoThread
 from .leaves import Array
+from .link import Counts
 from .pack import Packer
+from .redial import Redial
 from .ring import Ring
 from .spec import Match, SampleSpec, check_numpy
 from .trees import flatten
@@ -29,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 # Seconds that `TcpClient.close` may take for what is un-acked: a learner that drains at all needs far less.
 CLOSE_TIMEOUT_S = 5.0
+# The server's default ``producer_queue_size``: how many samples that it acked it may discard when a connection ends.
+SERVER_QUEUE = 8
 
 
 @runtime_checkable
@@ -60,9 +67,15 @@ class TcpClient:
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
         buffer_bytes: host memory for samples not yet acked; by default ``max_inflight_msgs`` samples. With more,
             `send` and `send_rows` run ahead of the window.
-        replay_acked: how many acked samples are kept in the buffer.
+        reconnect: seconds for which a lost connection is tried to be opened again, before that is an error. Then the
+            last ``replay_acked`` acked samples and all un-acked ones are sent again, in order, so the server may store
+            up to ``max_inflight_msgs + replay_acked`` of them twice. 0 to end with the first connection.
+        replay_acked: how many acked samples are kept in the buffer for that; at least the server's
+            ``producer_queue_size``, or it may lose some. By default 8, the server's default, or 0 if they are not
+            needed.
         replay_tail: whether `close` sends the last ``replay_acked`` samples once more, so that the server cannot
             discard samples that it acked and still has queued when the connection ends.
+        linger: seconds that `close` waits, once all is acked, for the server to take them out of its queue.
         retry_refused: while nobody listens at the address yet, try again until ``connect_timeout``.
 
     Raises:
@@ -85,32 +98,46 @@ class TcpClient:
         connect_timeout: float | None = 10.0,
         stall_timeout: float | None = 1800.0,
         buffer_bytes: int | None = None,
-        replay_acked: int = 0,
+        reconnect: float = 0.0,
+        replay_acked: int | None = None,
         replay_tail: bool = False,
+        linger: float = 0.0,
         retry_refused: bool = False,
     ) -> None:
         check_numpy(data_sample)
         self._spec = SampleSpec(data_sample, root="data")
         window = check_count("max_inflight_msgs", max_inflight_msgs, least=1)
-        replay = check_count("replay_acked", replay_acked, least=0)
         check_timeout("connect_timeout", connect_timeout)
         check_timeout("stall_timeout", stall_timeout)
+        check_seconds("reconnect", reconnect)
+        check_seconds("linger", linger)
+        if replay_acked is None:
+            replay_acked = SERVER_QUEUE if reconnect or replay_tail else 0
+        replay = check_count("replay_acked", replay_acked, least=0)
         size = self._spec.payload_size
         rows = ring_rows(size, buffer_bytes, replay) if buffer_bytes is not None else window + replay
         window = min(window, rows)
         buffer = _allocate(rows, size)
         self._peer = peer_name(host, port)
-        sock, theirs = dial(host, port, Deadline(connect_timeout), retry_refused=retry_refused)
+        dial_again = functools.partial(_dial, host, port, self._spec)
+        sock = _dial(host, port, self._spec, Deadline(connect_timeout), retry_refused=retry_refused)
         try:
-            self._spec.check_server(theirs, self._peer)
             self._packer = Packer(buffer, size, self._spec.leaves)
-            ring = Ring(buffer, size, replay)
-            self._connection = Connection(sock, self._peer, ring, window, stall_timeout, replay_tail)
-            weakref.finalize(self, _abandon, self._connection).atexit = False
+            self._connection = Connection(
+                sock,
+                self._peer,
+                Ring(buffer, size, replay),
+                window,
+                stall_timeout=stall_timeout,
+                replay_tail=replay_tail,
+                linger=linger,
+                redial=Redial(dial_again, reconnect, connect_timeout) if reconnect else None,
+            )
+            weakref.finalize(self, _abandon, self._connection.thread).atexit = False
         except BaseException:
             hang_up(sock)
             raise
-        self._connection.start()
+        self._connection.thread.start()
 
     def send(self, data: Any, *, timeout: float | None = None) -> None:
         """Send one sample; when it returns, ``data`` may be changed.
@@ -184,13 +211,12 @@ class TcpClient:
     @property
     def in_flight(self) -> int:
         """Samples that were sent and are not acked, as far as is known without waiting."""
-        self._connection.refresh()
-        return self._connection.unacked
+        return self.counts().unacked
 
-    @property
-    def sent(self) -> int:
-        """Samples that were accepted since the client was made; a tail sent again does not count."""
-        return self._connection.sent
+    def counts(self) -> Counts:
+        """What became of the samples since the client was made, as far as is known without waiting."""
+        self._connection.refresh()
+        return self._connection.counts()
 
     @property
     def blocked_seconds(self) -> float:
@@ -215,6 +241,17 @@ class TcpClient:
 
     def __repr__(self) -> str:
         return f"<TcpClient {self._peer} {'closed' if self.closed else 'open'}>"
+
+
+def _dial(host: str, port: int, spec: SampleSpec, deadline: Deadline, retry_refused: bool = False) -> socket.socket:
+    """A socket to a server that expects these samples."""
+    sock, theirs = dial(host, port, deadline, retry_refused=retry_refused)
+    try:
+        spec.check_server(theirs, peer_name(host, port))
+        return sock
+    except BaseException:
+        hang_up(sock)
+        raise
 
 
 def _deadline(timeout: float | None) -> Deadline:
@@ -262,6 +299,6 @@ def close_after(error: BaseException | None, close: Callable[[], None], peer: st
         _log.warning("%s: while closing after %s: %s", peer, type(error).__name__, problem)
 
 
-def _abandon(connection: Connection) -> None:
-    """May run anywhere, inside any lock: so it takes none, and the I/O thread finds the flag."""
-    connection.abandoned = True
+def _abandon(thread: IoThread) -> None:
+    """May run anywhere, inside any lock: so it takes none, and the thread finds the flag."""
+    thread.abandoned = True

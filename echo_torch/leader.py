@@ -15,10 +15,10 @@ from .wakeup import WakeUp
 
 
 class Leader:
-    """Who polls ``sock`` for acks; at most one thread at a time."""
+    """Who polls a socket for acks; at most one thread at a time."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self) -> None:
+        self._sock: socket.socket | None = None
         self._lock = threading.RLock()
         self._thread = 0  # the one that leads; 0 for none
         self._poller = select.poll()
@@ -28,8 +28,15 @@ class Leader:
     def open(self) -> None:
         """Make the descriptors."""
         self._wake_up.open()
-        self._poller.register(self._sock, select.POLLIN)
         self._poller.register(self._wake_up.reader, select.POLLIN)
+
+    def follow(self, sock: socket.socket | None) -> None:
+        """Poll this socket from the next time on, and no other; None for none."""
+        if self._sock is not None:
+            self._poller.unregister(self._sock)
+        self._sock = sock
+        if sock is not None:
+            self._poller.register(sock, select.POLLIN)
 
     def lead(self, waiter: Waiter, seconds: float) -> bool:
         """Poll until acks came, `wake` was called, or ``seconds`` passed; False, at once, if somebody else leads.

@@ -1,5 +1,7 @@
 """What goes over one socket: acks in, rows out, and what of it the ring's counters say.
 
+* A socket that follows a lost one begins with rows that were acked before. Their acks count here, for the window, and
+  settle nothing in the ring.
 * Whoever calls anything here but `Pump.writable` and `Pump.in_the_air` holds the connection's I/O lock. Nothing blocks.
 * The holder may be the main thread, which Ctrl-C can interrupt after any call. So what a system call did is recorded by
   the C code that made it (`_record`), and taken into the counters by plain assignments that nothing can come between.
@@ -35,12 +37,14 @@ _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class Pump:
-    """Moves the rows of ``ring`` through ``sock``, at most ``window`` of them un-acked."""
+    """Moves the rows of ``ring`` from the first that is not released through ``sock``, at most ``window`` un-acked."""
 
     def __init__(self, sock: socket.socket, ring: Ring, window: int) -> None:
         self.sock = sock
         self.ring = ring
         self.window = window
+        self.acked = ring.written = ring.released
+        """How far this socket's peer acked; less than ``ring.acked`` while rows are sent again."""
         self.full = False
         """Whether the socket took no more at the last try; reset by who saw that it does again."""
         self.progress_at = time.monotonic()
@@ -56,17 +60,17 @@ class Pump:
     @property
     def writable(self) -> bool:
         """Whether there are rows to write that the window lets through."""
-        return self.ring.written < min(self.ring.packed, self.ring.acked + self.window)
+        return self.ring.written < min(self.ring.packed, self.acked + self.window)
 
     @property
     def waits_for_acks(self) -> bool:
         """Whether there are rows to write that the window, and nothing else, keeps back."""
-        return not self.full and self.ring.packed > self.ring.written >= self.ring.acked + self.window
+        return not self.full and self.ring.packed > self.ring.written >= self.acked + self.window
 
     @property
     def in_the_air(self) -> bool:
         """Whether anything was written that is not acked."""
-        return self.ring.written > self.ring.acked or self._partial > 0
+        return self.ring.written > self.acked or self._partial > 0
 
     def run(self, read_acks: bool, write_bytes: int) -> None:
         """Read the acks that are there, write rows, and say when the next acks are worth a wake-up.
@@ -80,11 +84,17 @@ class Pump:
         """
         self._take_acks()
         self._take_sent()
-        if read_acks or (self.ring.written - self.ring.acked) * CALLER_SHARE >= self.window:
+        if read_acks or (self.ring.written - self.acked) * CALLER_SHARE >= self.window:
             self._read_acks()
         if not self.full:
             self._write_rows(write_bytes)
         self._set_ack_mark()
+
+    def settle(self) -> None:
+        """Take into the counters what a caller who was interrupted recorded; once the socket is lost."""
+        with contextlib.suppress(OSError):
+            self._take_acks()
+        self._take_sent()
 
     def _read_acks(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -98,17 +108,20 @@ class Pump:
         count = received[0]
         if count == 0:
             raise ConnectionClosedError("the peer closed the connection")
-        check_acks(self._acks, count, self.ring.written - self.ring.acked)
+        check_acks(self._acks, count, self.ring.written - self.acked)
         self.progress_at = time.monotonic()
-        # Nothing comes between the next two lines: see the module's rules.
-        self.ring.acked = self.ring.acked + count
+        acked = self.acked + count
+        settled = max(acked, self.ring.acked)
+        # Nothing comes between the next three lines: see the module's rules.
+        self.acked = acked
+        self.ring.acked = settled
         received.clear()
 
     def _write_rows(self, max_bytes: int) -> None:
         """Write what the window lets through: at most about ``max_bytes``, or until the socket is full."""
         ring = self.ring
         while max_bytes > 0 and self.writable:
-            limit = min(ring.packed, ring.acked + self.window)
+            limit = min(ring.packed, self.acked + self.window)
             view = ring.written_view(self._partial, limit, max_bytes)
             try:
                 _record(self._sent, self.sock.send, (view,), (_NO_SIGNAL,))
@@ -125,7 +138,7 @@ class Pump:
         if not sent:
             return 0
         self.written_at = time.monotonic()
-        if self.ring.written == self.ring.acked:  # of the oldest un-acked row
+        if self.ring.written == self.acked:  # of the oldest un-acked row
             self.progress_at = self.written_at
         count = sent[0]
         total = self._partial + count
@@ -141,7 +154,7 @@ class Pump:
         pending = ring.packed > ring.written
         if not pending and not ring.waited_for:
             return
-        most = min(PENDING_ACKS if pending else WAITING_ACKS, self.window // ACK_SHARE, ring.written - ring.acked)
+        most = min(PENDING_ACKS if pending else WAITING_ACKS, self.window // ACK_SHARE, ring.written - self.acked)
         mark = max(1, most)
         if mark != self._ack_mark:
             with contextlib.suppress(OSError):  # not on this platform: a wake-up for every ack

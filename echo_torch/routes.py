@@ -9,6 +9,7 @@ from typing import Protocol
 from .client import Client, TcpClient
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
+from .link import Counts
 from .locks import is_mine
 from .spec import Match, SampleSpec
 
@@ -16,13 +17,8 @@ from .spec import Match, SampleSpec
 class Route(Protocol):
     """One open client, as `EchoSink` uses it. Timeouts are seconds, None for no limit."""
 
-    @property
-    def sent(self) -> int:
-        """Samples accepted."""
-
-    @property
-    def unacked(self) -> int:
-        """Samples accepted and not known to be acked."""
+    def counts(self) -> Counts:
+        """What became of the samples."""
 
     @property
     def blocked_seconds(self) -> float:
@@ -45,13 +41,8 @@ class RingRoute:
     def __init__(self, client: TcpClient) -> None:
         self._client = client
 
-    @property
-    def sent(self) -> int:
-        return self._client.sent
-
-    @property
-    def unacked(self) -> int:
-        return self._client.in_flight
+    def counts(self) -> Counts:
+        return self._client.counts()
 
     @property
     def blocked_seconds(self) -> float:
@@ -84,13 +75,13 @@ class RowRoute:
         self._peer = peer
         self._turn = threading.RLock()
         self._acked = 0
+        self._sent = 0
         self.closed = False
-        self.sent = 0
         self.blocked_seconds = 0.0
 
-    @property
-    def unacked(self) -> int:
-        return self.sent - self._acked
+    def counts(self) -> Counts:
+        """Such a client tells nothing of what comes after ``wait``."""
+        return Counts(sent=self._sent, unacked=self._sent - self._acked)
 
     def send(self, match: Match, timeout: float | None) -> None:
         deadline = Deadline(timeout)
@@ -105,14 +96,14 @@ class RowRoute:
                         raise DeliveryTimeoutError(f"{self._peer}: send() not done within {timeout:g} s")
                     leaves = [array[done, ...] for array in match.arrays] if match.batched else match.arrays
                     self._client.send(self._spec.unflatten(leaves))
-                    self.sent += 1
+                    self._sent += 1
         except (ConnectionError, DeliveryTimeoutError) as error:
             raise self._translated(error, done) from error
         finally:
             self.blocked_seconds += time.monotonic() - began
 
     def wait(self, timeout: float | None) -> None:
-        asked = self.sent
+        asked = self._sent
         try:
             self._client.wait()
         except ConnectionError as error:
@@ -132,7 +123,8 @@ class RowRoute:
         """The client's error as one of ours, with the counts."""
         kind = DeliveryTimeoutError if isinstance(error, DeliveryTimeoutError) else ConnectionClosedError
         ours: ConnectionClosedError | DeliveryTimeoutError
-        ours = kind(f"{self._peer}: {error}; {self.unacked} samples un-acked")
-        ours.unacked = self.unacked
+        unacked = self.counts().unacked
+        ours = kind(f"{self._peer}: {error}; {unacked} samples un-acked")
+        ours.unacked = unacked
         ours.rows_accepted = done
         return ours

@@ -18,13 +18,15 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 import optree
 import torch
+from torch.utils.data import get_worker_info
 
-from .checks import check_count, check_timeout
-from .client import Client, TcpClient, close_after, ring_rows
+from .checks import check_count, check_seconds, check_timeout
+from .client import SERVER_QUEUE, Client, TcpClient, close_after, ring_rows
 from .deadline import Deadline, bounded_wait
 from .dial import check_address, peer_name
 from .errors import ConnectionClosedError
 from .leaves import dtypes_of
+from .link import Counts
 from .locks import is_mine, release_if_mine
 from .routes import RingRoute, Route, RowRoute
 from .spec import SampleSpec
@@ -40,6 +42,11 @@ _Sink = TypeVar("_Sink", bound="EchoSink")
 WINDOW_BYTES = 8 * 1024 * 1024
 # Seconds that `EchoSink.close` may take: a learner in the middle of an evaluation still gets what was sent.
 CLOSE_TIMEOUT_S = 60.0
+# Seconds that `close` gives the server where it does not send the tail once more: five times as long as one took that
+# was not busy.
+LINGER_S = 0.1
+# Seconds that a DataLoader's worker may try to open a lost connection again: the loader grants 5 s at its end.
+WORKER_RECONNECT_S = 2.0
 # Seconds that leaving a `with` block by an exception may take.
 EXCEPTION_CLOSE_TIMEOUT_S = 5.0
 
@@ -60,6 +67,16 @@ class SinkStats:
     """Samples given to ``send`` after the learner was gone, with ``on_error="warn"``."""
     blocked_seconds: float
     """Seconds that ``send`` waited for room."""
+    reconnects: int = 0
+    """How often a lost connection was opened again."""
+    resent: int = 0
+    """Samples that were sent again then."""
+    maybe_duplicated: int = 0
+    """How many more samples than were sent the learner may have got, at the most: those sent again, and the tail that
+    `close` sends."""
+    maybe_lost: int = 0
+    """How many samples the learner may never get, at the most, now that the connection has ended: the un-acked ones,
+    and the last ``replay_acked`` of the others unless `close` sent them again. 0 before that."""
 
 
 class _Session:
@@ -93,9 +110,13 @@ class EchoSink:
             tried again.
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
         on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and drop and count what is sent after.
-        replay_acked: samples that are kept after their ack and sent once more by `close`; at least the server's
-            ``producer_queue_size``.
-        replay_tail: whether `close` does so. Without it, the server may discard the last samples at `close`.
+        reconnect: seconds for which a lost connection is tried to be opened again before that is an error; 0 not to.
+            In a DataLoader's worker, 2 at the most. What may not have been stored is then sent again, so a learner may
+            get samples twice: carry an index if that matters.
+        replay_acked: samples that are kept after their ack, and sent again on a new connection and by `close`; at least
+            the server's ``producer_queue_size``, or samples may be lost when a connection ends.
+        replay_tail: whether `close` sends them. Without it, `close` waits for 0.1 s instead, and the server may discard
+            samples if it is busy for longer.
 
     Raises:
         TypeError: a leaf of ``example`` is no dense array of numbers, or an argument has the wrong type.
@@ -115,7 +136,8 @@ class EchoSink:
         connect_timeout: float | None = 10.0,
         stall_timeout: float | None = 1800.0,
         on_error: Literal["raise", "warn"] = "raise",
-        replay_acked: int = 8,
+        reconnect: float = 60.0,
+        replay_acked: int = SERVER_QUEUE,
         replay_tail: bool = True,
     ) -> None:
         check_address(host, port)
@@ -134,6 +156,7 @@ class EchoSink:
         self._connect_timeout = check_timeout("connect_timeout", connect_timeout)
         self._stall_timeout = check_timeout("stall_timeout", stall_timeout)
         self._on_error = on_error
+        self._reconnect = check_seconds("reconnect", reconnect)
         self._replay_acked = check_count("replay_acked", replay_acked, least=0)
         self._replay_tail = replay_tail
         if _is_ours(client):
@@ -267,12 +290,21 @@ class EchoSink:
         """What was sent, acked and dropped by this process, and what that cost."""
         session = self._session()
         route, size = session.route, self._spec.payload_size
-        if route is None:
-            return SinkStats(0, 0, 0, 0, 0, session.dropped, 0.0)
-        sent = route.sent
-        unacked = min(route.unacked, sent)  # some may be sent in between
-        acked = sent - unacked
-        return SinkStats(sent, sent * size, acked, acked * size, unacked, session.dropped, route.blocked_seconds)
+        counts = Counts() if route is None else route.counts()
+        acked = counts.sent - counts.unacked
+        return SinkStats(
+            samples_sent=counts.sent,
+            bytes_sent=counts.sent * size,
+            samples_acked=acked,
+            bytes_acked=acked * size,
+            in_flight=counts.unacked,
+            dropped=session.dropped,
+            blocked_seconds=0.0 if route is None else route.blocked_seconds,
+            reconnects=counts.reconnects,
+            resent=counts.resent,
+            maybe_duplicated=counts.maybe_duplicated,
+            maybe_lost=counts.maybe_lost,
+        )
 
     @property
     def peer(self) -> str:
@@ -335,8 +367,10 @@ class EchoSink:
                 connect_timeout=min(limits, default=None),
                 stall_timeout=self._stall_timeout,
                 buffer_bytes=self._buffer_bytes,
+                reconnect=min(self._reconnect, WORKER_RECONNECT_S) if get_worker_info() else self._reconnect,
                 replay_acked=self._replay_acked,
                 replay_tail=self._replay_tail,
+                linger=0.0 if self._replay_tail else LINGER_S,
                 retry_refused=True,
             )
         else:

@@ -167,7 +167,7 @@ def test_a_learner_that_pauses_after_it_was_fast_still_gets_all_of_the_ring(time
         client = TcpClient("127.0.0.1", peer.port, example, 290, buffer_bytes=capacity * size)
         for _ in range(fast_rows // 50):
             client.send_rows(block)
-        while client.sent - client.in_flight < fast_rows:
+        while client.counts().sent - client.in_flight < fast_rows:
             time.sleep(0.001)
         accepted = 0
         try:

@@ -112,7 +112,7 @@ def test_sends_payloads_in_order_and_waits_for_their_acks() -> None:
                 client.send(sample(number))
             client.wait()
             assert client.in_flight == 0
-            assert client.sent == 100
+            assert client.counts().sent == 100
         assert numbers(peer.lines[0].received) == list(range(100))
 
 
@@ -744,11 +744,13 @@ def test_two_closes_at_once_both_end_when_the_tail_is_acked(descriptors: None) -
         assert outcomes == [None] * 3
         assert not early
         client.close()
-        assert client.sent == 3
+        assert client.counts().sent == 3
         assert numbers(peer.lines[0].received) == [0, 1, 2, 1, 2]
 
 
-def test_close_says_that_only_the_tail_may_be_lost() -> None:
+def test_close_says_that_only_the_tail_may_be_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """In the log: a learner that ends before its actors is no error of theirs."""
+
     def leave(line: Line) -> None:
         acks_all_but_the_tail(line)
         line.hear(2 * SIZE)
@@ -758,12 +760,11 @@ def test_close_says_that_only_the_tail_may_be_lost() -> None:
         client = connect(peer, replay_acked=2, replay_tail=True)
         for number in range(3):
             client.send(sample(number))
-        with pytest.raises(
-            ConnectionClosedError, match=r"0 samples un-acked, but their tail.* up to 2 may be lost"
-        ) as caught:
-            client.close()
-        assert caught.value.unacked == 0
         client.close()
+        client.close()
+        assert client.counts().maybe_lost == 2
+    said = f"127.0.0.1:{peer.port}: the peer closed the connection; close() with 0 samples un-acked, but up to 2 "
+    assert caplog.messages == [said + "that were acked last may be lost"]
 
 
 def test_close_that_was_interrupted_still_tells_of_the_loss(descriptors: None) -> None:
@@ -930,7 +931,7 @@ def test_threads_may_send_wait_and_close_at_once() -> None:
             assert all(outcome is None or isinstance(outcome, ConnectionClosedError) for outcome in outcomes)
             assert client.in_flight == 0
             received = numbers(peer.lines[0].received)
-            assert len(received) == client.sent
+            assert len(received) == client.counts().sent
 
 
 def test_a_signal_handler_inside_a_call_is_turned_away() -> None:
@@ -962,6 +963,6 @@ def test_a_signal_handler_inside_a_call_is_turned_away() -> None:
             assert all("signal handler" in answer for answer in answers)
             client.send(sample(3))
             client.wait(SOON_S)
-            assert client.sent == 4
+            assert client.counts().sent == 4
     finally:
         signal.signal(signal.SIGUSR1, before)

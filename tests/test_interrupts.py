@@ -119,7 +119,7 @@ def test_interrupted_sends(interrupts: Interrupts, words: int, window: int, long
         )
         client.wait(SOON_S)
         assert client.in_flight == 0
-        accepted = client.sent
+        accepted = client.counts().sent
     check(checker.seen, returned, accepted)
 
 
@@ -155,7 +155,7 @@ def test_interrupted_waits(interrupts: Interrupts) -> None:
         returned = storm(interrupts, 1500, 150e-6, send_and_wait)
         client.wait(SOON_S)
         assert client.in_flight == 0
-        accepted = client.sent
+        accepted = client.counts().sent
     check(checker.seen, returned, accepted)
 
 

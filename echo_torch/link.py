@@ -1,0 +1,254 @@
+"""What a connection's callers and its I/O thread share: the socket, what moves rows, and what became of them.
+
+* The I/O lock guards the pump: the socket, ``ring.written`` and ``ring.acked``. The I/O thread pumps as long as
+  rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch, and for
+  more if it cannot run ahead of the acks anyway (`backlog`). When everything is written, one of the callers that wait
+  leads: it polls the socket itself, and wakes the others. Nobody blocks while holding it. Of the locks (``ring.turn``,
+  the I/O lock, the leader's, the wake-up's) no two are held at once, but the wake-up's inside the I/O lock.
+* An interrupt (Ctrl-C) may break off whatever the main thread does here; the I/O thread makes good what that left
+  undone, soon (`io_thread`).
+* Whoever finds the connection lost says so (``lost``) under the I/O lock, and nobody touches the socket after that but
+  the I/O thread, which may open another. The ring then begins again with the rows that are not released.
+* Otherwise the loss becomes the failure. The first one is kept; it wakes everybody, and every later call raises from
+  it.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+from .backlog import Backlog
+from .errors import ConnectionClosedError, ProtocolError
+from .leader import Leader
+from .locks import is_mine, release_if_mine
+from .pump import Pump
+from .redial import Redial
+from .ring import Ring, Waiter
+from .tail import Tail
+from .wakeup import WakeUp
+
+# Small rows may linger for this long to be written together, if the last write was as recent and acks are still out:
+# one system call costs as much as several samples.
+LINGER_S = 0.001
+LINGER_BYTES = 1024
+LINGER_SHARE = 4  # of the window
+
+
+class Counts(NamedTuple):
+    """What became of the samples of one client, in samples."""
+
+    sent: int = 0
+    """Accepted by ``send``; those sent again do not count."""
+    unacked: int = 0
+    """Of those, not acknowledged as far as is known."""
+    reconnects: int = 0
+    """How often a lost connection was opened again."""
+    resent: int = 0
+    """Sent again then."""
+    maybe_duplicated: int = 0
+    """How many the server may have stored once too often, at the most: those sent again, and ``close``'s tail."""
+    maybe_lost: int = 0
+    """How many the server may not have stored, at the most; 0 while there is a connection, or hope for one."""
+
+
+class Link:
+    """Moves the rows of a ring over one socket at a time.
+
+    Args:
+        sock: the first one, connected, non-blocking, hands shaken; owned from now on.
+        peer: how messages name the other side.
+        ring: rows of the size that the server expects.
+        window: most rows written and un-acked.
+        tail: what is sent once more at the end.
+        redial: what opens others when one is lost; None to leave it at that.
+    """
+
+    def __init__(
+        self, sock: socket.socket, peer: str, ring: Ring, window: int, tail: Tail, redial: Redial | None
+    ) -> None:
+        self.peer = peer
+        self.ring = ring
+        self.tail = tail
+        self.redial = redial
+        self.line = Pump(sock, ring, window)
+        self.backlog = Backlog(ring, window)
+        self.lost: OSError | None = None
+        self.failure: ConnectionClosedError | None = None
+        self.told = False
+        """Whether a caller was told of the failure, or need not be."""
+        self.listening = False
+        """Whether the I/O thread polls for acks, or will."""
+        self.lingering = False
+        """Whether the I/O thread will look within LINGER_S."""
+        self.lock = threading.RLock()
+        """The I/O lock."""
+        self.leader = Leader()
+        self.wake_up = WakeUp()
+        self._window = window
+        self._locks = (self.lock, ring.turn, self.wake_up.lock, self.leader.lock)
+        self._acked_at_first = 0  # how much was acked when the socket was opened
+        self._reconnects = self._resent = 0
+
+    # What became of the rows.
+
+    @property
+    def sent(self) -> int:
+        """Rows that were accepted; the tail does not count."""
+        return self.ring.packed if self.tail.begins is None else self.tail.begins
+
+    @property
+    def unacked(self) -> int:
+        """Of those, not acked as far as is known."""
+        return max(0, self.sent - self.ring.acked)
+
+    @property
+    def at_risk(self) -> int:
+        """Rows that may be lost although all was done, or was to be done, to have them stored."""
+        return self.counts().maybe_lost if self.tail.wanted else self.unacked
+
+    def counts(self) -> Counts:
+        sent = self.sent
+        return Counts(
+            sent=sent,
+            unacked=min(self.unacked, sent),
+            reconnects=self._reconnects,
+            resent=self._resent,
+            maybe_duplicated=self._resent + self.tail.packed,
+            maybe_lost=max(0, sent - self.ring.released) if self.failure is not None else 0,
+        )
+
+    def whats_open(self) -> str:
+        """The counts in words, and what is done about them."""
+        unacked, lost = self.unacked, self.lost
+        text = f"{unacked} samples un-acked"
+        if not unacked and (self.at_risk or self.ring.unacked):
+            text += f", but up to {min(self.sent, self.ring.replay)} that were acked last may be lost"
+        if lost is not None and self.redial is not None and self.failure is None:
+            text += f"; the connection was lost {self.redial.seconds_lost:.1f} s ago ({lost}) and is being opened again"
+        return text
+
+    # What callers do.
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the caller is a signal handler, or finaliser, that interrupted a call of its own thread here."""
+        return any(map(is_mine, self._locks))
+
+    def push(self) -> None:
+        """See that rows just packed get written: here and now if `Backlog` has callers do that, else by the thread."""
+        ring, line = self.ring, self.line
+        if line.full:
+            return  # the thread waits for the socket to take more
+        pending = (ring.packed - ring.written) * ring.row_bytes
+        if self._may_linger(pending):
+            if not self.lingering:
+                self.lingering = True
+                self.wake_up.kick()
+        elif pending > self.backlog.caller_bytes and ring.written - line.acked < line.window:
+            self.wake_up.kick()
+        else:
+            self.nudge(read_acks=False)
+
+    def _may_linger(self, pending: int) -> bool:
+        ring, line = self.ring, self.line
+        few = pending < LINGER_BYTES and (ring.packed - ring.written) * LINGER_SHARE < line.window
+        return few and line.in_the_air and time.monotonic() - line.written_at < LINGER_S
+
+    def nudge(self, read_acks: bool = True) -> None:
+        """Pump here and now if possible, and have the thread see to what is left."""
+        ring, line = self.ring, self.line
+        pumped = self._try_pump(read_acks)
+        if not pumped or line.full or line.writable or (ring.packed > ring.written and not self.listening):
+            self.wake_up.kick()
+
+    def look(self) -> None:
+        """Read the acks that are there, waiting for whoever pumps to be done with it."""
+        with self.lock:
+            self.pump(True, self.backlog.caller_bytes)
+
+    def lead(self, waiter: Waiter, seconds: float) -> bool:
+        """Poll for acks in place of the I/O thread; False, at once, if that does, or another caller."""
+        return not self.listening and self.lost is None and self.leader.lead(waiter, seconds)
+
+    def refuse(self) -> None:
+        """Accept no more rows but the tail."""
+        self.tail.fix()
+        self.leader.wake()
+
+    def patience(self, stall_timeout: float) -> float:
+        """Seconds until nothing will have been acked for ``stall_timeout``, which counts only where acks can come."""
+        line = self.line
+        if self.lost is not None or not line.in_the_air:
+            return stall_timeout
+        return line.progress_at + stall_timeout - time.monotonic()
+
+    # Pumping.
+
+    def _try_pump(self, read_acks: bool) -> bool:
+        """Pump if the I/O lock is free; gives whether it was."""
+        lock = self.lock
+        try:
+            if is_mine(lock) or not lock.acquire(False):
+                return False
+            self.pump(read_acks, self.backlog.caller_bytes)
+            lock.release()
+            return True
+        except BaseException:
+            release_if_mine(lock)
+            raise
+
+    def pump(self, read_acks: bool, write_bytes: int) -> None:
+        """With the I/O lock held."""
+        if self.lost is None and self.failure is None:
+            try:
+                self.line.run(read_acks, write_bytes)
+            except OSError as error:
+                self.lose(error)
+        if self.ring.wake():
+            self.leader.wake()
+
+    def lose(self, error: OSError) -> None:
+        """With the I/O lock held: leave the rest to the I/O thread, if anything can be done."""
+        if self.redial is None or isinstance(error, ProtocolError):
+            self.fail(error)
+        else:
+            self.redial.lost(in_vain=self.ring.acked <= self._acked_at_first)
+            self.lost = error.with_traceback(None)
+            self.listening = True  # nobody leads
+            self.leader.wake()
+            self.wake_up.kick()
+
+    def fail(self, error: BaseException) -> None:
+        """Keep the first failure, wake everybody, and let the thread end."""
+        if self.failure is None:
+            if isinstance(error, ConnectionClosedError):
+                failure = type(error)(f"{self.peer}: {error}")
+            else:
+                failure = ConnectionClosedError(f"{self.peer}: connection lost: {error}")
+            failure.__cause__ = error.with_traceback(None)  # whose frames would keep the ring alive
+            # Nothing comes between the next two lines: no row is accepted once anybody can know of the failure.
+            self.failure = failure
+            self.ring.stopped = True
+        self.ring.stop()
+        self.leader.wake()
+        self.wake_up.kick()
+
+    def begin_again(self, sock: socket.socket) -> int:
+        """Go on over another socket in place of the one that was lost; gives how many rows are sent again.
+
+        By the I/O thread.
+        """
+        with self.lock:
+            self.line.settle()
+            written = self.ring.written
+            self.line = Pump(sock, self.ring, self._window)
+            again = written - self.ring.written
+            self._resent += again
+            self._reconnects += 1
+            self._acked_at_first = self.ring.acked
+            self.lost = None
+        self.leader.follow(sock)
+        return again

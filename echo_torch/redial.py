@@ -1,0 +1,82 @@
+"""When and how often a lost connection is opened again, and when that is given up.
+
+* The time that is allowed counts from the loss. A connection that is lost again before anything came of it does not
+  begin it anew: a server that accepts everybody and serves nobody would be called for ever.
+* The first try is made at once, the next ones after pauses that grow.
+* Only what may pass is tried again: a peer that is no echo server, or expects other samples, is the end.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+
+from .backoff import Backoff
+from .deadline import LOOK_S, Deadline, Revocable
+
+# Seconds between tries, at first and at the most: not to be felt after a hiccup, and no burden for a learner's host
+# that starts again and has lost a thousand actors. A connection that lived longer than the second was not in vain.
+PAUSES_S = (0.05, 5.0)
+
+Dial = Callable[[Deadline], socket.socket]
+"""Opens a connection that is ready for samples, before the deadline; raises as `TcpClient` does."""
+
+
+class Redial:
+    """Opens connections with ``dial``, for ``seconds`` after each loss; each try takes ``try_seconds`` at the most."""
+
+    def __init__(self, dial: Dial, seconds: float, try_seconds: float | None) -> None:
+        self.seconds = seconds
+        self.tries = 0
+        """Made since the connection was lost."""
+        self._dial = dial
+        self._try_seconds = try_seconds
+        self._lost_at = 0.0
+        self._opened_at = time.monotonic()
+        self._backoff: Backoff | None = None  # None while all is well
+
+    def lost(self, in_vain: bool) -> None:
+        """The connection is lost; ``in_vain`` if nothing has come of it."""
+        self.tries = 0
+        now = time.monotonic()
+        if self._backoff is None or not in_vain or now - self._opened_at > PAUSES_S[1]:
+            self._backoff = None
+            self._lost_at = now
+
+    @property
+    def seconds_lost(self) -> float:
+        """Seconds since the connection was lost from which something had come."""
+        return time.monotonic() - self._lost_at
+
+    def open(self, over: Callable[[], bool]) -> socket.socket:
+        """Try until there is a connection, the time has passed, or ``over()``, which is asked often.
+
+        Raises:
+            OSError: why the last try failed.
+            HandshakeError, SpecMismatchError: the peer is another one now.
+        """
+        deadline = Revocable(max(0.0, self._lost_at + self.seconds - time.monotonic()), over)
+        last: OSError = TimeoutError("no time was left")
+        while not deadline.expired:
+            self._pause(deadline)
+            self.tries += 1
+            try:
+                sock = self._dial(deadline.within(self._try_seconds))
+            except OSError as error:
+                last = error
+            else:
+                self._opened_at = time.monotonic()
+                return sock
+        try:
+            raise last
+        finally:
+            del last  # which would keep this frame, and all that it refers to, alive
+
+    def _pause(self, deadline: Deadline) -> None:
+        if self._backoff is None:
+            self._backoff = Backoff(*PAUSES_S)
+            return
+        pause = Deadline(self._backoff.pause())
+        while not pause.expired and not deadline.expired:
+            time.sleep(min(pause.remaining(), deadline.remaining(), LOOK_S))
