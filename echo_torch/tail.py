@@ -20,8 +20,8 @@ class Tail:
         self.ends = 0
         """The row after the last one of all, once ``begins`` is known."""
 
-    def fix(self) -> int:
-        """Have the ring refuse all rows but these; gives where they end."""
+    def fix(self) -> None:
+        """Have the ring refuse all rows but these, and settle where they begin and end."""
         ring = self._ring
         ring.refuse()
         with ring.turn:
@@ -29,7 +29,6 @@ class Tail:
                 begins = ring.packed
                 self.ends = begins + (ring.replay if self.wanted and begins else 0)
                 self.begins = begins
-            return self.ends
 
     @property
     def packed(self) -> int:

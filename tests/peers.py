@@ -87,18 +87,32 @@ class Peer:
     """
 
     def __init__(self, script: Script, host: str = "127.0.0.1", receive_buffer: int | None = None) -> None:
-        self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        if receive_buffer is not None:
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self._listener.bind((host, 0))
-        self._listener.listen()
         self.host = host
-        self.port: int = self._listener.getsockname()[1]
+        self.port = 0
         self.lines: list[Line] = []
         self._script = script
+        self._receive_buffer = receive_buffer
         self._errors: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
+        self._threads: list[threading.Thread] = []
+        self.listen()
+
+    def listen(self) -> None:
+        """Accept clients, at the same port as before."""
+        self._listener = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        if self._receive_buffer is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind((self.host, self.port))
+        self._listener.listen()
+        self.port = self._listener.getsockname()[1]
+        self._threads.append(threading.Thread(target=self._accept, daemon=True))
+        self._threads[-1].start()
+
+    def refuse(self) -> None:
+        """Accept nobody; those who are there stay."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -127,9 +141,7 @@ class Peer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.refuse()
         for line in self.lines:
             with contextlib.suppress(OSError):
                 line.sock.shutdown(socket.SHUT_RDWR)

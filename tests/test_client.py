@@ -791,11 +791,13 @@ def test_close_that_was_interrupted_still_tells_of_the_loss(descriptors: None) -
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("how", ["closed", "lost"])
-def test_the_memory_of_a_dead_client_is_freed_without_the_garbage_collector(how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "reconnect"), [("closed", 0.0), ("lost", 0.0), ("lost", 0.2), ("closed after that", SOON_S)]
+)
+def test_the_memory_of_a_dead_client_is_freed_without_the_garbage_collector(how: str, reconnect: float) -> None:
     def leave(line: Line) -> None:
         line.greet(SAMPLE)
-        if how == "lost":
+        if how == "lost" or (how != "closed" and len(peer.lines) < 3):
             line.hear(SIZE)
             line.reset()
         line.hear_all(ack_every=SIZE)
@@ -806,12 +808,14 @@ def test_the_memory_of_a_dead_client_is_freed_without_the_garbage_collector(how:
         gc.disable()
         tracemalloc.start()
         try:
-            client = connect(peer, buffer_bytes=buffer_bytes)
+            client = connect(peer, buffer_bytes=buffer_bytes, reconnect=reconnect)
             assert tracemalloc.get_traced_memory()[0] > buffer_bytes // 2
             client.send(sample(0))
             if how == "lost":
                 with pytest.raises(ConnectionClosedError):
                     client.wait(SOON_S)
+            else:
+                client.wait(SOON_S)
             client.close()
             del client
             with until(lambda: tracemalloc.get_traced_memory()[0] < buffer_bytes // 2):

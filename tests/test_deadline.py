@@ -11,7 +11,7 @@ import pytest
 from conftest import Clock
 
 import echo_torch.deadline as deadline_module
-from echo_torch.deadline import Deadline, bounded_wait, check_timeout
+from echo_torch.deadline import Deadline, Revocable, bounded_wait, check_timeout
 
 
 @pytest.fixture
@@ -90,3 +90,27 @@ def test_a_wait_of_any_length_is_cut_to_what_locks_polls_and_sockets_take(second
         poller = select.poll()
         poller.register(ours, select.POLLIN)
         assert poller.poll(cut * 1000) == [(ours.fileno(), select.POLLIN)]
+
+
+@pytest.mark.parametrize(
+    ("timeout", "within", "left"), [(2.0, 0.5, 0.5), (2.0, 3.0, 2.0), (None, 3.0, 3.0), (2.0, None, 2.0)]
+)
+def test_a_step_within_a_deadline_takes_no_longer_than_both(clock, timeout, within, left) -> None:
+    for deadline in (Deadline(timeout), Revocable(timeout, lambda: False)):
+        assert deadline.within(within).remaining() == left
+    assert Deadline(None).within(None).remaining() == math.inf
+
+
+def test_a_deadline_that_is_revoked_has_passed(clock) -> None:
+    revoked = False
+    deadline = Revocable(2.0, lambda: revoked)
+    step = deadline.within(1.0)
+    assert (deadline.remaining(), deadline.expired, step.remaining(), step.expired) == (2.0, False, 1.0, False)
+    revoked = True
+    assert (deadline.remaining(), deadline.expired, step.remaining(), step.expired) == (0.0, True, 0.0, True)
+
+
+def test_a_revocable_deadline_passes_by_itself_too(clock) -> None:
+    deadline = Revocable(2.0, lambda: False)
+    clock.advance(2.0)
+    assert deadline.expired

@@ -1,0 +1,104 @@
+"""`Tail`: which rows are repeated, and in what portions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from echo_torch.ring import Ring
+from echo_torch.tail import Tail
+
+ROW = 8
+
+
+def ring_of(capacity: int, replay: int) -> Ring:
+    return Ring(np.zeros(capacity * ROW, np.uint8).data, ROW, replay, chunk_bytes=4 * ROW)
+
+
+def pack(ring: Ring, *values: int) -> None:
+    for value in values:
+        slot, rows = ring.free_run(1)
+        assert rows == 1
+        np.frombuffer(ring.buffer, np.int64)[slot] = value
+        assert ring.commit(1)
+
+
+def at(ring: Ring, row: int) -> int:
+    return int(np.frombuffer(ring.buffer, np.int64)[ring.slot(row)])
+
+
+def settle(ring: Ring) -> None:
+    """Everything is written and acked."""
+    ring.written = ring.acked = ring.packed
+
+
+@pytest.mark.parametrize(
+    ("sent", "replay", "expected"),
+    [(10, 3, [7, 8, 9]), (3, 3, [0, 1, 2]), (2, 5, [0, 1, 0, 1, 0]), (1, 4, [0, 0, 0, 0]), (0, 4, []), (5, 0, [])],
+)
+def test_the_last_rows_or_all_of_them_in_cycles(sent: int, replay: int, expected: list[int]) -> None:
+    ring = ring_of(32, replay)
+    tail = Tail(ring, wanted=True)
+    pack(ring, *range(sent))
+    settle(ring)
+    assert tail.packed == 0
+    tail.fix()
+    assert tail.ends == sent + len(expected)
+    assert tail.pack() == 0
+    assert [at(ring, row) for row in range(sent, ring.packed)] == expected
+    assert tail.packed == len(expected)
+    assert tail.pack() == 0  # once only
+    assert ring.packed == tail.ends
+
+
+def test_in_a_small_ring_it_is_packed_in_portions() -> None:
+    ring = ring_of(7, replay=5)
+    tail = Tail(ring, wanted=True)
+    for number in range(20):
+        pack(ring, number)
+        settle(ring)
+    tail.fix()
+    seen: list[int] = []
+    portions, left = 0, 5
+    while left:
+        before = ring.packed
+        left = tail.pack()
+        assert ring.packed > before
+        seen += [at(ring, row) for row in range(before, ring.packed)]
+        portions += 1
+        settle(ring)
+    assert seen == [15, 16, 17, 18, 19]
+    assert portions > 1
+
+
+def test_what_is_not_wanted_is_not_packed() -> None:
+    ring = ring_of(16, replay=4)
+    tail = Tail(ring, wanted=False)
+    pack(ring, 1, 2, 3)
+    settle(ring)
+    tail.fix()
+    assert tail.pack() == 0
+    assert ring.packed == tail.ends == 3
+
+
+def test_once_it_is_fixed_no_other_row_is_accepted() -> None:
+    ring = ring_of(16, replay=4)
+    tail = Tail(ring, wanted=True)
+    pack(ring, 1, 2, 3)
+    tail.fix()
+    assert tail.begins == 3
+    ring.free_run(1)
+    assert not ring.commit(1)
+    tail.fix()
+    assert tail.ends == 7
+
+
+def test_a_ring_that_was_stopped_gets_no_more_of_it() -> None:
+    ring = ring_of(16, replay=4)
+    tail = Tail(ring, wanted=True)
+    pack(ring, 1, 2, 3)
+    settle(ring)
+    tail.fix()
+    ring.stop()
+    assert tail.pack() == 4
+    assert ring.packed == 3
