@@ -78,6 +78,38 @@ class Checker:
         assert not left, "the connection ended inside a payload"
 
 
+class CuttingChecker(Checker):
+    """Goes away after a random number of bytes, again and again, while ``cutting``; a torn payload is dropped."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__(words)
+        self.cutting = True
+        self.connections = 0
+        self._random = random.Random(1)
+
+    def __call__(self, line: Line) -> None:
+        line.greet(self.sample)
+        self.connections += 1
+        size = self.sample["x"].nbytes
+        left = self._random.randrange(1, 400 * size) if self.cutting else 1 << 62
+        rest = b""
+        numbers: list[int] = []
+        while data := line.sock.recv(min(left, 1 << 18)):
+            left -= len(data)
+            data = rest + data
+            whole = len(data) // size
+            rows = np.frombuffer(data, np.int64, whole * size // 8).reshape(whole, size // 8)
+            assert (rows == rows[:, :1]).all(), "a payload is torn"
+            numbers += rows[:, 0].tolist()
+            self.seen += rows[:, 0].tolist()
+            rest = data[whole * size :]
+            line.ack(whole)
+            if not left:
+                break
+        assert numbers == sorted(set(numbers)), "repeated or out of order"
+        self._random.choice([line.hang_up, line.reset])()
+
+
 def storm(interrupts: Interrupts, strikes: int, longest_s: float, call: Callable[[int], Any]) -> set[int]:
     """Call with 0, 1, 2, ... until ``strikes`` interrupts struck; gives the numbers whose call returned."""
     returned = set()
@@ -141,6 +173,34 @@ def test_interrupted_batches_of_a_sink(interrupts: Interrupts) -> None:
             assert stats.in_flight == 0
     numbers = {batch * rows + row for batch in returned for row in range(rows)}
     check(checker.seen, numbers, stats.samples_sent)
+
+
+@pytest.mark.parametrize(("words", "window", "longest_s"), [(4, 32, 200e-6), (2000, 4, 400e-6)])
+def test_interrupted_sends_and_waits_over_connections_that_are_cut(
+    interrupts: Interrupts, words: int, window: int, longest_s: float
+) -> None:
+    """Whoever is struck while finding out that the connection is lost: nothing is lost, and all counts settle."""
+    checker = CuttingChecker(words)
+    with Peer(checker) as peer:
+        client = TcpClient(
+            "127.0.0.1", peer.port, checker.sample, window, buffer_bytes=100 * 8 * words, reconnect=SOON_S
+        )
+
+        def send_and_wait(number: int) -> None:
+            client.send({"x": np.full(words, number, np.int64)})
+            if number % 8 == 0:
+                client.wait(SOON_S)
+
+        returned = storm(interrupts, 5000, longest_s, send_and_wait)
+        checker.cutting = False
+        client.wait(SOON_S)
+        client.close(SOON_S)
+        counts = client.counts()
+    assert returned <= set(checker.seen), "a send that returned was lost"
+    assert len(set(checker.seen)) == counts.sent
+    assert len(checker.seen) - counts.sent <= counts.resent
+    assert counts.unacked == 0
+    assert counts.reconnects >= 10
 
 
 def test_interrupted_waits(interrupts: Interrupts) -> None:
