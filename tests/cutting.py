@@ -1,0 +1,360 @@
+"""A TCP proxy that cuts connections: at exact byte offsets drawn at random, or when told to.
+
+* One thread polls everything. Nothing blocks but connecting to the server, which is on this machine.
+* Each direction of a connection holds at most one piece of `PIECE_BYTES`: what cannot be passed on is not read.
+* A budget counts bytes that were read in one direction. When it is spent and all of it was passed on, the connection
+  is cut: whatever else is under way, in both directions, is lost. What was passed on may still be lost if the kernel
+  had no room for it at the receiver and the cut is a reset, as on any network.
+* A client or server that ends its connection itself ends the other side's in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import select
+import socket
+import struct
+import time
+from collections import Counter
+from multiprocessing.connection import Connection as Pipe
+
+from spawned import Spawned, answer
+
+PIECE_BYTES = 64 * 1024
+
+FIN, RST, SILENCE = "FIN", "RST", "silence"
+"""How one side of a connection is ended; silence is `SILENCE_S` without a word, and then a FIN."""
+
+KINDS = {
+    "fin": (FIN, FIN),
+    "reset": (RST, RST),
+    "reset_client": (RST, SILENCE),
+    "reset_server": (SILENCE, RST),
+    "half_fin": (FIN, RST),
+    "half_reset": (RST, FIN),
+}
+"""The cuts by name: how they end the client's side, and how the server's."""
+
+SILENCE_S = 0.05
+FAREWELL_S = 2.0
+"""Seconds after a FIN in which the receiver has to end its side too."""
+
+CONNECT_S = 5.0
+
+LOST_ON_RESET = struct.pack("ii", 1, 0)
+
+
+class Cutter(Spawned):
+    """The proxy's process, as a context manager; listens on ``127.0.0.1``.
+
+    Args:
+        server: the port on ``127.0.0.1`` that it connects to.
+        most_bytes: most bytes from the client before a cut: all magnitudes are drawn, larger ones more often.
+        most_acks: most bytes from the server before a cut, which is what every other cut goes by.
+        seed: of the random numbers.
+        kinds: which cuts are drawn.
+    """
+
+    def __init__(
+        self,
+        server: int,
+        *,
+        most_bytes: int = 1 << 20,
+        most_acks: int = 1 << 12,
+        seed: int = 0,
+        kinds: tuple[str, ...] = tuple(KINDS),
+    ) -> None:
+        super().__init__(_serve, server, _Plan(most_bytes, most_acks, seed, kinds))
+        self.port: int = self._answer()
+
+    def counts(self) -> Counter[str]:
+        """How many connections were accepted ("connections"), and cut: in all ("cuts"), and by kind."""
+        return self._ask("counts")
+
+    def cut_at_random(self, cuts: int) -> None:
+        """Cut the connections that are open and those to come, until that was done so many times."""
+        self._ask("cut_at_random", cuts)
+
+    def cut(self, kind: str) -> int:
+        """Cut all connections now; gives how many that were."""
+        return self._ask("cut", kind)
+
+    def lead_to(self, server: int) -> None:
+        """Connect clients to come to this port."""
+        self._ask("lead_to", server)
+
+    def stop_listening(self) -> None:
+        """Refuse connections from now on; those that are open stay."""
+        self._ask("stop_listening")
+
+    def listen_again(self) -> None:
+        self._ask("listen_again")
+
+    def freeze(self) -> None:
+        """Pass nothing on and take nothing; connections stay open, and new ones are not answered."""
+        self._ask("freeze")
+
+    def thaw(self) -> None:
+        self._ask("thaw")
+
+
+class _Plan:
+    """Draws when and how the next connection is cut."""
+
+    def __init__(self, most_bytes: int, most_acks: int, seed: int, kinds: tuple[str, ...]) -> None:
+        self._most = (most_bytes, most_acks)
+        self._random = random.Random(seed)
+        self._kinds = kinds
+
+    def draw(self) -> tuple[str, int, int]:
+        """A kind, which direction's bytes count (0 is the client's), and how many."""
+        way = self._random.randrange(2)
+        magnitude = math.log(self._most[way] + 1)
+        budget = int(math.exp(self._random.triangular(0, magnitude, magnitude))) - 1
+        return self._random.choice(self._kinds), way, budget
+
+
+class _Way:
+    """One direction of a connection."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+        self.source = source
+        self.sink = sink
+        self.budget = math.inf
+        self.ended = False  # by a FIN, which was passed on
+        self._held = memoryview(b"")
+
+    @property
+    def spent(self) -> bool:
+        return self.budget == 0 and not self._held
+
+    @property
+    def waits_for(self) -> tuple[socket.socket, int] | None:
+        if self._held:
+            return self.sink, select.POLLOUT
+        return None if self.ended or self.spent else (self.source, select.POLLIN)
+
+    def move(self) -> None:
+        """Pass on what there is; raises OSError if either end was reset."""
+        with contextlib.suppress(BlockingIOError):
+            if not self._held:
+                self._read()
+            if self._held:
+                self._held = self._held[self.sink.send(self._held) :]
+
+    def _read(self) -> None:
+        piece = self.source.recv(int(min(PIECE_BYTES, self.budget)))
+        self.budget -= len(piece)
+        self._held = memoryview(piece)
+        if not piece:
+            self.ended = True
+            self.sink.shutdown(socket.SHUT_WR)
+
+
+class _Link:
+    """One client's connection and the server's that belongs to it."""
+
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+        self.ends = (client, server)
+        self.ways = (_Way(client, server), _Way(server, client))
+        self.kind = ""
+
+    @property
+    def spent(self) -> bool:
+        return any(way.spent for way in self.ways)
+
+    @property
+    def ended(self) -> bool:
+        return all(way.ended for way in self.ways)
+
+
+class _Farewell:
+    """One side of a connection that was cut: says its FIN in time, and what still comes from it is thrown away."""
+
+    def __init__(self, sock: socket.socket, silence: float) -> None:
+        self.sock = sock
+        self.fin_at: float = time.monotonic() + silence
+        self.ends_at: float = self.fin_at + FAREWELL_S
+        self._said = False
+
+    @property
+    def next_at(self) -> float:
+        return self.ends_at if self._said else self.fin_at
+
+    def over(self) -> bool:
+        """Look at it; gives whether the socket was closed."""
+        now = time.monotonic()
+        try:
+            if now >= self.fin_at and not self._said:
+                self._said = True
+                self.sock.shutdown(socket.SHUT_WR)
+            gone = not self.sock.recv(PIECE_BYTES)
+        except BlockingIOError:
+            gone = False
+        except OSError:
+            gone = True
+        if gone or now >= self.ends_at:
+            self.sock.close()
+            return True
+        return False
+
+
+class _Proxy:
+    """What the process does; the public methods are those of `Cutter`."""
+
+    def __init__(self, server: int, plan: _Plan) -> None:
+        self._server = server
+        self._plan = plan
+        self._last_cut = 0
+        self._counts: Counter[str] = Counter()
+        self._links: list[_Link] = []
+        self._farewells: list[_Farewell] = []
+        self._frozen = False
+        # Bound and never listening: the port stays ours, for nobody else's outgoing connection, while we refuse.
+        self._placeholder = _bound(0)
+        self.port: int = self._placeholder.getsockname()[1]
+        self._listener: socket.socket | None = None
+        self.listen_again()
+
+    def counts(self) -> Counter[str]:
+        return self._counts
+
+    def cut_at_random(self, cuts: int) -> None:
+        self._last_cut = self._counts["cuts"] + cuts
+        for link in list(self._links):
+            self._doom(link)
+
+    def cut(self, kind: str) -> int:
+        links = list(self._links)
+        for link in links:
+            self._cut(link, kind)
+        return len(links)
+
+    def lead_to(self, server: int) -> None:
+        self._server = server
+
+    def stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def listen_again(self) -> None:
+        if self._listener is None:
+            self._listener = _bound(self.port)
+            self._listener.listen()
+
+    def freeze(self) -> None:
+        self._frozen = True
+
+    def thaw(self) -> None:
+        self._frozen = False
+
+    def run(self, pipe: Pipe) -> None:
+        while True:
+            ready = self._poll(pipe)
+            if pipe.fileno() in ready:
+                answer(pipe, self)
+                continue  # it may have closed what else was ready
+            self._farewells = [farewell for farewell in self._farewells if not farewell.over()]
+            if self._frozen:
+                continue
+            for link in list(self._links):
+                self._serve(link, ready)
+            if self._listener is not None and self._listener.fileno() in ready:
+                self._accept(self._listener)
+
+    def _poll(self, pipe: Pipe) -> set[int]:
+        """Wait for anything to happen; gives the descriptors that it happened to."""
+        interest: Counter[int] = Counter({pipe.fileno(): select.POLLIN})
+        if self._listener is not None and not self._frozen:
+            interest[self._listener.fileno()] = select.POLLIN
+        for farewell in self._farewells:
+            interest[farewell.sock.fileno()] = select.POLLIN
+        for link in [] if self._frozen else self._links:
+            for way in link.ways:
+                if wanted := way.waits_for:
+                    interest[wanted[0].fileno()] |= wanted[1]
+        poller = select.poll()
+        for descriptor, events in interest.items():
+            poller.register(descriptor, events)
+        now = time.monotonic()
+        timeout = min((farewell.next_at for farewell in self._farewells), default=math.inf) - now
+        return {descriptor for descriptor, _ in poller.poll(None if timeout == math.inf else max(0.0, timeout) * 1000)}
+
+    def _accept(self, listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        self._counts["connections"] += 1
+        try:
+            server = socket.create_connection(("127.0.0.1", self._server), CONNECT_S)
+        except OSError:
+            _reset(client)
+            return
+        for sock in (client, server):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setblocking(False)
+        link = _Link(client, server)
+        self._links.append(link)
+        self._doom(link)
+
+    def _doom(self, link: _Link) -> None:
+        """Decide when and how a connection is cut, if it is to be."""
+        if self._counts["cuts"] < self._last_cut:
+            link.kind, way, budget = self._plan.draw()
+            link.ways[way].budget = budget
+            self._cut_if_spent(link)
+
+    def _serve(self, link: _Link, ready: set[int]) -> None:
+        try:
+            for way in link.ways:
+                wanted = way.waits_for
+                if wanted and wanted[0].fileno() in ready:
+                    way.move()
+        except OSError:
+            self._end(link, RST, RST)
+            return
+        if link.ended:
+            self._end(link, FIN, FIN)
+        else:
+            self._cut_if_spent(link)
+
+    def _cut_if_spent(self, link: _Link) -> None:
+        if not link.spent:
+            return
+        if self._counts["cuts"] < self._last_cut:
+            self._cut(link, link.kind)
+        else:  # another connection was faster
+            for way in link.ways:
+                way.budget = math.inf
+
+    def _cut(self, link: _Link, kind: str) -> None:
+        self._counts["cuts"] += 1
+        self._counts[kind] += 1
+        self._end(link, *KINDS[kind])
+
+    def _end(self, link: _Link, *how: str) -> None:
+        self._links.remove(link)
+        for sock, end in zip(link.ends, how, strict=True):
+            if end == RST:
+                _reset(sock)
+            else:
+                self._farewells.append(_Farewell(sock, SILENCE_S if end == SILENCE else 0.0))
+
+
+def _bound(port: int) -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", port))
+    return sock
+
+
+def _reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LOST_ON_RESET)
+    sock.close()
+
+
+def _serve(pipe: Pipe, server: int, plan: _Plan) -> None:
+    proxy = _Proxy(server, plan)
+    pipe.send(proxy.port)
+    proxy.run(pipe)
