@@ -1,0 +1,63 @@
+"""Calls that block, what ends them, and what they say then."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SOON_S = 10.0
+"""Far more than anything here takes; what passes it hangs."""
+
+
+@contextmanager
+def running(*calls: Callable[[], object]) -> Iterator[list[BaseException | None]]:
+    """Run ``calls`` on threads during the block; afterwards all must end soon, and the list says how each did."""
+    outcomes: list[BaseException | None] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            calls[index]()
+        except BaseException as error:
+            outcomes[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    yield outcomes
+    for thread in threads:
+        thread.join(SOON_S)
+        assert not thread.is_alive(), "a call hangs"
+
+
+class Gate:
+    """Lets a script go on when the test says so."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def open(self) -> None:
+        self._event.set()
+
+    def wait(self) -> None:
+        assert self._event.wait(SOON_S)
+
+
+@contextmanager
+def until(condition: Callable[[], bool]) -> Iterator[None]:
+    """After the block, wait until ``condition`` holds, which something outside of this process's control decides."""
+    yield
+    deadline = time.monotonic() + SOON_S
+    while not condition():
+        assert time.monotonic() < deadline, "condition never held"
+        time.sleep(0.002)
+
+
+def says(error: Any, kind: type[BaseException], peer: str, unacked: int) -> None:
+    """Check an error's type, which must be exactly ``kind``, and that it names the peer and the count."""
+    assert type(error) is kind
+    assert error.unacked == unacked
+    assert peer in str(error)
+    assert f"{unacked} samples un-acked" in str(error)
