@@ -104,7 +104,7 @@ def test_interpreter_exit_is_bounded_and_says_what_is_left() -> None:
             """,
             peer.port,
         )
-    assert "1 samples un-acked" in out
+    assert f"127.0.0.1:{peer.port}: ended with 1 samples un-acked" in out
 
 
 def test_interpreter_exit_with_one_peer_that_stalls_delivers_to_all_others() -> None:
@@ -149,18 +149,20 @@ def test_sys_exit_in_a_thread_harms_nothing() -> None:
         run(
             """
             client = TcpClient("127.0.0.1", port, SAMPLE)
-            def work():
-                client.send(sample(0))
+            sink = EchoSink("127.0.0.1", port, SAMPLE, replay_tail=False)
+            def work(sender):
+                sender.send(sample(0))
                 sys.exit(3)
-            thread = threading.Thread(target=work)
-            thread.start()
-            thread.join()
-            client.send(sample(1))
-            client.close()
+            for sender in (client, sink):
+                thread = threading.Thread(target=work, args=(sender,))
+                thread.start()
+                thread.join()
+                sender.send(sample(1))
+                sender.close()
             """,
             peer.port,
         )
-        assert numbers(peer.lines[0]) == [0, 1]
+        assert [numbers(line) for line in peer.lines] == [[0, 1]] * 2
 
 
 def test_a_forked_child_cannot_use_its_parents_client_and_leaves_it_alone() -> None:
@@ -242,14 +244,73 @@ def test_fork_while_threads_send_never_hangs_the_child() -> None:
         assert children == [[1_000_000 + number] for number in range(25)]
 
 
+def test_forks_among_large_samples_tear_none() -> None:
+    """Of 4 MiB, each made of one number. Parent and child send at the same time; the children end in three ways."""
+    words = 1 << 19
+    heard: list[list[int]] = []
+
+    def check(line: Line) -> None:
+        line.greet({"x": np.zeros(words, np.int64)})
+        mine: list[int] = []
+        heard.append(mine)
+        while True:
+            payload = np.frombuffer(line.hear(words * 8), np.int64)
+            line.received.clear()
+            assert (payload == payload[0]).all()
+            mine.append(int(payload[0]))
+            line.ack()
+
+    with Peer(check) as peer:
+        out = run(
+            """
+            def big(number):
+                return {"x": np.full(1 << 19, number)}
+            client = TcpClient("127.0.0.1", port, big(0), 2)
+            sink = EchoSink("127.0.0.1", port, big(0), replay_tail=False).connect()
+            def work(send, first):
+                for number in range(first, first + 5):
+                    send(big(number))
+            status = []
+            leave = [lambda: os._exit(0), sys.exit, lambda: os.kill(os.getpid(), signal.SIGKILL)]
+            for index in range(3):
+                threads = [threading.Thread(target=work, args=(sender.send, 5 * index)) for sender in (client, sink)]
+                for thread in threads:
+                    thread.start()
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(20)
+                    try:
+                        client.send(big(-1))
+                    except ConnectionClosedError:
+                        pass
+                    for number in range(3):
+                        sink.send(big(100 * (index + 1) + number))
+                    sink.close()
+                    leave[index]()
+                status.append(os.waitpid(pid, 0)[1])
+                for thread in threads:
+                    thread.join()
+            client.close()
+            sink.close()
+            print(status == [0, 0, signal.SIGKILL])
+            """,
+            peer.port,
+        )
+    assert out == "True\n"
+    assert heard[:2] == [list(range(15))] * 2
+    assert heard[2:] == [[100, 101, 102], [200, 201, 202], [300, 301, 302]]
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_sink_sends_from_child_processes(method: str) -> None:
     """The sink travels as configuration, although connected; each process opens a connection of its own."""
     check_children(method, "close")
 
 
-@pytest.mark.parametrize("how", ["end", "drop"])
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [("fork", "end"), ("fork", "drop"), ("forkserver", "end"), ("forkserver", "drop"), ("spawn", "end")],
+)
 def test_children_that_end_without_close_deliver_everything(method: str, how: str) -> None:
     """multiprocessing ends forked children without ``atexit``; far more is packed than the window lets out."""
     check_children(method, how)
