@@ -192,7 +192,7 @@ class EchoSink:
         """
         session = self._session()
         if self._route(session, None).closed:
-            raise ConnectionClosedError(f"{self.peer}: the connection was lost")
+            raise self._ended("the connection was lost", session)
         session.gone = False
         return self
 
@@ -336,8 +336,14 @@ class EchoSink:
         if route is None and not session.closed:
             route = self._connect_once(session, Deadline(timeout))
         if route is None or session.closed:
-            raise ConnectionClosedError(f"{self.peer}: this sink was closed")
+            raise self._ended("this sink was closed", session)
         return route
+
+    def _ended(self, how: str, session: _Session) -> ConnectionClosedError:
+        unacked = 0 if session.route is None else session.route.counts().unacked
+        error = ConnectionClosedError(f"{self.peer}: {how}; {unacked} samples un-acked")
+        error.unacked = unacked
+        return error
 
     def _connect_once(self, session: _Session, deadline: Deadline) -> Route | None:
         """Connect, unless another thread did meanwhile or the sink was closed."""

@@ -736,8 +736,9 @@ def test_connect_says_that_the_connection_died(on_error: Any) -> None:
             with pytest.raises(ConnectionClosedError):
                 sink.wait(PATIENCE_S)
         for _ in range(2):
-            with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}"):
+            with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}.*1 samples un-acked") as lost:
                 sink.connect()
+            assert lost.value.unacked == 1
         if on_error == "warn":
             sink.send(batch(1, 2))
             assert sink.stats().dropped == 2
@@ -940,6 +941,10 @@ def test_close_on_a_peer_that_never_acks_gives_up_in_time() -> None:
             sink.close(SHORT_S)
         assert caught.value.unacked == 5
         sink.close(SHORT_S)
+        for call in (lambda: sink.send(batch(6)), sink.wait, sink.connect):
+            with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}.*5 samples un-acked") as closed:
+                call()
+            assert closed.value.unacked == 5
 
 
 @pytest.mark.parametrize("options", [{}, rows(10)], ids=["all of it packed", "a part of it packed"])
