@@ -22,15 +22,23 @@ class Learner(Spawned):
     Args:
         example: pytree of numpy arrays.
         batch_size: the server's; it hands samples out only in full batches, so tests send a multiple of it.
+        port: where it listens; 0 to have the system choose.
         busy: seconds that it takes over each batch.
         digest: a module-level function that makes what is kept of a batch; None for a copy of all of it.
         options: further arguments of ``echo.Server``.
     """
 
     def __init__(
-        self, example: Any, batch_size: int = 32, *, busy: float = 0.0, digest: Digest | None = None, **options: Any
+        self,
+        example: Any,
+        batch_size: int = 32,
+        *,
+        port: int = 0,
+        busy: float = 0.0,
+        digest: Digest | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(_serve, example, batch_size, busy, digest, options)
+        super().__init__(_serve, example, batch_size, port, busy, digest, options)
         self.port: int = self._answer()
 
     def take(self, samples: int) -> Any:
@@ -57,9 +65,9 @@ class _Store:
     """The server and the batches that it gave, drained by a thread."""
 
     def __init__(
-        self, example: Any, batch_size: int, busy: float, digest: Digest | None, options: dict[str, Any]
+        self, example: Any, batch_size: int, port: int, busy: float, digest: Digest | None, options: dict[str, Any]
     ) -> None:
-        transport = echo.TcpTransport(port=0)
+        transport = echo.TcpTransport(port=port)
         self.server = echo.Server(example, batch_size=batch_size, transport=transport, **options)
         self.server.start()
         self._batch_size = batch_size

@@ -10,7 +10,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,18 @@ class Peer:
             line.sock.close()
         if self._errors and kind is None:
             raise self._errors[0]
+
+
+@contextlib.contextmanager
+def full_queue() -> Iterator[socket.socket]:
+    """A listener that never accepts, and whose queue is full: nothing answers there."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            queued = stack.enter_context(socket.socket())
+            queued.setblocking(False)
+            queued.connect_ex(listener.getsockname())
+        yield listener
 
 
 def greeting(data_sample: Any) -> bytes:

@@ -33,6 +33,16 @@ class Spawned:
         self._process.start()
         theirs.close()
 
+    def freeze(self) -> None:
+        """``kill -STOP``: the process does nothing any more, while its kernel still answers for it."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
         """``kill -9``."""
         assert self._process.pid is not None

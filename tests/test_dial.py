@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peers import PATIENCE_S, Line, Peer, Script, greeting
+from peers import PATIENCE_S, Line, Peer, Script, full_queue, greeting
 
 from echo_torch.deadline import Deadline
 from echo_torch.dial import dial, hang_up, peer_name
@@ -68,13 +68,7 @@ def nobody() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def silent() -> Iterator[socket.socket]:
-    """Listening with a full queue, and never accepting: nothing answers there."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):
-            queued = stack.enter_context(socket.socket())
-            queued.setblocking(False)
-            queued.connect_ex(listener.getsockname())
+    with full_queue() as listener:
         yield listener
 
 
