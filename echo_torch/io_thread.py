@@ -138,10 +138,11 @@ class IoThread:
                 assert link.redial is not None
                 self._open_again(link.redial)
         except BaseException as error:  # whatever ends this thread is what every caller is told
+            if isinstance(error, Exception):
+                _log.exception("%s: the I/O thread failed", self.peer)  # with the frames, which `fail` forgets
             link.fail(error)
             if not isinstance(error, Exception):
                 raise
-            _log.exception("%s: the I/O thread failed", self.peer)
         finally:
             self._tear_down()
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .backlog import Backlog
 from .errors import ConnectionClosedError, ProtocolError
@@ -35,6 +35,8 @@ from .wakeup import WakeUp
 LINGER_S = 0.001
 LINGER_BYTES = 1024
 LINGER_SHARE = 4  # of the window
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class Counts(NamedTuple):
@@ -216,7 +218,7 @@ class Link:
             self.fail(error)
         else:
             self.redial.lost(in_vain=self.ring.acked <= self._acked_at_first)
-            self.lost = error.with_traceback(None)
+            self.lost = _bare(error)
             self.listening = True  # nobody leads
             self.leader.wake()
             self.wake_up.kick()
@@ -228,7 +230,7 @@ class Link:
                 failure = type(error)(f"{self.peer}: {error}")
             else:
                 failure = ConnectionClosedError(f"{self.peer}: connection lost: {error}")
-            failure.__cause__ = error.with_traceback(None)  # whose frames would keep the ring alive
+            failure.__cause__ = _bare(error)
             # Nothing comes between the next two lines: no row is accepted once anybody can know of the failure.
             self.failure = failure
             self.ring.stopped = True
@@ -252,3 +254,9 @@ class Link:
             self.lost = None
         self.leader.follow(sock)
         return again
+
+
+def _bare(error: _Error) -> _Error:
+    """The error without the frames that it, and what it came of, went through: they would keep the ring alive."""
+    error.__context__ = None
+    return error.with_traceback(None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from conftest import our_threads
 from peers import Line, Peer, Script
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError, TcpClient, io_thread
+from echo_torch.link import Link
+from echo_torch.ring import Ring
+from echo_torch.tail import Tail
 
 SAMPLE = {"id": np.zeros((), np.int64)}
 SIZE = 8
@@ -305,6 +309,31 @@ def test_each_reconnect_is_one_warning_with_cause_and_counts(caplog: pytest.LogC
     assert infos[0].startswith(f"{name}: connection lost (the peer closed the connection); trying for 10 s")
     assert warnings[0].startswith(f"{name}: connection lost (the peer closed the connection) and open again after 0.")
     assert "; 6 samples are sent again" in warnings[0]
+
+
+def test_a_loss_that_is_kept_keeps_no_memory() -> None:
+    """In a log, or by whoever caught it: no error refers to the frames of the loss, and by them to the buffer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ring = Ring(memoryview(bytearray(8)), 8)
+        link = Link(ours, "peer", ring, 1, Tail(ring, False), None)
+        with link.lock:
+            link.lose(error_while_another_is_handled())
+        error: BaseException | None = link.failure
+        assert error is not None
+        while error is not None:
+            assert error.__traceback__ is None
+            error = error.__cause__ or error.__context__
+
+
+def error_while_another_is_handled() -> OSError:
+    try:
+        try:
+            raise ConnectionResetError("while writing")
+        except OSError:
+            raise ConnectionClosedError("while reading")  # noqa: B904
+    except OSError as error:
+        return error
 
 
 def test_a_timeout_says_that_the_connection_is_lost() -> None:
