@@ -8,8 +8,24 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cuts", type=int, help="cuts for each case of test_total_queue, and print what was counted")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """With ``--cuts``: a table of what the cases recorded under "total queue", failed ones too."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
+    rows = [value for report in reports for name, value in report.user_properties if name == "total queue"]
+    if config.getoption("cuts") is None or not rows:
+        return
+    terminalreporter.section("total queue")
+    for cells in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
+        terminalreporter.line(f"| {' | '.join(map(str, cells))} |")
 
 
 class Clock:
