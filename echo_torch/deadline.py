@@ -67,5 +67,8 @@ NEVER = Deadline(None)
 
 
 def bounded_wait(seconds: float) -> float:
-    """Cut a wait, which may be infinite, to what the operating system takes."""
-    return min(seconds, _LONGEST_WAIT_S)
+    """Cut a wait, which may be infinite, to what the operating system takes.
+
+    Time that is over is none: ``poll`` would take less than none for ever.
+    """
+    return min(max(seconds, 0.0), _LONGEST_WAIT_S)

@@ -9,6 +9,7 @@ import select
 import socket
 import threading
 
+from .deadline import bounded_wait
 from .locks import is_mine, release_if_mine
 from .ring import Waiter
 from .wakeup import WakeUp
@@ -59,7 +60,7 @@ class Leader:
 
     def _poll(self, seconds: float) -> None:
         # Of descriptors that were closed just now, or are somebody else's since, it can only learn to look again.
-        events = dict(self._poller.poll(seconds * 1000))
+        events = dict(self._poller.poll(bounded_wait(seconds) * 1000))
         self._wake_up.seen(self._wake_up.reader.fileno() in events)
 
     def wake(self) -> None:

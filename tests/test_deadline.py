@@ -114,3 +114,9 @@ def test_a_revocable_deadline_passes_by_itself_too(clock) -> None:
     deadline = Revocable(2.0, lambda: False)
     clock.advance(2.0)
     assert deadline.expired
+
+
+@pytest.mark.parametrize("seconds", [-1e-9, -1.0, -math.inf])
+def test_a_wait_that_is_over_is_none_and_not_endless(seconds: float) -> None:
+    """As the time that is left may be that is looked at twice."""
+    assert bounded_wait(seconds) == 0.0

@@ -405,7 +405,7 @@ def test_park_returns_at_once_when_woken_before_and_then_waits_again() -> None:
     assert not is_open(waiter)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.01])
+@pytest.mark.parametrize("seconds", [0.0, 0.01, -1e-9])
 def test_park_ends_with_its_time(seconds: float) -> None:
     ring = ring_at()
     waiter = ring.enlist(1)
