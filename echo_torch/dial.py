@@ -25,7 +25,7 @@ from .checks import check_count
 from .deadline import LOOK_S, Deadline
 from .errors import ConnectionClosedError, HandshakeError
 from .vigil import keep_asking
-from .wire import Handshake, WireLeaf
+from .wire import Handshake, WireLeaves
 
 # Seconds between tries while a server is not listening yet: at first and at the most.
 _RETRY_S = (0.05, 1.0)
@@ -52,9 +52,7 @@ def check_address(host: str, port: int) -> None:
         raise ValueError(f"port: got {port}, expected 1 to 65535")
 
 
-def dial(
-    host: str, port: int, deadline: Deadline, *, retry_refused: bool = False
-) -> tuple[socket.socket, tuple[WireLeaf, ...]]:
+def dial(host: str, port: int, deadline: Deadline, *, retry_refused: bool = False) -> tuple[socket.socket, WireLeaves]:
     """Connect and read the server's greeting; gives a non-blocking socket and the leaves that the server expects.
 
     Args:
@@ -200,7 +198,7 @@ def _named(failure: OSError, peer: str) -> OSError:
     return type(failure)(failure.errno, f"{failure.strerror} ({peer})")
 
 
-def _shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> tuple[WireLeaf, ...]:
+def _shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
     handshake = Handshake()
     while handshake.leaves is None:
         if not _ready(sock, select.POLLIN, deadline):
@@ -212,7 +210,7 @@ def _shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> tuple[Wi
         except OSError as error:
             raise ConnectionClosedError(f"{peer} broke the connection off during the handshake: {error}") from error
         if not data:
-            got = len(handshake.received)
+            got = handshake.received
             raise ConnectionClosedError(f"{peer} closed the connection during the handshake, after {got} bytes")
         try:
             handshake.feed(data)
@@ -224,7 +222,7 @@ def _shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> tuple[Wi
 
 
 def _late(handshake: Handshake, peer: str, deadline: Deadline) -> TimeoutError:
-    got = len(handshake.received)
+    got = handshake.received
     return TimeoutError(f"{peer}: handshake not complete within {deadline.timeout:g} s; got {got} bytes of it")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import SpecMismatchError
@@ -27,15 +27,17 @@ _MAX_NAMED = 8
 
 def server_error(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf], peer: str) -> SpecMismatchError:
     """The error for a server that expects other arrays: names both sides, leaf by leaf."""
-    ours = [leaf.wire for leaf in leaves]
-    lines = []
-    for index, (server, mine) in enumerate(itertools.zip_longest(theirs, ours)):
-        if server != mine:
-            example = f"{leaves[index]} ({mine.itemsize}-byte items)" if mine else "nothing"
+    what = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(leaves)}"
+    return SpecMismatchError(_listing(what, _shortened(_server_differences(leaves, theirs))))
+
+
+def _server_differences(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf]) -> Iterator[str]:
+    """A line for each, one at a time: a server may name thousands."""
+    for index, (server, leaf) in enumerate(itertools.zip_longest(theirs, leaves)):
+        if not (server and leaf) or server != leaf.wire:
+            example = f"{leaf} ({leaf.wire.itemsize}-byte items)" if leaf else "nothing"
             expected = f"{server.itemsize}-byte items {list(server.shape)}" if server else "nothing"
-            lines.append(f"leaf {index}: server expects {expected}, example has {example}")
-    what = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(ours)}"
-    return SpecMismatchError(_listing(what, _shortened(lines)))
+            yield f"leaf {index}: server expects {expected}, example has {example}"
 
 
 def structure_error(root: str, leaves: Sequence[Leaf], example: Any, batch: Any) -> SpecMismatchError:
@@ -206,10 +208,11 @@ def _how_to_resize(leaf: Leaf, shape: tuple[int, ...], skip: int) -> str:
     return f"{permute}pad or crop all samples to one length: {', '.join(differ)}"
 
 
-def _shortened(problems: list[str]) -> list[str]:
-    if len(problems) <= _MAX_NAMED:
-        return problems
-    return [*problems[:_MAX_NAMED], f"... and {len(problems) - _MAX_NAMED} more"]
+def _shortened(problems: Iterable[str]) -> list[str]:
+    rest = iter(problems)
+    named = list(itertools.islice(rest, _MAX_NAMED))
+    more = sum(1 for _ in rest)
+    return [*named, f"... and {more} more"] if more else named
 
 
 def _listing(what: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> str:

@@ -110,7 +110,8 @@ class SampleSpec:
         Raises:
             SpecMismatchError: naming both sides, leaf by leaf.
         """
-        if list(theirs) != [leaf.wire for leaf in self.leaves]:
+        same_length = len(theirs) == len(self.leaves)
+        if not same_length or any(got != leaf.wire for got, leaf in zip(theirs, self.leaves, strict=True)):
             raise server_error(self.leaves, theirs, peer)
 
     def numpy_leaves(self, sample: Any) -> list[Array] | None:

@@ -4,15 +4,17 @@
   little-endian. Everything after it that comes from the server is acks.
 * The client sends payloads back to back. A payload is the leaves of one sample, C order, concatenated.
 * An ack is one byte, 0x01, per payload and in order.
-* A peer is not trusted: no count it sends makes us read or hold more than `HANDSHAKE_LIMIT` bytes.
+* A peer is not trusted: no count it sends makes us read or hold more than `HANDSHAKE_LIMIT` bytes. So what it announces
+  stays the bytes that it sent (`WireLeaves`).
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import struct
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, overload
 
 from .errors import HandshakeError, ProtocolError
 
@@ -41,6 +43,45 @@ class WireLeaf(NamedTuple):
         return self.itemsize * math.prod(self.shape)
 
 
+class WireLeaves(Sequence[WireLeaf]):
+    """The leaves that a whole greeting announces, read from its bytes whenever they are asked for.
+
+    As objects they would take up to thirty times the memory. Equal to every sequence of the same leaves.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, greeting: bytes | bytearray) -> None:
+        self._greeting = greeting
+
+    def __len__(self) -> int:
+        num_arrays: int = _HEADER.unpack_from(self._greeting)[2]
+        return num_arrays
+
+    def __iter__(self) -> Iterator[WireLeaf]:
+        at = _HEADER.size
+        for _ in range(len(self)):
+            itemsize, num_dims = _ARRAY.unpack_from(self._greeting, at)
+            dims_at = at + _ARRAY.size
+            yield WireLeaf(itemsize, struct.unpack_from(f"<{num_dims}I", self._greeting, dims_at))
+            at = dims_at + 4 * num_dims
+
+    @overload
+    def __getitem__(self, index: int) -> WireLeaf: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[WireLeaf, ...]: ...
+    def __getitem__(self, index: int | slice) -> WireLeaf | tuple[WireLeaf, ...]:
+        return tuple(self)[index]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __repr__(self) -> str:
+        return f"WireLeaves({list(self)})"
+
+
 class Handshake:
     """Reads a server's greeting from bytes that arrive in any pieces.
 
@@ -50,11 +91,10 @@ class Handshake:
 
     def __init__(self) -> None:
         self._data = bytearray()
-        self._num_arrays = 0
-        self._arrays: list[WireLeaf] = []
+        self._arrays_left = 0  # how many are not parsed yet
         self._parsed = 0
         self._needed = _HEADER.size
-        self.leaves: tuple[WireLeaf, ...] | None = None
+        self.leaves: WireLeaves | None = None
 
     @property
     def missing(self) -> int:
@@ -62,9 +102,9 @@ class Handshake:
         return self._needed - len(self._data)
 
     @property
-    def received(self) -> bytes:
-        """What was fed so far."""
-        return bytes(self._data)
+    def received(self) -> int:
+        """Bytes that were fed so far."""
+        return len(self._data)
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes, at most `missing` of them.
@@ -92,23 +132,22 @@ class Handshake:
     def _step(self) -> None:
         """Parse one header whose bytes are all there, and say what is needed next."""
         if self._parsed == 0:
-            self._num_arrays = _HEADER.unpack_from(self._data)[2]
-            _cap("num_arrays", self._num_arrays, MAX_ARRAYS)
+            self._arrays_left = _HEADER.unpack_from(self._data)[2]
+            _cap("num_arrays", self._arrays_left, MAX_ARRAYS)
             self._parsed = _HEADER.size
         else:
-            itemsize, num_dims = _ARRAY.unpack_from(self._data, self._parsed)
+            num_dims = _ARRAY.unpack_from(self._data, self._parsed)[1]
             _cap("num_dims", num_dims, MAX_DIMS)
-            dims_at = self._parsed + _ARRAY.size
-            if len(self._data) < dims_at + 4 * num_dims:
-                self._need(dims_at + 4 * num_dims)
+            end = self._parsed + _ARRAY.size + 4 * num_dims
+            if len(self._data) < end:
+                self._need(end)
                 return
-            shape = struct.unpack_from(f"<{num_dims}I", self._data, dims_at)
-            self._arrays.append(WireLeaf(itemsize, shape))
-            self._parsed = dims_at + 4 * num_dims
-        if len(self._arrays) == self._num_arrays:
-            self.leaves = tuple(self._arrays)
-        else:
+            self._parsed = end
+            self._arrays_left -= 1
+        if self._arrays_left:
             self._need(self._parsed + _ARRAY.size)
+        else:
+            self.leaves = WireLeaves(self._data)
 
     def _need(self, total: int) -> None:
         _cap("handshake bytes", total, HANDSHAKE_LIMIT)

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import pickle
 import re
+import tracemalloc
 import types
 import warnings
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch.utils.data import default_collate
 from echo_torch import SpecMismatchError, numpy_example
 from echo_torch.spec import SampleSpec
 from echo_torch.trees import flatten
-from echo_torch.wire import WireLeaf
+from echo_torch.wire import MAX_ARRAYS, WireLeaf, WireLeaves, encode_handshake
 
 OPAQUE = {
     torch.bfloat16: np.uint16,
@@ -238,6 +239,25 @@ def test_check_server_accepts_equal_sizes_and_names_both_sides_of_what_differs()
     assert "leaf 0" not in message
     assert re.search(r"leaf 1: server expects 2-byte items \[5, 6\], example has \['y'\]: torch.int64 \[\]", message)
     assert re.search(r"leaf 2: server expects nothing, example has \['z'\]: torch.uint8 \[2\]", message)
+
+
+def test_check_server_names_a_few_of_thousands_of_leaves_and_counts_the_rest() -> None:
+    """And makes no more of them than it names."""
+    spec = SampleSpec({"x": torch.zeros(3)})
+    theirs = WireLeaves(encode_handshake([WireLeaf(4, (3,)), *[WireLeaf(9, (2**32 - 1,))] * (MAX_ARRAYS - 1)]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(SpecMismatchError) as caught:
+            spec.check_server(theirs, "learner:1")
+        cost = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert f"learner:1 expects {MAX_ARRAYS} arrays, the example has 1" in message
+    named = re.findall(r"leaf (\d+): server expects 9-byte items \[4294967295\], example has nothing", message)
+    assert list(map(int, named)) == list(range(1, len(named) + 1))
+    assert message.endswith(f"... and {MAX_ARRAYS - 1 - len(named)} more")
+    assert cost < 16 * 1024
 
 
 # Batches that match.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import tracemalloc
 from collections.abc import Iterable
 
 import pytest
@@ -27,6 +28,8 @@ from echo_torch.wire import (
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 U32_MAX = 2**32 - 1
+GROWTH_BYTES = 16 * 1024
+"""Room for what a growing bytearray takes in advance, an eighth, and for a few objects."""
 GREETINGS = {
     "no arrays": ("4543484f 01 00000000", ()),
     "one scalar": ("4543484f 01 01000000  04000000 00000000", (WireLeaf(4, ()),)),
@@ -55,7 +58,7 @@ def read(stream: bytes, pieces: Iterable[int] = (1 << 20,)) -> tuple[Handshake, 
         data = stream[at : at + min(piece, handshake.missing)]
         handshake.feed(data)
         at += len(data)
-        assert handshake.received == stream[:at]
+        assert handshake.received == at
         assert at + handshake.missing <= HANDSHAKE_LIMIT
     raise AssertionError("unreachable: the pieces repeat for ever")
 
@@ -72,7 +75,7 @@ def test_literal_greetings_give_their_leaves_whole_and_byte_by_byte(data: bytes,
     for piece in (len(data), 1):
         handshake, rest = read(data, (piece,))
         assert handshake.leaves == leaves
-        assert (handshake.missing, rest, handshake.received) == (0, b"", data)
+        assert (handshake.missing, rest, handshake.received) == (0, b"", len(data))
 
 
 @literals
@@ -94,14 +97,14 @@ def test_any_greeting_in_any_pieces_is_read_and_no_ack_with_it(leaves, pieces, a
     greeting = encode_handshake(leaves)
     handshake, rest = read(greeting + ACK * acks, pieces)
     assert handshake.leaves == tuple(leaves)
-    assert handshake.received == greeting
+    assert handshake.received == len(greeting)
     assert rest == ACK * acks
 
 
 def test_nothing_fed_changes_nothing() -> None:
     handshake = Handshake()
     handshake.feed(b"")
-    assert (handshake.missing, handshake.received, handshake.leaves) == (9, b"", None)
+    assert (handshake.missing, handshake.received, handshake.leaves) == (9, 0, None)
 
 
 @pytest.mark.parametrize("fed", [b"", b"EC", header(1), header(0)])
@@ -109,7 +112,7 @@ def test_more_than_is_missing_is_not_taken(fed: bytes) -> None:
     handshake, _ = read(fed)
     with pytest.raises(ValueError, match="missing"):
         handshake.feed(bytes(handshake.missing + 1))
-    assert handshake.received == fed
+    assert handshake.received == len(fed)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,20 @@ def test_more_than_is_missing_is_not_taken(fed: bytes) -> None:
 )
 def test_bytes_of_a_leaf(leaf: WireLeaf, nbytes: int) -> None:
     assert leaf.nbytes == nbytes
+
+
+def test_leaves_are_a_sequence_like_any_other() -> None:
+    expected = (WireLeaf(1, (3, 84, 256)), WireLeaf(8, ()), WireLeaf(1, (U32_MAX,)))
+    leaves = read(encode_handshake(expected))[0].leaves
+    assert leaves is not None
+    assert (leaves[0], leaves[-1], leaves[1:]) == (expected[0], expected[-1], expected[1:])
+    assert leaves == list(expected) == leaves
+    assert leaves != expected[:2]
+    assert leaves != (*expected[:2], WireLeaf(1, (3,)))
+    assert leaves != 3
+    assert repr(leaves) == f"WireLeaves({list(expected)})"
+    with pytest.raises(IndexError):
+        leaves[3]
 
 
 # What no server of version 1 says.
@@ -188,6 +205,26 @@ def test_more_than_the_limit_is_refused_before_it_is_held(leaves: list[WireLeaf]
     """`read` checks at every step that what is held and what is asked for stay within the limit."""
     with pytest.raises(HandshakeError, match=f"handshake bytes.*{HANDSHAKE_LIMIT}"):
         read(encode_handshake(leaves))
+
+
+@pytest.mark.parametrize("leaves", [LONGEST, [WireLeaf(U32_MAX, (U32_MAX,))] * MAX_ARRAYS], ids=["long", "many"])
+def test_a_greeting_costs_no_more_memory_than_its_bytes(leaves: list[WireLeaf]) -> None:
+    """However they are divided into leaves and dimensions; comparing them, and naming some, included."""
+    data, half = encode_handshake(leaves), [*leaves[: len(leaves) // 2], WireLeaf(1, ())]
+    tracemalloc.start()
+    try:
+        handshake = Handshake()
+        at = 0
+        while handshake.leaves is None:
+            step = handshake.missing
+            handshake.feed(data[at : at + step])
+            at += step
+        assert handshake.leaves == leaves
+        assert handshake.leaves != half
+        cost = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert cost < HANDSHAKE_LIMIT + GROWTH_BYTES
 
 
 def spoil(greeting: bytes, at: int, byte: int) -> bytes:
