@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("thorough", max_examples=2000)
+"""For `--hypothesis-profile`: twenty times as many examples as by default, where a test does not say how many."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
