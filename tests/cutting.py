@@ -19,6 +19,7 @@ import struct
 import time
 from collections import Counter
 from multiprocessing.connection import Connection as Pipe
+from typing import Any
 
 from spawned import Spawned, answer
 
@@ -55,6 +56,7 @@ class Cutter(Spawned):
         most_acks: most bytes from the server before a cut, which is what every other cut goes by.
         seed: of the random numbers.
         kinds: which cuts are drawn.
+        sizes: of a greeting and of a payload, in bytes, to count how many payloads are un-acked.
     """
 
     def __init__(
@@ -65,13 +67,22 @@ class Cutter(Spawned):
         most_acks: int = 1 << 12,
         seed: int = 0,
         kinds: tuple[str, ...] = tuple(KINDS),
+        sizes: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(_serve, server, _Plan(most_bytes, most_acks, seed, kinds))
+        super().__init__(_serve, server, _Plan(most_bytes, most_acks, seed, kinds), sizes)
         self.port: int = self._answer()
 
     def counts(self) -> Counter[str]:
         """How many connections were accepted ("connections"), and cut: in all ("cuts"), and by kind."""
         return self._ask("counts")
+
+    def watch(self) -> None:
+        """Begin to count the un-acked payloads of connections to come."""
+        self._ask("watch")
+
+    def most_unacked(self) -> int:
+        """The most payloads that came, in part at least, without an ack, over any connection since `watch`."""
+        return self._ask("most_unacked")
 
     def cut_at_random(self, cuts: int) -> None:
         """Cut the connections that are open and those to come, until that was done so many times."""
@@ -123,6 +134,7 @@ class _Way:
         self.source = source
         self.sink = sink
         self.budget = math.inf
+        self.read = 0
         self.ended = False  # by a FIN, which was passed on
         self._held = memoryview(b"")
 
@@ -147,6 +159,7 @@ class _Way:
     def _read(self) -> None:
         piece = self.source.recv(int(min(PIECE_BYTES, self.budget)))
         self.budget -= len(piece)
+        self.read += len(piece)
         self._held = memoryview(piece)
         if not piece:
             self.ended = True
@@ -160,6 +173,7 @@ class _Link:
         self.ends = (client, server)
         self.ways = (_Way(client, server), _Way(server, client))
         self.kind = ""
+        self.watched = True
 
     @property
     def spent(self) -> bool:
@@ -204,9 +218,11 @@ class _Farewell:
 class _Proxy:
     """What the process does; the public methods are those of `Cutter`."""
 
-    def __init__(self, server: int, plan: _Plan) -> None:
+    def __init__(self, server: int, plan: _Plan, sizes: tuple[int, int] | None) -> None:
         self._server = server
         self._plan = plan
+        self._sizes = sizes
+        self._most_unacked = 0
         self._last_cut = 0
         self._counts: Counter[str] = Counter()
         self._links: list[_Link] = []
@@ -220,6 +236,14 @@ class _Proxy:
 
     def counts(self) -> Counter[str]:
         return self._counts
+
+    def watch(self) -> None:
+        self._most_unacked = 0
+        for link in self._links:
+            link.watched = False
+
+    def most_unacked(self) -> int:
+        return self._most_unacked
 
     def cut_at_random(self, cuts: int) -> None:
         self._last_cut = self._counts["cuts"] + cuts
@@ -311,6 +335,7 @@ class _Proxy:
                 wanted = way.waits_for
                 if wanted and wanted[0].fileno() in ready:
                     way.move()
+                    self._count_unacked(link)
         except OSError:
             self._end(link, RST, RST)
             return
@@ -318,6 +343,13 @@ class _Proxy:
             self._end(link, FIN, FIN)
         else:
             self._cut_if_spent(link)
+
+    def _count_unacked(self, link: _Link) -> None:
+        """Acks that were read here and not passed on make it fewer than the client may know of, never more."""
+        if self._sizes and link.watched:
+            greeting, payload = self._sizes
+            unacked = -(-link.ways[0].read // payload) - max(0, link.ways[1].read - greeting)
+            self._most_unacked = max(self._most_unacked, unacked)
 
     def _cut_if_spent(self, link: _Link) -> None:
         if not link.spent:
@@ -354,7 +386,7 @@ def _reset(sock: socket.socket) -> None:
     sock.close()
 
 
-def _serve(pipe: Pipe, server: int, plan: _Plan) -> None:
-    proxy = _Proxy(server, plan)
+def _serve(pipe: Pipe, *arguments: Any) -> None:
+    proxy = _Proxy(*arguments)
     pipe.send(proxy.port)
     proxy.run(pipe)
