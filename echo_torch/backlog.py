@@ -38,28 +38,28 @@ class Backlog:
     def __init__(self, ring: Ring, window: int) -> None:
         self._ring = ring
         modest = max(1, window, MODEST_BYTES // ring.row_bytes)
-        self._modest = modest if modest < ring.capacity - ring.replay else ring.capacity
-        self.caller_bytes = AHEAD_WRITE_BYTES if ring.capacity - ring.replay > window else LEVEL_WRITE_BYTES
+        self._modest = min(modest, ring.room)
+        self.caller_bytes = AHEAD_WRITE_BYTES if ring.room > window else LEVEL_WRITE_BYTES
         """About how much a caller writes itself."""
 
     def begin(self) -> None:
         """Somebody is about to pack."""
         ring = self._ring
-        if ring.limit < ring.capacity and not ring.unacked:
-            ring.limit = ring.capacity
+        if ring.limit < ring.room and not ring.unacked:
+            ring.limit = ring.room
 
     def patience(self, threshold: int) -> Deadline | None:
         """Until when to wait for ``acked`` to reach ``threshold`` before the limit is lifted; None if there is none."""
         ring = self._ring
-        if ring.limit == ring.capacity:
+        if ring.limit == ring.room:
             return None
         return Deadline(max(HICCUP_S, 2 * (threshold - ring.acked) * ring.row_bytes / FAST_BYTES_S))
 
     def waited(self, threshold: int, acked: int, began: float) -> None:
         """Learn from a wait for ``threshold`` that began at some moment, when so many rows were acked."""
         ring = self._ring
-        if ring.limit < ring.capacity:
+        if ring.limit < ring.room:
             fast = ring.acked >= threshold
         else:
             fast = (ring.acked - acked) * ring.row_bytes >= FAST_BYTES_S * (time.monotonic() - began)
-        ring.limit = self._modest if fast else ring.capacity
+        ring.limit = self._modest if fast else ring.room

@@ -116,7 +116,7 @@ class TcpClient:
         replay = check_count("replay_acked", replay_acked, least=0)
         size = self._spec.payload_size
         rows = ring_rows(size, buffer_bytes, replay) if buffer_bytes is not None else window + replay
-        window = min(window, rows)
+        window = min(window, rows - replay)
         buffer = _allocate(rows, size)
         self._peer = peer_name(host, port)
         dial_again = functools.partial(_dial, host, port, self._spec)

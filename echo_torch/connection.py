@@ -195,7 +195,7 @@ class Connection:
         A wake-up for every row would cost more than the rows.
         """
         ring = self.ring
-        return ring.rows_free_at(min(rows, max(1, min(ring.limit, ring.capacity - ring.replay) // 4)))
+        return ring.rows_free_at(min(rows, max(1, ring.limit // 4)))
 
     # Waiting.
 
@@ -238,7 +238,8 @@ class Connection:
             self._link.told = True
             raise self._counted(type(failure)(f"{failure}; {call}() with {self._link.whats_open()}")) from failure
         if self.ring.refusing and call == "send":
-            raise self._counted(ConnectionClosedError(f"{self.peer}: send() on a client that was closed"))
+            what = f"{self.peer}: send() on a client that was closed; {self._link.whats_open()}"
+            raise self._counted(ConnectionClosedError(what))
 
     def _raise_timeout(self, call: str, deadline: Deadline) -> NoReturn:
         if deadline.expired:

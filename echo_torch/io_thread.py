@@ -86,6 +86,9 @@ class IoThread:
         try:
             _thread.start_new_thread(start_thread, ())
             started.acquire()
+        except RuntimeError:  # no thread can be had
+            self._tear_down()
+            raise
         except BaseException:
             self._stopping = True  # if the thread runs, or will, this is all that it needs to end
             raise
@@ -137,12 +140,12 @@ class IoThread:
             while self._attend():
                 assert link.redial is not None
                 self._open_again(link.redial)
-        except BaseException as error:  # whatever ends this thread is what every caller is told
-            if isinstance(error, Exception):
-                _log.exception("%s: the I/O thread failed", self.peer)  # with the frames, which `fail` forgets
+        except Exception as error:  # whatever ends this thread is what every caller is told
+            _log.exception("%s: the I/O thread failed", self.peer)  # with the frames, which `fail` forgets
             link.fail(error)
-            if not isinstance(error, Exception):
-                raise
+        except BaseException as error:
+            link.fail(error)
+            raise
         finally:
             self._tear_down()
 

@@ -83,8 +83,10 @@ class Ring:
         self._newest = self._unswapped = 0  # where the chunk ends that was released last, and the one to swap with next
         self.buffer = buffer.cast("B")
         self.turn = threading.RLock()
-        self.limit = self.capacity
-        """Most rows un-acked; less than ``capacity`` while more would only be slower."""
+        self.room = self.capacity - replay
+        """Most rows un-acked; the others are for those that are kept."""
+        self.limit = self.room
+        """Most rows un-acked for now; less than ``room`` while more would only be slower."""
         self.acked = 0
         self.written = 0
         self.packed = 0
@@ -117,9 +119,7 @@ class Ring:
     def free_run(self, want: int) -> tuple[int, int]:
         """The slot and the length, at most ``want`` and maybe 0, of the free rows up to the end of the chunk."""
         place = self.reserved % self.capacity
-        free = self.capacity - self.reserved + self.released
-        if self.limit < self.capacity:
-            free = max(0, min(free, self.limit - self.reserved + self.acked))
+        free = max(0, self.limit - self.reserved + self.acked)
         chunk, rest = divmod(place, self.chunk_rows)
         # Once per chunk: whoever asks again after a packing that was broken off shall find the same memory.
         if free and not rest and self._placed < self.reserved:
@@ -180,8 +180,7 @@ class Ring:
 
     def rows_free_at(self, rows: int) -> int:
         """The value of ``acked`` at which ``rows`` rows are free, as things stand now."""
-        released = self.reserved + rows - self.capacity
-        return max(0, self.reserved + rows - self.limit, released + self.replay if released > 0 else 0)
+        return max(0, self.reserved + rows - self.limit)
 
     def enlist(self, threshold: int) -> Waiter:
         """Announce a wait for ``acked`` to reach ``threshold``; look at ``acked`` once more before parking on it."""

@@ -49,6 +49,11 @@ class Gate:
 def until(condition: Callable[[], bool]) -> Iterator[None]:
     """After the block, wait until ``condition`` holds, which something outside of this process's control decides."""
     yield
+    eventually(condition)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until ``condition`` holds."""
     deadline = time.monotonic() + SOON_S
     while not condition():
         assert time.monotonic() < deadline, "condition never held"

@@ -10,12 +10,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
+from calls import SOON_S, eventually
 from conftest import our_threads
 from peers import Line, Peer, Script
 
@@ -26,8 +27,6 @@ from echo_torch.tail import Tail
 
 SAMPLE = {"id": np.zeros((), np.int64)}
 SIZE = 8
-SOON_S = 10.0
-"""Far more than anything here takes; what passes it hangs."""
 SHORT_S = 0.3
 
 
@@ -94,13 +93,6 @@ def connect(peer: Peer, *args: Any, reconnect: float = SOON_S, **options: Any) -
 
 def send(client: TcpClient, *ids: int) -> None:
     client.send_rows([np.array(ids, np.int64)])
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON_S
-    while not condition():
-        assert time.monotonic() < deadline, "condition never held"
-        time.sleep(0.002)
 
 
 @contextmanager
@@ -292,6 +284,16 @@ def test_many_cuts_at_any_byte(options: dict[str, Any]) -> None:
         assert part == list(range(part[0], part[0] + len(part))) if part else True
     assert len(arrived) - sent <= counts.maybe_duplicated
     assert counts._replace(resent=0, maybe_duplicated=0) == (sent, 0, 150, 0, 0, 0)
+
+
+def test_send_blocks_at_the_window_although_more_rows_are_kept() -> None:
+    with peer_of(silent) as peer:
+        client = connect(peer, 4, replay_acked=8)
+        send(client, 0, 1, 2, 3)
+        with pytest.raises(DeliveryTimeoutError, match="4 samples un-acked"):
+            client.send(sample(4), timeout=0)
+        with pytest.raises(DeliveryTimeoutError):
+            client.close(0)
 
 
 # What is said.
@@ -627,11 +629,21 @@ def test_bad_seconds_are_refused(reconnect: Any) -> None:
 
 def test_a_learner_that_ends_before_its_actors_ends_no_run(caplog: pytest.LogCaptureFixture) -> None:
     """With ``on_error="warn"``: said once, and the rest is dropped and counted."""
-    with peer_of(acks(10)) as peer:
+    go = threading.Event()
+
+    def ends(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(10 * SIZE)
+        line.ack(10)
+        assert go.wait(SOON_S)
+        line.hang_up()
+
+    with peer_of(ends) as peer:
         with EchoSink("127.0.0.1", peer.port, SAMPLE, on_error="warn", reconnect=SHORT_S) as sink:
             sink.send({"id": np.arange(10)})
             sink.wait()
             peer.refuse()
+            go.set()
             for _ in range(20):
                 sink.send({"id": np.arange(10)})
                 sink.wait()

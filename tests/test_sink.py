@@ -115,8 +115,8 @@ def sink_for(peer: Peer, **options: Any) -> EchoSink:
 
 
 def rows(count: int, replay: int = 8) -> dict[str, Any]:
-    """The options for a ring of ``count`` rows."""
-    return {"buffer_bytes": count * SIZE, "replay_acked": replay}
+    """The options for a ring of which ``count`` rows may be un-acked."""
+    return {"buffer_bytes": (count + replay) * SIZE, "replay_acked": replay}
 
 
 @pytest.fixture
@@ -878,9 +878,9 @@ def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
         (8, {}),
         (9, {}),
         (100, {}),
-        (6, rows(10)),
-        (100, rows(10)),
-        (1, rows(20, replay=13)),
+        (6, rows(2)),
+        (100, rows(2)),
+        (1, rows(7, replay=13)),
         (7, {"replay_acked": 1}),
         (7, {"replay_acked": 0}),
     ],
@@ -947,7 +947,7 @@ def test_close_on_a_peer_that_never_acks_gives_up_in_time() -> None:
             assert closed.value.unacked == 5
 
 
-@pytest.mark.parametrize("options", [{}, rows(10)], ids=["all of it packed", "a part of it packed"])
+@pytest.mark.parametrize("options", [{}, rows(8, replay=13)], ids=["all of it packed", "a part of it packed"])
 def test_a_tail_that_is_not_acked_is_not_counted_as_sent(options: dict[str, Any]) -> None:
     """`close` says that it was not done, while the counts stay those of `send`."""
     with Peer(Acks(8)) as peer:
