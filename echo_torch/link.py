@@ -92,6 +92,7 @@ class Link:
         self._window = window
         self._locks = (self.lock, ring.turn, self.wake_up.lock, self.leader.lock)
         self._acked_at_first = 0  # how much was acked when the socket was opened
+        self._quiet_before = self._quiet_at_loss = 0.0  # of the sockets before, if rows were un-acked then
         self._reconnects = self._resent = 0
 
     # What became of the rows.
@@ -181,11 +182,15 @@ class Link:
         self.leader.wake()
 
     def patience(self, stall_timeout: float) -> float:
-        """Seconds until nothing will have been acked for ``stall_timeout``, which counts only where acks can come."""
-        line = self.line
-        if self.lost is not None or not line.in_the_air:
+        """Seconds until nothing will have been acked for ``stall_timeout`` seconds of being connected."""
+        if self.lost is not None:
             return stall_timeout
-        return line.progress_at + stall_timeout - time.monotonic()
+        return stall_timeout - self._quiet()
+
+    def _quiet(self) -> float:
+        """Seconds for which acks could have come and none did, over all connections since the last that settled one."""
+        before = self._quiet_before if self.ring.acked <= self._acked_at_first else 0.0
+        return before + (time.monotonic() - self.line.progress_at if self.line.in_the_air else 0.0)
 
     # Pumping.
 
@@ -218,6 +223,7 @@ class Link:
             self.fail(error)
         else:
             self.redial.lost(in_vain=self.ring.acked <= self._acked_at_first)
+            self._quiet_at_loss = self._quiet()
             self.lost = _bare(error)
             self.listening = True  # nobody leads
             self.leader.wake()
@@ -250,6 +256,7 @@ class Link:
             again = written - self.ring.written
             self._resent += again
             self._reconnects += 1
+            self._quiet_before = self._quiet_at_loss if self.ring.unacked else 0.0
             self._acked_at_first = self.ring.acked
             self.lost = None
         self.leader.follow(sock)

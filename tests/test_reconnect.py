@@ -19,8 +19,17 @@ import pytest
 from calls import SOON_S, eventually
 from conftest import our_threads
 from peers import Line, Peer, Script
+from torch.utils.data import DataLoader
 
-from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError, TcpClient, io_thread
+from echo_torch import (
+    ConnectionClosedError,
+    DeliveryTimeoutError,
+    EchoSink,
+    ProtocolError,
+    TcpClient,
+    io_thread,
+    redial,
+)
 from echo_torch.link import Link
 from echo_torch.ring import Ring
 from echo_torch.tail import Tail
@@ -457,6 +466,27 @@ def test_a_stall_is_no_reason_to_reconnect() -> None:
         assert len(peer.lines) == 1
 
 
+def test_connections_that_come_and_go_without_an_ack_are_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a balancer that ends idle connections to a server that hangs: nobody would ever be told."""
+    monkeypatch.setattr(redial, "PAUSES_S", (0.001, 0.02))
+
+    def hangs(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(SIZE)
+        time.sleep(SHORT_S / 4)
+        line.hang_up()
+
+    with peer_of(hangs) as peer:
+        client = connect(peer, stall_timeout=SHORT_S)
+        send(client, 0)
+        for _ in range(2):
+            with ends_within(SOON_S), pytest.raises(DeliveryTimeoutError, match=r"stall_timeout.*1 samples un-acked"):
+                client.wait()
+        assert client.counts().reconnects >= 3
+        with pytest.raises(DeliveryTimeoutError):
+            client.close(0)
+
+
 def test_the_time_without_a_connection_is_no_stall() -> None:
     with peer_of(hears(1), acks_all) as peer, connect(peer, stall_timeout=SHORT_S) as client:
         peer.refuse()
@@ -619,6 +649,44 @@ def test_a_sink_without_a_tail_lingers_and_says_how_many_may_be_lost() -> None:
         assert time.monotonic() - began >= 0.1
         assert sink.stats().maybe_lost == 8
         assert numbers(peer.lines[0]) == list(range(300))
+
+
+class SendingCollate:
+    """Sends what it collates, in a DataLoader's worker, and waits for it."""
+
+    def __init__(self, sink: EchoSink) -> None:
+        self._sink = sink
+
+    def __call__(self, items: list[Any]) -> Any:
+        batch = {"id": np.stack(items)}
+        self._sink.send(batch)
+        self._sink.wait()
+        return batch
+
+
+def test_a_worker_of_a_loader_gives_up_before_the_loader_does() -> None:
+    """The loader waits for 5 s at its end; and what the worker raised is raised in the loop."""
+    go = threading.Event()
+
+    def ends(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(4 * SIZE)
+        assert go.wait(SOON_S)
+        line.hang_up()
+
+    with peer_of(ends) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, SAMPLE)
+        loader = DataLoader(list(np.arange(8)), batch_size=4, num_workers=1, collate_fn=SendingCollate(sink))
+        batches = iter(loader)
+        eventually(lambda: len(peer.lines) == 1)
+        peer.refuse()
+        go.set()
+        with (
+            ends_within(2 + SOON_S),
+            pytest.raises(ConnectionClosedError, match=r"not open again after 2\.\d s.*4 samp"),
+        ):
+            next(batches)
+        del batches
 
 
 @pytest.mark.parametrize("reconnect", [-1.0, float("nan"), "1", None, True])
