@@ -58,8 +58,7 @@ class Redial:
         """
         deadline = Revocable(max(0.0, self._lost_at + self.seconds - time.monotonic()), over)
         last: OSError = TimeoutError("no time was left")
-        while not deadline.expired:
-            self._pause(deadline)
+        while self._pause(deadline):
             self.tries += 1
             try:
                 sock = self._dial(deadline.within(self._try_seconds))
@@ -73,10 +72,10 @@ class Redial:
         finally:
             del last  # which would keep this frame, and all that it refers to, alive
 
-    def _pause(self, deadline: Deadline) -> None:
-        if self._backoff is None:
-            self._backoff = Backoff(*PAUSES_S)
-            return
-        pause = Deadline(self._backoff.pause())
+    def _pause(self, deadline: Deadline) -> bool:
+        """Wait for the next try; gives whether there is time for it, without which it could only say so."""
+        pause = Deadline(0.0 if self._backoff is None else self._backoff.pause())
+        self._backoff = self._backoff or Backoff(*PAUSES_S)
         while not pause.expired and not deadline.expired:
             time.sleep(min(pause.remaining(), deadline.remaining(), LOOK_S))
+        return not deadline.expired

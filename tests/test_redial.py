@@ -93,6 +93,7 @@ def test_when_the_time_has_passed_the_last_error_is_raised(clock: SleepingClock,
     assert len(server.at) == redial.tries > 10
     assert server.timeouts[0] == 10.0
     assert server.timeouts[-1] < 10.0  # no try may take longer than what is left
+    assert min(server.timeouts) > 0  # nor is one made with no time left, which could only hide why the others failed
 
 
 def test_what_may_pass_is_tried_again(clock: SleepingClock, sock: socket.socket) -> None:
@@ -121,11 +122,14 @@ def test_another_service_is_not_tried_again(clock: SleepingClock) -> None:
 
 
 def test_it_can_be_called_off_at_any_time(clock: SleepingClock, sock: socket.socket) -> None:
-    redial = Redial(Server(clock, sock), 60.0, None)
+    """And nobody is called after that."""
+    server = Server(clock, sock)
+    redial = Redial(server, 60.0, None)
     redial.lost(in_vain=False)
     with pytest.raises(ConnectionRefusedError):
         redial.open(lambda: clock.now >= 1003.0)
     assert clock.now == pytest.approx(1003.0, abs=0.06)
+    assert server.at[-1] < 1003.0
 
 
 def test_called_off_before_it_began_nothing_is_tried(clock: SleepingClock, sock: socket.socket) -> None:
