@@ -167,10 +167,11 @@ class IoThread:
         return link.lost is not None and not self._over()
 
     def _interest(self) -> int:
-        """What to poll the socket for: acks only if rows, or the end of an abandoned connection, wait for them."""
+        """What to poll the socket for: acks only if somebody waits for them who does not poll."""
         link, ring = self._link, self._link.ring
         link.listening = False  # a caller who packs from here on, and finds it so, kicks
-        if ring.packed > ring.written or self.abandoned or link.lost is not None or not _TELLS_HANG_UP:
+        rows_wait = ring.packed > ring.written or link.repeating
+        if rows_wait or self.abandoned or link.lost is not None or not _TELLS_HANG_UP:
             link.listening = True
         else:
             ring.wake_one()  # to lead
@@ -246,10 +247,10 @@ class IoThread:
         try:
             sock = redial.open(self._would_be_in_vain)
         except (HandshakeError, SpecMismatchError) as error:
-            link.fail(ConnectionClosedError(f"connection lost: {cause}; {error}"))
+            link.fail(error, f"connection lost: {cause}; {error}")
         except OSError as error:
-            spent = f"not open again after {redial.seconds_lost:.1f} s and {redial.tries} tries: {error}"
-            link.fail(ConnectionClosedError(f"connection lost: {cause}; {spent}"))
+            spent = f"not open again after {redial.seconds_lost:.1f} s and {redial.tries} tries"
+            link.fail(error, f"connection lost: {cause}; {spent}: {error}")
         else:
             again = link.begin_again(sock)
             _log.warning(

@@ -108,6 +108,11 @@ class Link:
         return max(0, self.sent - self.ring.acked)
 
     @property
+    def repeating(self) -> bool:
+        """Whether rows that were acked before are not acked again yet by the present connection."""
+        return self.line.acked < self.ring.acked
+
+    @property
     def at_risk(self) -> int:
         """Rows that may be lost although all was done, or was to be done, to have them stored."""
         return self.counts().maybe_lost if self.tail.wanted else self.unacked
@@ -222,20 +227,21 @@ class Link:
         if self.redial is None or isinstance(error, ProtocolError):
             self.fail(error)
         else:
-            self.redial.lost(in_vain=self.ring.acked <= self._acked_at_first)
+            settled = self.ring.acked > self._acked_at_first
+            self.redial.lost(served=settled or not (self.repeating or self.ring.unacked), settled=settled)
             self._quiet_at_loss = self._quiet()
             self.lost = _bare(error)
             self.listening = True  # nobody leads
             self.leader.wake()
             self.wake_up.kick()
 
-    def fail(self, error: BaseException) -> None:
-        """Keep the first failure, wake everybody, and let the thread end."""
+    def fail(self, error: BaseException, how: str | None = None) -> None:
+        """Keep the first failure, wake everybody, and let the thread end; ``how`` in place of the error's own words."""
         if self.failure is None:
+            kind, words = ConnectionClosedError, f"connection lost: {error}"
             if isinstance(error, ConnectionClosedError):
-                failure = type(error)(f"{self.peer}: {error}")
-            else:
-                failure = ConnectionClosedError(f"{self.peer}: connection lost: {error}")
+                kind, words = type(error), str(error)
+            failure = kind(f"{self.peer}: {how or words}")
             failure.__cause__ = _bare(error)
             # Nothing comes between the next two lines: no row is accepted once anybody can know of the failure.
             self.failure = failure
@@ -264,6 +270,6 @@ class Link:
 
 
 def _bare(error: _Error) -> _Error:
-    """The error without the frames that it, and what it came of, went through: they would keep the ring alive."""
-    error.__context__ = None
+    """The error without what it came of, and the frames that it went through: they would keep the ring alive."""
+    error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

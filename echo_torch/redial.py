@@ -1,8 +1,9 @@
 """When and how often a lost connection is opened again, and when that is given up.
 
-* The time that is allowed counts from the loss. A connection that is lost again before anything came of it does not
-  begin it anew: a server that accepts everybody and serves nobody would be called for ever.
-* The first try is made at once, the next ones after pauses that grow.
+* The time that is allowed counts from the loss. A connection that is lost again before it did what there was to do does
+  not begin it anew: a server that accepts everybody and serves nobody would be called for ever.
+* The first try is made at once, the next ones after pauses that grow, and go on growing over connections that are lost
+  soon and settled nothing new.
 * Only what may pass is tried again: a peer that is no echo server, or expects other samples, is the end.
 """
 
@@ -16,8 +17,10 @@ from .backoff import Backoff
 from .deadline import LOOK_S, Deadline, Revocable
 
 # Seconds between tries, at first and at the most: not to be felt after a hiccup, and no burden for a learner's host
-# that starts again and has lost a thousand actors. A connection that lived longer than the second was not in vain.
+# that starts again and has lost a thousand actors.
 PAUSES_S = (0.05, 5.0)
+# How many tries there must be time for at the least.
+TRIES = 4
 
 Dial = Callable[[Deadline], socket.socket]
 """Opens a connection that is ready for samples, before the deadline; raises as `TcpClient` does."""
@@ -34,14 +37,21 @@ class Redial:
         self._try_seconds = try_seconds
         self._lost_at = 0.0
         self._opened_at = time.monotonic()
+        self._pauses = (min(PAUSES_S[0], seconds / TRIES), min(PAUSES_S[1], seconds / TRIES))
         self._backoff: Backoff | None = None  # None while all is well
 
-    def lost(self, in_vain: bool) -> None:
-        """The connection is lost; ``in_vain`` if nothing has come of it."""
+    def lost(self, served: bool, settled: bool) -> None:
+        """The connection is lost.
+
+        Args:
+            served: whether it did what there was to do.
+            settled: whether it settled anything new.
+        """
         self.tries = 0
         now = time.monotonic()
-        if self._backoff is None or not in_vain or now - self._opened_at > PAUSES_S[1]:
+        if settled or now - self._opened_at > self._pauses[1]:
             self._backoff = None
+        if served or self._backoff is None:
             self._lost_at = now
 
     @property
@@ -75,7 +85,7 @@ class Redial:
     def _pause(self, deadline: Deadline) -> bool:
         """Wait for the next try; gives whether there is time for it, without which it could only say so."""
         pause = Deadline(0.0 if self._backoff is None else self._backoff.pause())
-        self._backoff = self._backoff or Backoff(*PAUSES_S)
+        self._backoff = self._backoff or Backoff(*self._pauses)
         while not pause.expired and not deadline.expired:
             time.sleep(min(pause.remaining(), deadline.remaining(), LOOK_S))
         return not deadline.expired

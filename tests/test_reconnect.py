@@ -25,7 +25,9 @@ from echo_torch import (
     ConnectionClosedError,
     DeliveryTimeoutError,
     EchoSink,
+    HandshakeError,
     ProtocolError,
+    SpecMismatchError,
     TcpClient,
     io_thread,
     redial,
@@ -102,6 +104,17 @@ def connect(peer: Peer, *args: Any, reconnect: float = SOON_S, **options: Any) -
 
 def send(client: TcpClient, *ids: int) -> None:
     client.send_rows([np.array(ids, np.int64)])
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """What an error was raised from, the next one first; none may have frames, which would keep memory."""
+    found = []
+    while error.__cause__ is not None:
+        error = error.__cause__
+        assert error.__traceback__ is None
+        assert error.__context__ is None
+        found.append(error)
+    return found
 
 
 @contextmanager
@@ -375,6 +388,7 @@ def test_when_the_time_is_up_who_waits_is_told(call: str, descriptors: None) -> 
         cause = "connection lost: the peer closed the connection"
         assert text.startswith(f"127.0.0.1:{peer.port}: {cause}; not open again after 0.")
         assert "refused" in text
+        assert [type(cause) for cause in causes(caught.value)] == [ConnectionClosedError, ConnectionRefusedError]
         assert f"{call}() with {caught.value.unacked} samples un-acked" in text
         counts = client.counts()
         assert counts.unacked == caught.value.unacked
@@ -409,6 +423,28 @@ def test_progress_renews_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert client.counts().reconnects == 12
 
 
+@pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["FIN", "RST"])
+def test_an_idle_connection_may_be_cut_as_often_as_it_likes(end: Script) -> None:
+    """What was sent is acked again each time, for which nobody has to wait; so no time is running out."""
+    served = threading.Semaphore(0)
+
+    def serves_and_goes(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(3 * SIZE)
+        line.ack(3)
+        time.sleep(SHORT_S / 3)
+        end(line)
+        served.release()
+
+    with peer_of(*[serves_and_goes] * 12, acks_all) as peer, connect(peer, reconnect=SHORT_S) as client:
+        send(client, 0, 1, 2)
+        for _ in range(12):
+            assert served.acquire(timeout=SOON_S)
+        send(client, 3)
+        client.wait(SOON_S)
+        assert client.counts().reconnects == 12
+
+
 def greets_with(other: Any) -> Script:
     def script(line: Line) -> None:
         line.greet(other)
@@ -418,20 +454,21 @@ def greets_with(other: Any) -> Script:
 
 
 @pytest.mark.parametrize(
-    ("other", "says"),
+    ("other", "kind", "says"),
     [
-        (greets_with({"id": np.zeros(2, np.int32)}), "Server spec mismatch"),
-        (lambda line: line.say(b"HTTP/1.1 503 Service Unavailable\r\n"), "magic"),
+        (greets_with({"id": np.zeros(2, np.int32)}), SpecMismatchError, "Server spec mismatch"),
+        (lambda line: line.say(b"HTTP/1.1 503 Service Unavailable\r\n"), HandshakeError, "magic"),
     ],
     ids=["another spec", "another service"],
 )
-def test_another_server_is_the_end_at_once(other: Script, says: str, descriptors: None) -> None:
+def test_another_server_is_the_end_at_once(other: Script, kind: type[Exception], says: str, descriptors: None) -> None:
     with peer_of(hears(3, acked=1), other) as peer:
         client = connect(peer, reconnect=60.0)
         send(client, 0, 1, 2)
         with ends_within(SOON_S), pytest.raises(ConnectionClosedError, match=f"{says}.*2 samples un-acked") as caught:
             client.wait()
         assert caught.value.unacked == 2
+        assert [type(cause) for cause in causes(caught.value)] == [ConnectionClosedError, kind]
         client.close()
         assert len(peer.lines) == 2
 

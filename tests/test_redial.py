@@ -73,7 +73,7 @@ def test_the_first_try_is_made_at_once_and_the_next_after_pauses(clock: Sleeping
     server = Server(clock, sock, refuses=6)
     redial = Redial(server, 60.0, 10.0)
     clock.advance(100)
-    redial.lost(in_vain=True)
+    redial.lost(served=False, settled=False)
     assert redial.open(never) is sock
     assert redial.tries == 7
     gaps = [later - earlier for earlier, later in zip(server.at, server.at[1:], strict=False)]
@@ -85,7 +85,7 @@ def test_the_first_try_is_made_at_once_and_the_next_after_pauses(clock: Sleeping
 def test_when_the_time_has_passed_the_last_error_is_raised(clock: SleepingClock, sock: socket.socket) -> None:
     server = Server(clock, sock)
     redial = Redial(server, 60.0, 10.0)
-    redial.lost(in_vain=False)
+    redial.lost(served=True, settled=True)
     with pytest.raises(ConnectionRefusedError) as caught:
         redial.open(never)
     assert str(caught.value) == f"try {redial.tries}"
@@ -106,7 +106,7 @@ def test_what_may_pass_is_tried_again(clock: SleepingClock, sock: socket.socket)
         return sock
 
     redial = Redial(dial, 60.0, None)
-    redial.lost(in_vain=False)
+    redial.lost(served=True, settled=True)
     assert redial.open(never) is sock
 
 
@@ -115,7 +115,7 @@ def test_another_service_is_not_tried_again(clock: SleepingClock) -> None:
         raise HandshakeError("magic")
 
     redial = Redial(dial, 60.0, None)
-    redial.lost(in_vain=False)
+    redial.lost(served=True, settled=True)
     with pytest.raises(HandshakeError):
         redial.open(never)
     assert redial.tries == 1
@@ -125,7 +125,7 @@ def test_it_can_be_called_off_at_any_time(clock: SleepingClock, sock: socket.soc
     """And nobody is called after that."""
     server = Server(clock, sock)
     redial = Redial(server, 60.0, None)
-    redial.lost(in_vain=False)
+    redial.lost(served=True, settled=True)
     with pytest.raises(ConnectionRefusedError):
         redial.open(lambda: clock.now >= 1003.0)
     assert clock.now == pytest.approx(1003.0, abs=0.06)
@@ -135,7 +135,7 @@ def test_it_can_be_called_off_at_any_time(clock: SleepingClock, sock: socket.soc
 def test_called_off_before_it_began_nothing_is_tried(clock: SleepingClock, sock: socket.socket) -> None:
     server = Server(clock, sock, refuses=0)
     redial = Redial(server, 60.0, None)
-    redial.lost(in_vain=False)
+    redial.lost(served=True, settled=True)
     with pytest.raises(TimeoutError):
         redial.open(lambda: True)
     assert not server.at
@@ -144,12 +144,12 @@ def test_called_off_before_it_began_nothing_is_tried(clock: SleepingClock, sock:
 def test_connections_in_vain_share_one_time_and_pause_more_and_more(clock: SleepingClock, sock: socket.socket) -> None:
     server = Server(clock, sock, refuses=0)
     redial = Redial(server, 10.0, None)
-    redial.lost(in_vain=False)
+    redial.lost(served=True, settled=True)
 
     def open_and_lose() -> None:
         for _ in range(1000):
             redial.open(never)
-            redial.lost(in_vain=True)
+            redial.lost(served=False, settled=False)
 
     with pytest.raises(TimeoutError):
         open_and_lose()
@@ -157,16 +157,40 @@ def test_connections_in_vain_share_one_time_and_pause_more_and_more(clock: Sleep
     assert 6 < len(server.at) < 15
 
 
-@pytest.mark.parametrize(("in_vain", "lived"), [(False, 0.0), (True, PAUSES_S[1] + 1)])
-def test_a_connection_that_was_worth_it_begins_the_time_anew(
-    clock: SleepingClock, sock: socket.socket, in_vain: bool, lived: float
+@pytest.mark.parametrize("seconds", [0.001, 1.0, 2.0, 60.0])
+def test_there_is_time_for_several_tries(clock: SleepingClock, sock: socket.socket, seconds: float) -> None:
+    server = Server(clock, sock)
+    redial = Redial(server, seconds, None)
+    redial.lost(served=True, settled=True)
+    with pytest.raises(ConnectionRefusedError):
+        redial.open(never)
+    assert len(server.at) >= 4
+
+
+@pytest.mark.parametrize(("settled", "lived"), [(True, 0.0), (False, PAUSES_S[1] + 1)])
+def test_a_connection_that_was_worth_it_is_opened_again_at_once(
+    clock: SleepingClock, sock: socket.socket, settled: bool, lived: float
 ) -> None:
+    """And the time begins anew, however often."""
     redial = Redial(Server(clock, sock, refuses=0), 10.0, None)
-    redial.lost(in_vain=False)
+    redial.lost(served=True, settled=True)
     for _ in range(50):
         opened_at = clock.now
         redial.open(never)
-        assert clock.now == opened_at  # without a pause
+        assert clock.now == opened_at
         clock.advance(lived + 0.5)
-        redial.lost(in_vain=in_vain)
+        redial.lost(served=settled, settled=settled)
         assert redial.seconds_lost == 0.0
+
+
+def test_an_idle_connection_that_is_cut_often_is_opened_for_ever_with_pauses(
+    clock: SleepingClock, sock: socket.socket
+) -> None:
+    """It did what there was to do: nothing is wrong but that it does not last."""
+    redial = Redial(Server(clock, sock, refuses=0), 2.0, None)
+    redial.lost(served=True, settled=True)
+    began = clock.now
+    for _ in range(100):
+        redial.open(never)
+        redial.lost(served=True, settled=False)
+    assert 100 * 0.25 * 0.9 < clock.now - began < 100 * 0.5
