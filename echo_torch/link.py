@@ -100,7 +100,9 @@ class Link:
     @property
     def sent(self) -> int:
         """Rows that were accepted; the tail does not count."""
-        return self.ring.packed if self.tail.begins is None else self.tail.begins
+        packed = self.ring.packed  # before it is asked whether the tail has begun, which is packed after that
+        begins = self.tail.begins
+        return packed if begins is None else begins
 
     @property
     def unacked(self) -> int:

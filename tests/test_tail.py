@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import numpy as np
 import pytest
 
+from echo_torch.link import Link
 from echo_torch.ring import Ring
 from echo_torch.tail import Tail
 
@@ -102,3 +105,37 @@ def test_a_ring_that_was_stopped_gets_no_more_of_it() -> None:
     ring.stop()
     assert tail.pack() == 4
     assert ring.packed == 3
+
+
+class BegunMeanwhile(Tail):
+    """Another thread begins and packs it just after somebody saw that it has not begun."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.ring = ring
+        self.begun: int | None = None
+        super().__init__(ring, wanted=True)
+
+    @property
+    def begins(self) -> int | None:  # type: ignore[override]
+        before = self.begun
+        if before is None and self.ring.packed:
+            settle(self.ring)
+            self.begun = self.ring.packed
+            self.ends = self.begun + self.ring.replay
+            self.pack()
+        return before
+
+    @begins.setter
+    def begins(self, begins: int | None) -> None:
+        self.begun = begins
+
+
+def test_it_never_counts_as_sent() -> None:
+    ring = ring_of(16, replay=4)
+    tail = BegunMeanwhile(ring)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        link = Link(ours, "peer", ring, 16, tail, None)
+        pack(ring, 1, 2, 3)
+        assert link.counts().sent == 3
+        assert tail.packed == 4
