@@ -276,7 +276,7 @@ class IoThread:
         with link.lock:
             if link.failure is None:
                 link.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
-                link.told = link.told or not link.ring.unacked
+                link.told = link.told or not link.at_risk
             hang_up(link.line.sock)
         if self.abandoned and link.at_risk:
             _log.warning("%s: ended with %s", self.peer, link.whats_open())

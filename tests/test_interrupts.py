@@ -20,6 +20,7 @@ import torch
 from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
+from echo_torch.tail import Tail
 
 SOON_S = 30.0
 
@@ -242,6 +243,30 @@ def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descri
             with pytest.raises(ConnectionClosedError):
                 client.wait(SOON_S)
     assert interrupts.count > 10
+
+
+def test_close_that_was_interrupted_before_the_tail_says_at_the_next_that_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def strike(tail: Tail) -> int:
+        raise KeyboardInterrupt
+
+    checker = Checker(4)
+    with Peer(checker) as peer:
+        client = TcpClient("127.0.0.1", peer.port, checker.sample, replay_tail=True, replay_acked=2)
+        for number in range(5):
+            client.send({"x": np.full(4, number, np.int64)})
+        client.wait(SOON_S)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tail, "pack", strike)
+            with pytest.raises(KeyboardInterrupt):
+                client.close()
+        assert not caplog.messages
+        client.close()
+        client.close()
+    (said,) = caplog.messages
+    assert "close() with 0 samples un-acked, but up to 2 that were acked last may be lost" in said
+    assert client.counts().maybe_lost == 2
 
 
 # Struck before it has a name, a socket is freed all the same, but not without a word, and what pytest does on hearing
