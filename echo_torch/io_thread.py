@@ -274,12 +274,13 @@ class IoThread:
         """Free everything and wake everybody; once, at the end."""
         link = self._link
         with link.lock:
+            ended = f"{self.peer}:" if link.failure is None else f"{link.failure};"
             if link.failure is None:
                 link.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
                 link.told = link.told or not link.at_risk
             hang_up(link.line.sock)
         if self.abandoned and link.at_risk:
-            _log.warning("%s: ended with %s", self.peer, link.whats_open())
+            _log.warning("%s ended with %s", ended, link.whats_open())
         link.leader.close()
         link.wake_up.close()
         link.ring.stop()

@@ -605,7 +605,9 @@ def test_a_client_dropped_without_a_connection_ends_and_says_so(
         del client
         with ends_within(SOON_S):
             eventually(lambda: not our_threads())
-    assert "ended with 3 samples un-acked" in caplog.messages[-1]
+    said = caplog.messages[-1]
+    assert said.startswith(f"127.0.0.1:{peer.port}: connection lost: the peer closed the connection; not open again")
+    assert said.endswith("; ended with 3 samples un-acked")
 
 
 def test_a_client_dropped_without_a_connection_delivers_when_there_is_one() -> None:
