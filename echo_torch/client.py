@@ -203,7 +203,8 @@ class TcpClient:
             timeout: most seconds for what is un-acked.
 
         Raises:
-            DeliveryTimeoutError: samples were un-acked when the time was up. Closed all the same.
+            DeliveryTimeoutError: samples, or with ``replay_tail`` the last ones sent once more, were un-acked when the
+                time was up. Closed all the same.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
         self._connection.close(Deadline(timeout))

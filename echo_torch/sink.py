@@ -267,7 +267,8 @@ class EchoSink:
             timeout: most seconds for what is un-acked.
 
         Raises:
-            DeliveryTimeoutError: samples were un-acked when the time was up; ``unacked`` says how many.
+            DeliveryTimeoutError: samples were un-acked when the time was up; ``unacked`` says how many. 0 of them if it
+                was only the tail, which is sent once more, that was not acked again.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
         check_timeout("timeout", timeout)
