@@ -10,7 +10,7 @@ import socket
 import threading
 
 from .deadline import bounded_wait
-from .locks import is_mine, release_if_mine
+from .locks import is_mine
 from .ring import Waiter
 from .wakeup import WakeUp
 
@@ -55,7 +55,10 @@ class Leader:
             lock.release()
             return True
         except BaseException:
-            release_if_mine(lock)
+            try:  # noqa: SIM105
+                lock.release()
+            except RuntimeError:
+                pass
             raise
 
     def _poll(self, seconds: float) -> None:

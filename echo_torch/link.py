@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 from .backlog import Backlog
 from .errors import ConnectionClosedError, ProtocolError
 from .leader import Leader
-from .locks import is_mine, release_if_mine
+from .locks import is_mine
 from .pump import Pump
 from .redial import Redial
 from .ring import Ring, Waiter
@@ -211,7 +211,10 @@ class Link:
             lock.release()
             return True
         except BaseException:
-            release_if_mine(lock)
+            try:  # noqa: SIM105
+                lock.release()
+            except RuntimeError:
+                pass
             raise
 
     def pump(self, read_acks: bool, write_bytes: int) -> None:

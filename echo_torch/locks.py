@@ -2,6 +2,10 @@
 
 ``with lock`` on a plain ``Lock`` or an ``RLock`` is safe by itself: both are C code, and no interrupt comes between
 their acquiring and the block. These are for what ``with`` cannot do.
+
+Whoever acquires such a lock with a limit releases it in an ``except`` block of the same function, calling
+``lock.release()`` before anything else; only the lock knows whether it was acquired. A helper would not do: a second
+interrupt can strike where a Python function begins.
 """
 
 from __future__ import annotations
@@ -12,14 +16,3 @@ from collections.abc import Callable
 
 is_mine: Callable[[threading.RLock], bool] = operator.methodcaller("_is_owned")
 """Whether the calling thread holds an ``RLock``."""
-
-
-def release_if_mine(lock: threading.RLock) -> None:
-    """Release after an interrupt anywhere around ``acquire``, when only the lock knows whether it was acquired.
-
-    Nothing that a second interrupt could strike comes before the release.
-    """
-    try:  # noqa: SIM105
-        lock.release()
-    except RuntimeError:
-        pass

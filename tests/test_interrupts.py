@@ -204,6 +204,41 @@ def test_interrupted_sends_and_waits_over_connections_that_are_cut(
     assert counts.reconnects >= 10
 
 
+def test_an_interrupt_that_follows_another_at_once_leaves_no_lock_held() -> None:
+    """The second strikes while the first one unwinds. A lock left held would have every later call turned away."""
+    checker = Checker(4)
+    left = strikes = 0
+
+    def strike(*_: object) -> None:
+        nonlocal left, strikes
+        if left:
+            left -= 1
+            strikes += 1
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, strike)
+    chance = random.Random(0)
+    try:
+        with Peer(checker) as peer, TcpClient("127.0.0.1", peer.port, checker.sample) as client:
+            while strikes < 2000:
+                with suppress(KeyboardInterrupt):
+                    try:
+                        left = 2
+                        signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 3e-4), 2e-5)
+                        while left == 2:
+                            client.send(checker.sample)
+                            client.wait(SOON_S)
+                    finally:
+                        while left:
+                            pass
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                client.send(checker.sample)
+                client.wait(SOON_S)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_interrupted_waits(interrupts: Interrupts) -> None:
     checker = Checker(4)
     with Peer(checker) as peer, TcpClient("127.0.0.1", peer.port, checker.sample) as client:
