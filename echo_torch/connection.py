@@ -112,16 +112,21 @@ class Connection:
             self._link.nudge()
 
     def close(self, deadline: Deadline) -> None:
-        """Deliver what is packed, and the tail again, until the deadline; then end thread and socket, in any case.
+        """Deliver what is packed, and the tail again, until the deadline; then end thread and socket.
+
+        An interrupt leaves it to the thread to do so, as for a client that was dropped; as does a call on that thread.
 
         Raises:
-            ConnectionClosedError: the connection had failed with rows un-acked, and no call has said so yet. If all
-                were acked, and only the tail of them is at risk, that is logged.
+            ConnectionClosedError: the connection is lost with rows un-acked, and no call has said so yet. If all were
+                acked, and only the tail of them is at risk, that is logged.
             DeliveryTimeoutError: rows are un-acked at the deadline.
         """
         link = self._link
         if self._pid != os.getpid():
             self.thread.disown()
+            return
+        if self.thread.is_current:
+            self.thread.say_farewell()
             return
         self._enter("close")
         told = link.told
@@ -129,11 +134,18 @@ class Connection:
             link.refuse()
             self._deliver_all(deadline)
         except ConnectionClosedError as error:
+            self.thread.end()
             if link.unacked and not told:
                 raise
-            if link.at_risk and not told:
+            if link.at_risk and link.heard and not told:
                 _log.warning("%s", error)
-        finally:
+        except DeliveryTimeoutError:
+            self.thread.end()
+            raise
+        except BaseException:
+            self.thread.say_farewell()
+            raise
+        else:
             self.thread.end()
 
     def _deliver_all(self, deadline: Deadline) -> None:
@@ -149,12 +161,14 @@ class Connection:
         self.thread.linger(deadline)
 
     def _enter(self, call: str) -> None:
-        """Turn away whom this connection cannot serve: another process, or a signal handler inside a call of ours."""
+        """Turn away whom this connection cannot serve: another process, its own thread, a signal handler in a call."""
         link = self._link
         if self._pid != os.getpid():
             raise ConnectionClosedError(
                 f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
             )
+        if self.thread.is_current:
+            raise RuntimeError(f"{call}() was called by a logging handler, or finaliser, on the thread that delivers")
         if link.interrupted:
             raise RuntimeError(
                 f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
@@ -246,9 +260,12 @@ class Connection:
             what = f"{call}() not done within {deadline.timeout:g} s"
         else:
             what = f"nothing was acked for {self.stall_timeout:g} s (stall_timeout)"
-        self._link.told = self._link.told or call == "close"
-        text = f"{self.peer}: {what}; {self._link.whats_open()}"
-        raise self._counted(DeliveryTimeoutError(text if call == "close" else f"{text}; delivery goes on"))
+        link = self._link
+        text = f"{self.peer}: {what}; {link.whats_open()}"
+        if call == "close":
+            link.told = True
+            raise self._counted((DeliveryTimeoutError if link.lost is None else ConnectionClosedError)(text))
+        raise self._counted(DeliveryTimeoutError(f"{text}; delivery goes on"))
 
     def _counted(self, error: Any) -> Any:
         error.unacked = self._link.unacked

@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import logging
 import select
 import threading
 import time
+from typing import Any
 
 from . import lifetime
 from .deadline import Deadline, bounded_wait
@@ -98,6 +100,11 @@ class IoThread:
 
     # What others do.
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is this thread: a logging handler, say."""
+        return threading.get_ident() == self._thread.ident
+
     def linger(self, deadline: Deadline) -> None:
         """Give the server time to take what it acked out of its queue."""
         if self._linger_s and self._link.sent:
@@ -140,12 +147,12 @@ class IoThread:
             while self._attend():
                 assert link.redial is not None
                 self._open_again(link.redial)
-        except Exception as error:  # whatever ends this thread is what every caller is told
-            _log.exception("%s: the I/O thread failed", self.peer)  # with the frames, which `fail` forgets
+        except BaseException as error:  # whatever ends this thread is what every caller is told
+            frames = error.__traceback__  # which `fail` forgets
             link.fail(error)
-        except BaseException as error:
-            link.fail(error)
-            raise
+            _say(logging.ERROR, "%s: the I/O thread failed", self.peer, exc_info=(type(error), error, frames))
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._tear_down()
 
@@ -218,7 +225,7 @@ class IoThread:
         if self._link.ring.waited_for and line.in_the_air and min(quiet, now - self._warned_at) >= STALL_WARNING_S:
             self._warned_at = now
             what = self._link.whats_open()
-            _log.warning("%s: nothing acked for %.0f s, %s; is the learner draining?", self.peer, quiet, what)
+            _say(logging.WARNING, "%s: nothing acked for %.0f s, %s; is the learner draining?", self.peer, quiet, what)
 
     def _said_farewell(self) -> bool:
         """Whether the client was dropped and there is nothing, or no time, left to deliver."""
@@ -243,7 +250,8 @@ class IoThread:
         link, cause = self._link, self._link.lost
         link.leader.follow(None)
         hang_up(link.line.sock)
-        _log.info("%s: connection lost (%s); trying for %g s to open it again", self.peer, cause, redial.seconds)
+        text = "%s: connection lost (%s); trying for %g s to open it again"
+        _say(logging.INFO, text, self.peer, cause, redial.seconds)
         try:
             sock = redial.open(self._would_be_in_vain)
         except (HandshakeError, SpecMismatchError) as error:
@@ -253,7 +261,8 @@ class IoThread:
             link.fail(error, f"connection lost: {cause}; {spent}: {error}")
         else:
             again = link.begin_again(sock)
-            _log.warning(
+            _say(
+                logging.WARNING,
                 "%s: connection lost (%s) and open again after %.1f s; %d samples are sent again, which the server may "
                 "then have twice",
                 self.peer,
@@ -274,15 +283,22 @@ class IoThread:
         """Free everything and wake everybody; once, at the end."""
         link = self._link
         with link.lock:
-            ended = f"{self.peer}:" if link.failure is None else f"{link.failure};"
+            failed = link.failure is not None
             if link.failure is None:
                 link.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
                 link.told = link.told or not link.at_risk
             hang_up(link.line.sock)
-        if self.abandoned and link.at_risk:
-            _log.warning("%s ended with %s", ended, link.whats_open())
+        if link.at_risk and (self.abandoned or (failed and not link.heard)):  # there may be no call any more to say so
+            how = f"{link.failure};" if failed else f"{self.peer}:"
+            _say(logging.WARNING, "%s ended with %s", how, link.whats_open())
         link.leader.close()
         link.wake_up.close()
         link.ring.stop()
         lifetime.end(self)
         self._ended.release()
+
+
+def _say(level: int, text: str, *args: Any, **options: Any) -> None:
+    """Log; what a handler raises shall not end the thread, with all that depends on it."""
+    with contextlib.suppress(Exception):
+        _log.log(level, text, *args, **options)

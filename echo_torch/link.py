@@ -81,6 +81,8 @@ class Link:
         self.failure: ConnectionClosedError | None = None
         self.told = False
         """Whether a caller was told of the failure, or need not be."""
+        self.heard = False
+        """Whether anybody waited when it came, and will be told."""
         self.listening = False
         """Whether the I/O thread polls for acks, or will."""
         self.lingering = False
@@ -120,10 +122,11 @@ class Link:
         return self.counts().maybe_lost if self.tail.wanted else self.unacked
 
     def counts(self) -> Counts:
+        acked = self.ring.acked  # before `sent`, which is at least as far by then
         sent = self.sent
         return Counts(
             sent=sent,
-            unacked=min(self.unacked, sent),
+            unacked=max(0, sent - acked),
             reconnects=self._reconnects,
             resent=self._resent,
             maybe_duplicated=self._resent + self.tail.packed,
@@ -248,6 +251,7 @@ class Link:
                 kind, words = type(error), str(error)
             failure = kind(f"{self.peer}: {how or words}")
             failure.__cause__ = _bare(error)
+            self.heard = self.ring.waited_for
             # Nothing comes between the next two lines: no row is accepted once anybody can know of the failure.
             self.failure = failure
             self.ring.stopped = True

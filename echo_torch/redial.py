@@ -66,6 +66,8 @@ class Redial:
             OSError: why the last try failed.
             HandshakeError, SpecMismatchError: the peer is another one now.
         """
+        if self._backoff is None:  # the loss may have been found some time ago, by another thread
+            self._lost_at = time.monotonic()
         deadline = Revocable(max(0.0, self._lost_at + self.seconds - time.monotonic()), over)
         last: OSError = TimeoutError("no time was left")
         while self._pause(deadline):

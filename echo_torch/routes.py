@@ -76,12 +76,14 @@ class RowRoute:
         self._turn = threading.RLock()
         self._acked = 0
         self._sent = 0
+        self._lost = False
         self.closed = False
         self.blocked_seconds = 0.0
 
     def counts(self) -> Counts:
         """Such a client tells nothing of what comes after ``wait``."""
-        return Counts(sent=self._sent, unacked=self._sent - self._acked)
+        unacked = self._sent - self._acked
+        return Counts(sent=self._sent, unacked=unacked, maybe_lost=unacked if self.closed or self._lost else 0)
 
     def send(self, match: Match, timeout: float | None) -> None:
         deadline = Deadline(timeout)
@@ -122,6 +124,7 @@ class RowRoute:
     def _translated(self, error: Exception, done: int) -> ConnectionClosedError | DeliveryTimeoutError:
         """The client's error as one of ours, with the counts."""
         kind = DeliveryTimeoutError if isinstance(error, DeliveryTimeoutError) else ConnectionClosedError
+        self._lost = self._lost or kind is ConnectionClosedError
         ours: ConnectionClosedError | DeliveryTimeoutError
         unacked = self.counts().unacked
         ours = kind(f"{self._peer}: {error}; {unacked} samples un-acked")

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -559,7 +559,7 @@ def test_close_gives_up_at_its_timeout(descriptors: None) -> None:
     with peer_of(hears(3)) as peer:
         client = connect(peer, 4)
         lost(peer, client, 0, 1, 2)
-        with ends_within(SHORT_S + 1), pytest.raises(DeliveryTimeoutError, match=r"close\(\) not done") as caught:
+        with ends_within(SHORT_S + 1), pytest.raises(ConnectionClosedError, match=r"close\(\) not done") as caught:
             client.close(SHORT_S)
         assert caught.value.unacked == client.counts().unacked >= 3
         with pytest.raises(ConnectionClosedError):
@@ -591,7 +591,96 @@ def test_close_does_not_wait_long_for_nothing_but_the_tail(
             client.close()
         assert client.counts().maybe_lost == 3
     (said,) = caplog.messages
-    assert "close() with 0 samples un-acked, but up to 3 that were acked last may be lost" in said
+    assert "with 0 samples un-acked, but up to 3 that were acked last may be lost" in said
+
+
+@pytest.mark.parametrize("reconnect", [0.0, SHORT_S])
+def test_a_loss_that_nobody_waits_for_is_logged(reconnect: float, caplog: pytest.LogCaptureFixture) -> None:
+    """There may be no call any more: the program may end, or drop the client, without a word."""
+    go = threading.Event()
+
+    def ends(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(3 * SIZE)
+        assert go.wait(SOON_S)
+        line.hang_up()
+
+    with peer_of(ends) as peer:
+        client = connect(peer, reconnect=reconnect)
+        peer.refuse()
+        send(client, 0, 1, 2)
+        go.set()
+        eventually(lambda: not our_threads())
+        assert "3 samples un-acked" in caplog.messages[-1]
+        with pytest.raises(ConnectionClosedError, match="3 samples un-acked"):  # and the next call says so all the same
+            client.close()
+        assert len(caplog.messages) == 1
+
+
+class Troublesome(logging.Handler):
+    """Calls something for every record: to raise, or to call the client that logs."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__()
+        self._call = call
+        self.outcomes: list[BaseException | None] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self.outcomes.append(error)
+            raise
+        self.outcomes.append(None)
+
+
+@contextmanager
+def handling(handler: logging.Handler) -> Iterator[None]:
+    logger = logging.getLogger("echo_torch")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@pytest.mark.parametrize("call", ["raises", "send", "wait"])
+def test_a_logging_handler_cannot_stop_the_thread(call: str, descriptors: None) -> None:
+    """Neither by raising nor by calling the client from inside; a call that could only wait for itself is refused."""
+
+    def act() -> None:
+        if call == "raises":
+            raise OSError("disk full")
+        if call == "send":
+            client.send(sample(9))
+        client.wait()
+
+    handler = Troublesome(act)
+    with handling(handler), peer_of(hears(3), acks_all) as peer:
+        client = connect(peer, 4)
+        send(client, 0, 1, 2)
+        client.wait(SOON_S)
+        client.close(SOON_S)
+        assert client.counts().reconnects == 1
+    assert handler.outcomes
+    kind = OSError if call == "raises" else RuntimeError
+    assert all(type(error) is kind for error in handler.outcomes)
+
+
+def test_a_logging_handler_may_close() -> None:
+    """The thread then delivers what is there, and ends."""
+    handler = Troublesome(lambda: client.close())
+    with handling(handler), peer_of(hears(3), acks_all) as peer:
+        client = connect(peer, replay_tail=True, replay_acked=2)
+        send(client, 0, 1, 2)
+        eventually(lambda: not our_threads())
+        assert numbers(peer.lines[1]) == [0, 1, 2, 1, 2]
+        assert client.closed
+        client.close()
+    assert set(handler.outcomes) == {None}
 
 
 def test_a_client_dropped_without_a_connection_ends_and_says_so(
@@ -648,7 +737,7 @@ def test_a_forked_child_holds_no_copy_of_a_connection_that_is_being_opened() -> 
         if not child:
             stay()
         try:
-            with pytest.raises(DeliveryTimeoutError):
+            with pytest.raises(ConnectionClosedError):
                 client.close(0)
             assert left.wait(SOON_S)
         finally:

@@ -606,10 +606,10 @@ def test_warn_logs_the_loss_once_drops_and_counts(caplog: pytest.LogCaptureFixtu
         assert (stats.samples_sent, stats.samples_acked, stats.in_flight, stats.dropped) == (2, 1, 1, 10)
         sink.close()
         assert sink.stats() == stats
-    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1
-    assert warnings[0].name.startswith("echo_torch")
-    assert f"127.0.0.1:{peer.port}" in warnings[0].getMessage()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    (gone,) = [text for text in warnings if "the learner is gone" in text]
+    assert f"127.0.0.1:{peer.port}" in gone
+    assert len(warnings) <= 2  # if nobody waited just when it was lost, the connection says so too
 
 
 def test_warn_counts_the_part_of_a_batch_that_was_not_accepted() -> None:
