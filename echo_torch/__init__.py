@@ -8,8 +8,9 @@ from .errors import (
     ProtocolError,
     SpecMismatchError,
 )
-from .sink import EchoSink, SinkStats
+from .sink import EchoSink
 from .spec import numpy_example
+from .stats import SinkStats
 
 __version__ = "0.1.0"
 

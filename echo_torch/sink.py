@@ -6,7 +6,6 @@ which process that is, is looked up before any lock is touched, so that a fork a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
@@ -30,6 +29,7 @@ from .link import Counts
 from .locks import is_mine
 from .routes import RingRoute, Route, RowRoute
 from .spec import SampleSpec
+from .stats import SinkStats
 from .trees import flatten
 
 _log = logging.getLogger(__name__)
@@ -49,34 +49,6 @@ LINGER_S = 0.1
 WORKER_RECONNECT_S = 2.0
 # Seconds that leaving a `with` block by an exception may take.
 EXCEPTION_CLOSE_TIMEOUT_S = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class SinkStats:
-    """What a sink did in this process. Counts of samples and of their payload bytes since it connected."""
-
-    samples_sent: int
-    """Samples that ``send`` accepted."""
-    bytes_sent: int
-    samples_acked: int
-    """Samples that the server acknowledged."""
-    bytes_acked: int
-    in_flight: int
-    """Samples accepted and not acknowledged; after a connection was lost, those it took with it, maybe stored."""
-    dropped: int
-    """Samples given to ``send`` after the learner was gone, with ``on_error="warn"``."""
-    blocked_seconds: float
-    """Seconds that ``send`` waited for room."""
-    reconnects: int = 0
-    """How often a lost connection was opened again."""
-    resent: int = 0
-    """Samples that were sent again then."""
-    maybe_duplicated: int = 0
-    """How many more samples than were sent the learner may have got, at the most: those sent again, and the tail that
-    `close` sends."""
-    maybe_lost: int = 0
-    """How many samples the learner may never get, at the most, now that the connection has ended: the un-acked ones,
-    and the last ``replay_acked`` of the others unless `close` sent them again. 0 before that."""
 
 
 class _Session:

@@ -1,0 +1,33 @@
+"""What `EchoSink.stats` tells."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class SinkStats:
+    """What a sink did in this process. Counts of samples and of their payload bytes since it connected."""
+
+    samples_sent: int
+    """Samples that ``send`` accepted."""
+    bytes_sent: int
+    samples_acked: int
+    """Samples that the server acknowledged."""
+    bytes_acked: int
+    in_flight: int
+    """Samples accepted and not acknowledged; after a connection was lost, those it took with it, maybe stored."""
+    dropped: int
+    """Samples given to ``send`` after the learner was gone, with ``on_error="warn"``."""
+    blocked_seconds: float
+    """Seconds that ``send`` waited for room."""
+    reconnects: int = 0
+    """How often a lost connection was opened again."""
+    resent: int = 0
+    """Samples that were sent again then."""
+    maybe_duplicated: int = 0
+    """How many more samples than were sent the learner may have got, at the most: those sent again, and the tail that
+    `close` sends."""
+    maybe_lost: int = 0
+    """How many samples the learner may never get, at the most, now that the connection has ended: the un-acked ones,
+    and the last ``replay_acked`` of the others unless `close` sent them again. 0 before that."""
