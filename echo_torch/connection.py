@@ -154,6 +154,7 @@ class Connection:
         self._check_open("close")
         self._wait_for("close", self._link.sent, deadline)
         while left := tail.pack():
+            self._check_open("close")
             self._link.push()
             self._wait_for("close", self._room_at(left), deadline)
         self._link.push()

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import SOON_S, Gate, running, says, until
+from calls import SOON_S, Gate, eventually, running, says, until
+from conftest import our_threads
 from learner import Learner
 from peers import Line, Peer
 
@@ -25,6 +26,7 @@ from echo_torch import (
     SpecMismatchError,
     TcpClient,
 )
+from echo_torch.tail import Tail
 
 SAMPLE = {"id": np.zeros((), np.int64), "x": np.zeros(3, np.float32)}
 SIZE = 20
@@ -731,6 +733,34 @@ def test_close_says_that_only_the_tail_may_be_lost(caplog: pytest.LogCaptureFixt
         assert client.counts().maybe_lost == 2
     said = f"127.0.0.1:{peer.port}: the peer closed the connection; close() with 0 samples un-acked, but up to 2 "
     assert caplog.messages == [said + "that were acked last may be lost"]
+
+
+def test_close_ends_when_the_peer_leaves_just_before_the_tail_is_packed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With everything acked: nothing is left to wait for, and no row is packed any more."""
+    closing = Gate()
+    pack = Tail.pack
+
+    def leave(line: Line) -> None:
+        acks_all_but_the_tail(line)
+        closing.wait()
+        line.hang_up()
+
+    def pack_late(tail: Tail) -> int:
+        closing.open()
+        eventually(lambda: not our_threads())
+        return pack(tail)
+
+    with Peer(leave) as peer:
+        client = connect(peer, replay_acked=2, replay_tail=True)
+        for number in range(3):
+            client.send(sample(number))
+        client.wait(SOON_S)
+        monkeypatch.setattr(Tail, "pack", pack_late)
+        client.close()
+        assert client.counts().maybe_lost == 2
+    assert "up to 2 that were acked last may be lost" in caplog.text
 
 
 def test_close_that_was_interrupted_still_tells_of_the_loss(descriptors: None) -> None:
