@@ -162,14 +162,12 @@ class Connection:
         self.thread.linger(deadline)
 
     def _enter(self, call: str) -> None:
-        """Turn away whom this connection cannot serve: another process, its own thread, a signal handler in a call."""
+        """Turn away whom this connection cannot serve: another process, or a signal handler inside a call of ours."""
         link = self._link
         if self._pid != os.getpid():
             raise ConnectionClosedError(
                 f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
             )
-        if self.thread.is_current:
-            raise RuntimeError(f"{call}() was called by a logging handler, or finaliser, on the thread that delivers")
         if link.interrupted:
             raise RuntimeError(
                 f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
@@ -233,6 +231,8 @@ class Connection:
                         if until:
                             break
                         self._raise_timeout(call, deadline)
+                if self.thread.is_current:
+                    raise RuntimeError(f"{call}() by a logging handler, or finaliser, on the thread that it waits for")
                 pause = min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S)
                 pause = min(pause, until.remaining()) if until else pause
                 if not link.lead(waiter, pause):

@@ -665,9 +665,12 @@ def test_a_logging_handler_cannot_stop_the_thread(call: str, descriptors: None) 
         client.wait(SOON_S)
         client.close(SOON_S)
         assert client.counts().reconnects == 1
-    assert handler.outcomes
     kind = OSError if call == "raises" else RuntimeError
-    assert all(type(error) is kind for error in handler.outcomes)
+    assert type(handler.outcomes[0]) is kind
+    assert {type(error) for error in handler.outcomes} <= {
+        kind,
+        type(None),
+    }  # later on there may be nothing to wait for
 
 
 def test_a_logging_handler_may_close() -> None:
