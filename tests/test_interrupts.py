@@ -6,6 +6,7 @@ ever sees whole payloads, in order, and every one whose `send` returned.
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 import subprocess
@@ -50,12 +51,15 @@ class Interrupts:
 
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
+    """Without the garbage collector: whoever has it call back, as Hypothesis does, can be struck there, which warns."""
     made = Interrupts()
+    gc.disable()
     before = signal.signal(signal.SIGALRM, made.strike)
     yield made
     made.disarm()
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+    gc.enable()
 
 
 class Checker:
