@@ -101,8 +101,8 @@ class Machine(RuleBasedStateMachine):
     )
     def open(self, window: int, rows: int, reconnect: float, tail: bool) -> None:
         self.window = window
-        self.reconnect = reconnect
         self.tail = tail
+        self.lasting = reconnect >= LONG_S  # whether it can only end by being closed
         self.accepted, self.acked = [], 0
         self.stage.cutter.cut_at_random(0)
         self.stage.cutter.watch()
@@ -195,13 +195,13 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def toggle_silence(self) -> None:
         """Nothing passes any more, and nobody says so; or all does again."""
-        self.frozen = not self.frozen
+        self.frozen, self.lasting = not self.frozen, False
         (self.stage.cutter.freeze if self.frozen else self.stage.cutter.thaw)()
 
     @precondition(lambda self: self.client is not None or self.refusing)
     @rule()
     def toggle_refusing(self) -> None:
-        self.refusing = not self.refusing
+        self.refusing, self.lasting = not self.refusing, False
         (self.stage.cutter.stop_listening if self.refusing else self.stage.cutter.listen_again)()
 
     @precondition(lambda self: self.client is not None)
@@ -226,7 +226,7 @@ class Machine(RuleBasedStateMachine):
         while our_threads():
             assert time.monotonic() < deadline, "it never ended"
             time.sleep(0.005)
-        sure = self.tail and not failed and self.reconnect >= LONG_S
+        sure = self.tail and not failed and self.lasting
         self.settle(0 if sure else len(self.accepted), duplicates + self.window + 2 * REPLAY)
 
     def outcome(self, call: Callable[[], object], timeout: float) -> Any:
@@ -255,7 +255,7 @@ class Machine(RuleBasedStateMachine):
             assert counts.unacked == error.unacked
             assert counts.maybe_lost > 0
         assert counts.unacked <= counts.maybe_lost <= counts.unacked + REPLAY
-        if self.tail and error is None and not counts.unacked and timeout >= LONG_S:
+        if self.tail and self.lasting and timeout >= LONG_S:
             assert counts.maybe_lost == 0
         self.settle(counts.maybe_lost, counts.maybe_duplicated)
 
