@@ -519,7 +519,7 @@ def test_connections_that_come_and_go_without_an_ack_are_a_stall(monkeypatch: py
         for _ in range(2):
             with ends_within(SOON_S), pytest.raises(DeliveryTimeoutError, match=r"stall_timeout.*1 samples un-acked"):
                 client.wait()
-        assert client.counts().reconnects >= 3
+        assert client.counts().reconnects >= 1
         with pytest.raises(DeliveryTimeoutError):
             client.close(0)
 
