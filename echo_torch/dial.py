@@ -75,9 +75,10 @@ def dial(host: str, port: int, deadline: Deadline, *, retry_refused: bool = Fals
             sock = _connect(_resolve(host, port, deadline), peer, deadline)
             break
         except ConnectionRefusedError:
-            if not retry_refused or deadline.expired:
+            left = deadline.remaining()
+            if not retry_refused or left <= _RETRY_S[0]:  # no time for another that could do more than run out of it
                 raise
-        time.sleep(min(backoff.pause(), deadline.remaining()))
+        time.sleep(min(backoff.pause(), left / 2))
     try:
         return sock, _shake_hands(sock, peer, deadline)
     except BaseException:
