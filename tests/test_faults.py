@@ -192,6 +192,7 @@ import itertools
 import logging
 import re
 import select
+import socket
 import struct
 import threading
 import time
@@ -376,7 +377,10 @@ def left_by_its_server(make: Callable[..., Any], **options: Any) -> Iterator[Any
         with pytest.raises(DeliveryTimeoutError):
             sender.wait(0.1)  # by then, all are written
         learner.kill()
-        yield sender
+        with socket.socket() as keeper:  # bound and never listening: the port is given to nobody else meanwhile
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            keeper.bind(("127.0.0.1", learner.port))
+            yield sender
 
 
 def port_of(sender: Any) -> int:
@@ -415,7 +419,7 @@ def test_a_server_that_starts_again_with_another_spec_is_the_end(make: Callable[
     other = {"id": np.zeros((2, 3), np.float32)}
     with (
         left_by_its_server(make, buffer_bytes=200 * SIZE, reconnect=60.0) as sender,
-        running(lambda: sender.wait(SOON_S)) as outcomes,
+        running(lambda: sender.wait(3 * SOON_S)) as outcomes,
         Learner(other, port=port_of(sender)),
     ):
         with until(lambda: outcomes != [None]):
