@@ -23,11 +23,11 @@ from .dial import dial, hang_up, peer_name
 from .errors import SpecMismatchError
 from .io_thread import IoThread
 from .leaves import Array
-from .link import Counts
 from .pack import Packer
 from .redial import Redial
 from .ring import Ring
 from .spec import Match, SampleSpec, check_numpy
+from .stats import Counts
 from .trees import flatten
 
 _log = logging.getLogger(__name__)
@@ -119,8 +119,8 @@ class TcpClient:
         window = min(window, rows - replay)
         buffer = _allocate(rows, size)
         self._peer = peer_name(host, port)
-        dial_again = functools.partial(_dial, host, port, self._spec)
-        sock = _dial(host, port, self._spec, Deadline(connect_timeout), retry_refused=retry_refused)
+        dial_server = functools.partial(_dial, host, port, self._spec)
+        sock = dial_server(Deadline(connect_timeout), retry_refused=retry_refused)
         try:
             self._packer = Packer(buffer, size, self._spec.leaves)
             self._connection = Connection(
@@ -131,7 +131,7 @@ class TcpClient:
                 stall_timeout=stall_timeout,
                 replay_tail=replay_tail,
                 linger=linger,
-                redial=Redial(dial_again, reconnect, connect_timeout) if reconnect else None,
+                redial=Redial(dial_server, reconnect, connect_timeout) if reconnect else None,
             )
             weakref.finalize(self, _abandon, self._connection.thread).atexit = False
         except BaseException:

@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 from .deadline import NEVER, Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .io_thread import IoThread
-from .link import Counts, Link
+from .link import Link
 from .redial import Redial
 from .ring import Fill, Ring
+from .stats import Counts
 from .tail import Tail
 
 _log = logging.getLogger(__name__)

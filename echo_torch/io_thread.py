@@ -111,13 +111,12 @@ class IoThread:
             time.sleep(min(self._linger_s, deadline.remaining()))
 
     def end(self) -> None:
-        """Have the thread end, in any case, and wait for that."""
+        """Have the thread end, in any case, and wait for that; by another thread."""
         self._stopping = True
         self._link.wake_up.kick(anyway=True)  # an interrupted kick shall not make this one wait
-        if threading.current_thread() is not self._thread:
-            with self._ended:
-                pass
-            self._thread.join(JOIN_S)
+        with self._ended:
+            pass
+        self._thread.join(JOIN_S)
 
     def say_farewell(self) -> None:
         """Have the thread deliver what is packed, and the tail, and end, all by itself."""
@@ -253,7 +252,7 @@ class IoThread:
         text = "%s: connection lost (%s); trying for %g s to open it again"
         _say(logging.INFO, text, self.peer, cause, redial.seconds)
         try:
-            sock = redial.open(self._would_be_in_vain)
+            sock = redial.open(lambda: self._would_be_in_vain(redial))
         except (HandshakeError, SpecMismatchError) as error:
             link.fail(error, f"connection lost: {cause}; {error}")
         except OSError as error:
@@ -271,13 +270,12 @@ class IoThread:
                 again,
             )
 
-    def _would_be_in_vain(self) -> bool:
+    def _would_be_in_vain(self, redial: Redial) -> bool:
         """Whether another connection is of no use any more, or comes too late."""
-        link, redial = self._link, self._link.redial
         if self._over() or (self.abandoned and self._until_farewell().expired):
             return True
-        only_the_tail = link.ring.refusing and not link.unacked
-        return only_the_tail and redial is not None and redial.seconds_lost > TAIL_REDIAL_S
+        only_the_tail = self._link.ring.refusing and not self._link.unacked
+        return only_the_tail and redial.seconds_lost > TAIL_REDIAL_S
 
     def _tear_down(self) -> None:
         """Free everything and wake everybody; once, at the end."""

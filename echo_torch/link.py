@@ -18,7 +18,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from .backlog import Backlog
 from .errors import ConnectionClosedError, ProtocolError
@@ -27,6 +27,7 @@ from .locks import is_mine
 from .pump import Pump
 from .redial import Redial
 from .ring import Ring, Waiter
+from .stats import Counts
 from .tail import Tail
 from .wakeup import WakeUp
 
@@ -37,23 +38,6 @@ LINGER_BYTES = 1024
 LINGER_SHARE = 4  # of the window
 
 _Error = TypeVar("_Error", bound=BaseException)
-
-
-class Counts(NamedTuple):
-    """What became of the samples of one client, in samples."""
-
-    sent: int = 0
-    """Accepted by ``send``; those sent again do not count."""
-    unacked: int = 0
-    """Of those, not acknowledged as far as is known."""
-    reconnects: int = 0
-    """How often a lost connection was opened again."""
-    resent: int = 0
-    """Sent again then."""
-    maybe_duplicated: int = 0
-    """How many the server may have stored once too often, at the most: those sent again, and ``close``'s tail."""
-    maybe_lost: int = 0
-    """How many the server may not have stored, at the most; 0 while there is a connection, or hope for one."""
 
 
 class Link:
@@ -91,7 +75,6 @@ class Link:
         """The I/O lock."""
         self.leader = Leader()
         self.wake_up = WakeUp()
-        self._window = window
         self._locks = (self.lock, ring.turn, self.wake_up.lock, self.leader.lock)
         self._acked_at_first = 0  # how much was acked when the socket was opened
         self._quiet_before = self._quiet_at_loss = 0.0  # of the sockets before, if rows were un-acked then
@@ -266,9 +249,9 @@ class Link:
         """
         with self.lock:
             self.line.settle()
-            written = self.ring.written
-            self.line = Pump(sock, self.ring, self._window)
-            again = written - self.ring.written
+            again = self.ring.written - self.ring.released
+            self.ring.written = self.ring.released
+            self.line = Pump(sock, self.ring, self.line.window)
             self._resent += again
             self._reconnects += 1
             self._quiet_before = self._quiet_at_loss if self.ring.unacked else 0.0

@@ -37,13 +37,13 @@ _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class Pump:
-    """Moves the rows of ``ring`` from the first that is not released through ``sock``, at most ``window`` un-acked."""
+    """Moves the rows of ``ring`` from ``ring.written`` on through ``sock``, at most ``window`` of them un-acked."""
 
     def __init__(self, sock: socket.socket, ring: Ring, window: int) -> None:
         self.sock = sock
         self.ring = ring
         self.window = window
-        self.acked = ring.written = ring.released
+        self.acked = ring.written
         """How far this socket's peer acked; less than ``ring.acked`` while rows are sent again."""
         self.full = False
         """Whether the socket took no more at the last try; reset by who saw that it does again."""

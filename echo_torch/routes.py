@@ -9,9 +9,9 @@ from typing import Protocol
 from .client import Client, TcpClient
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
-from .link import Counts
 from .locks import is_mine
 from .spec import Match, SampleSpec
+from .stats import Counts
 
 
 class Route(Protocol):

@@ -25,11 +25,10 @@ from .deadline import Deadline, bounded_wait
 from .dial import check_address, peer_name
 from .errors import ConnectionClosedError
 from .leaves import dtypes_of
-from .link import Counts
 from .locks import is_mine
 from .routes import RingRoute, Route, RowRoute
 from .spec import SampleSpec
-from .stats import SinkStats
+from .stats import Counts, SinkStats
 from .trees import flatten
 
 _log = logging.getLogger(__name__)

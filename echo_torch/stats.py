@@ -1,8 +1,26 @@
-"""What `EchoSink.stats` tells."""
+"""What became of the samples: as a client counts them, and as `EchoSink.stats` tells it."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
+
+
+class Counts(NamedTuple):
+    """What became of the samples of one client, in samples."""
+
+    sent: int = 0
+    """Accepted by ``send``; those sent again do not count."""
+    unacked: int = 0
+    """Of those, not acknowledged as far as is known."""
+    reconnects: int = 0
+    """How often a lost connection was opened again."""
+    resent: int = 0
+    """Sent again then."""
+    maybe_duplicated: int = 0
+    """How many the server may have stored once too often, at the most: those sent again, and ``close``'s tail."""
+    maybe_lost: int = 0
+    """How many the server may not have stored, at the most; 0 while there is a connection, or hope for one."""
 
 
 @dataclasses.dataclass(frozen=True)

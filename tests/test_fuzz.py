@@ -36,7 +36,7 @@ from echo_torch import (
     TcpClient,
     wire,
 )
-from echo_torch.link import Counts
+from echo_torch.stats import Counts
 from echo_torch.wire import ACK, WireLeaf, encode_handshake
 
 pytestmark = pytest.mark.usefixtures("descriptors", "little_memory")

@@ -51,11 +51,6 @@ def numbers(line: Line) -> list[int]:
     return np.frombuffer(bytes(line.received[:whole]), np.int64).tolist()
 
 
-def acks(count: int) -> Script:
-    """Hears and acks so many, and goes."""
-    return hears(count, count)
-
-
 def hears(count: int, acked: int = 0, more_bytes: int = 0, end: Script = Line.hang_up) -> Script:
     """Hears so many samples and bytes, acks some, and goes."""
 
@@ -582,7 +577,7 @@ def test_close_does_not_wait_long_for_nothing_but_the_tail(
 ) -> None:
     """A learner that ended first: all was acked."""
     monkeypatch.setattr(io_thread, "TAIL_REDIAL_S", SHORT_S)
-    with peer_of(acks(3)) as peer:
+    with peer_of(hears(3, acked=3)) as peer:
         client = connect(peer, reconnect=60.0, replay_tail=True)
         peer.refuse()
         send(client, 0, 1, 2)
