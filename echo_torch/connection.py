@@ -73,6 +73,11 @@ class Connection:
         """What became of the rows, as far as is known."""
         return self._link.counts()
 
+    def progress(self) -> tuple[int, int]:
+        """How many rows were accepted, and how many of them are acked as far as was noted."""
+        sent = self._link.sent
+        return sent, min(self.ring.acked, sent)
+
     def send_rows(self, rows: int, fill: Fill, deadline: Deadline) -> None:
         """Put ``rows`` rows into the ring, waiting for room; ``fill`` is called for each run of them that fits.
 

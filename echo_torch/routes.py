@@ -20,6 +20,9 @@ class Route(Protocol):
     def counts(self) -> Counts:
         """What became of the samples."""
 
+    def progress(self) -> tuple[int, int]:
+        """How many samples were sent, and how many of them are acked as far as was noted."""
+
     @property
     def blocked_seconds(self) -> float:
         """Seconds that `send` waited for room; with a client that does not tell, all that its ``send`` took."""
@@ -43,6 +46,9 @@ class RingRoute:
 
     def counts(self) -> Counts:
         return self._client.counts()
+
+    def progress(self) -> tuple[int, int]:
+        return self._client.progress()
 
     @property
     def blocked_seconds(self) -> float:
@@ -84,6 +90,9 @@ class RowRoute:
         """Such a client tells nothing of what comes after ``wait``."""
         unacked = self._sent - self._acked
         return Counts(sent=self._sent, unacked=unacked, maybe_lost=unacked if self.closed or self._lost else 0)
+
+    def progress(self) -> tuple[int, int]:
+        return self._sent, self._acked
 
     def send(self, match: Match, timeout: float | None) -> None:
         deadline = Deadline(timeout)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import optree
@@ -21,15 +20,20 @@ from torch.utils.data import get_worker_info
 
 from .checks import check_count, check_seconds, check_timeout
 from .client import SERVER_QUEUE, Client, TcpClient, close_after, ring_rows
-from .deadline import Deadline, bounded_wait
 from .dial import check_address, peer_name
 from .errors import ConnectionClosedError
 from .leaves import dtypes_of
 from .locks import is_mine
+from .ranks import agree, check_group
 from .routes import RingRoute, Route, RowRoute
-from .spec import SampleSpec
-from .stats import Counts, SinkStats
+from .session import Session
+from .spec import Match, SampleSpec
+from .stats import SinkStats
+from .tee import Tee
 from .trees import flatten
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _log = logging.getLogger(__name__)
 
@@ -48,18 +52,6 @@ LINGER_S = 0.1
 WORKER_RECONNECT_S = 2.0
 # Seconds that leaving a `with` block by an exception may take.
 EXCEPTION_CLOSE_TIMEOUT_S = 5.0
-
-
-class _Session:
-    """What a sink has in one process."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.route: Route | None = None
-        self.closed = False
-        self.told = False  # how the first batch was read
-        self.gone = False  # the learner, and that was logged; with on_error="warn"
-        self.dropped = 0
 
 
 class EchoSink:
@@ -132,7 +124,7 @@ class EchoSink:
         self._replay_tail = replay_tail
         if _is_ours(client):
             ring_rows(self._spec.payload_size, buffer_bytes, self._replay_acked)
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[int, Session] = {}
 
     @classmethod
     def from_batch(cls: type[_Sink], host: str, port: int, batch: Any, **options: Any) -> _Sink:
@@ -162,12 +154,20 @@ class EchoSink:
             ConnectionClosedError after `close`. ``on_error`` has no say here.
         """
         session = self._session()
-        if self._route(session, None).closed:
-            raise self._ended("the connection was lost", session)
+        if session.connected(None).closed:
+            raise session.ended("the connection was lost")
         session.gone = False
         return self
 
-    def send(self, batch: Any, *, batched: bool | None = None, timeout: float | None = None) -> None:
+    def send(
+        self,
+        batch: Any,
+        *,
+        batched: bool | None = None,
+        timeout: float | None = None,
+        step: int | None = None,
+        skip_last: int = 0,
+    ) -> None:
         """Send one sample, or a batch of them; when it returns, ``batch`` may be changed.
 
         Args:
@@ -176,6 +176,9 @@ class EchoSink:
             batched: says which of the two it is; None to tell by the number of dimensions.
             timeout: most seconds to wait for room, and before that for a connection; None to wait as long as
                 ``connect_timeout`` and ``stall_timeout`` say.
+            step: the number that `acked_through` knows this batch by, from 0 on; None for the one after the highest.
+            skip_last: how many samples at the batch's end are not sent, such as those that a distributed sampler
+                repeats.
 
         Raises:
             SpecMismatchError: the batch differs from the example; names path, got, expected. Nothing was sent.
@@ -188,38 +191,104 @@ class EchoSink:
         and acks nothing still does.
         """
         check_timeout("timeout", timeout)
+        step = None if step is None else check_count("step", step, least=0)
         session = self._session()
+        watermark = session.watermark
+        if is_mine(watermark.lock):
+            raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         if self._select is not None:
             batch = self._select(batch)
         match = self._spec.match(batch, batched)
+        if skip_last:
+            match = match.without_last(check_count("skip_last", skip_last, least=0))
         if not session.told:
             self._tell_how_read(session, match.rows, match.batched)
-        if session.gone and not session.closed:
-            self._drop(session, match.rows)
-            return
+        step = watermark.begin(step)
         try:
-            route = self._route(session, timeout)
-        except OSError as error:  # refused, unreachable, unknown, too late: whatever keeps us from the learner
-            if self._on_error == "raise" or session.closed:
-                raise
-            self._drop(session, match.rows, error)
-            return
-        try:
-            route.send(match, timeout)
-        except ConnectionClosedError as error:
-            if self._on_error == "raise" or session.closed:
-                raise
-            self._drop(session, match.rows - error.rows_accepted, error)
+            accepted = self._deliver(session, match, timeout)
+        except BaseException:
+            watermark.failed(step)
+            raise
+        if accepted is None:
+            watermark.failed(step)
+        else:
+            watermark.sent(step, *accepted.progress())
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None, group: ProcessGroup | None = None) -> None:
         """Block until everything sent so far, by this process, is acked.
+
+        Args:
+            timeout: most seconds to wait; None to wait as long as ``stall_timeout`` says.
+            group: in a distributed job, processes that all call this, each for its own sink: if it ends badly for any
+                of them, all raise, rather than that some go on to wait for those that do not come any more. A group
+                for CPU tensors, such as ``torch.distributed.new_group(backend="gloo")``. The others are waited for
+                up to a minute longer than for the server.
 
         Raises:
             ConnectionClosedError: the connection ended before that (``on_error="raise"``).
-            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on.
+            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on. With ``group``, both also
+                if that happened to another process of it; or not all of them came.
         """
         check_timeout("timeout", timeout)
         session = self._session()
+        if group is None:
+            self._wait(session, timeout)
+            return
+        check_group(group)
+        problem = None
+        try:
+            self._wait(session, timeout)
+        except Exception as error:
+            problem = error
+        limits = [limit for limit in (timeout, self._stall_timeout) if limit is not None]
+        agree(self.peer, problem, session.unacked, group, min(limits, default=None))
+
+    @property
+    def acked_through(self) -> int:
+        """The highest step up to which everything is acked, -1 for none; of what this process sent.
+
+        A step is the number of a batch: the ``step`` that `send` was given, or else counted from 0 on. What was not
+        sent in full, because `send` raised or the learner was gone, holds it down until the same step is sent again.
+        Acked is not durable: a server that crashes loses what it acked.
+        """
+        return self._session().acked_through()
+
+    def state_dict(self) -> dict[str, Any]:
+        """`acked_through` and what `stats` counts, as plain numbers, to go on from with `load_state_dict`."""
+        return self._session().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Have `acked_through` and `stats` go on from those of another run.
+
+        What was in flight when ``state`` was made counts as ``maybe_lost`` from now on.
+
+        Raises:
+            TypeError, ValueError: ``state`` is not what `state_dict` gives. Nothing was changed.
+        """
+        self._session().load_state_dict(state)
+
+    def _deliver(self, session: Session, match: Match, timeout: float | None) -> Route | None:
+        """Gives the route that took all of it; None if the learner is gone and it was dropped."""
+        if session.gone and not session.closed:
+            session.drop(match.rows)
+            return None
+        try:
+            route = session.connected(timeout)
+        except OSError as error:  # refused, unreachable, unknown, too late: whatever keeps us from the learner
+            if self._on_error == "raise" or session.closed:
+                raise
+            session.drop(match.rows, error)
+            return None
+        try:
+            route.send(match, timeout)
+            return route
+        except ConnectionClosedError as error:
+            if self._on_error == "raise" or session.closed:
+                raise
+            session.drop(match.rows - error.rows_accepted, error)
+            return None
+
+    def _wait(self, session: Session, timeout: float | None) -> None:
         if session.route is None:
             return
         try:
@@ -227,7 +296,7 @@ class EchoSink:
         except ConnectionError as error:
             if self._on_error == "raise":
                 raise
-            self._drop(session, 0, error)
+            session.drop(0, error)
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver what was sent, make the tail of it safe in the server, and end this process's connection.
@@ -252,7 +321,7 @@ class EchoSink:
         except ConnectionError as error:
             if self._on_error == "raise":
                 raise
-            self._drop(session, 0, error)
+            session.drop(0, error)
 
     def tee(self, loader: Iterable[_Batch]) -> Tee[_Batch]:
         """Iterate over ``loader``, sending each batch before it is handed on, and `wait` when it is exhausted."""
@@ -260,23 +329,7 @@ class EchoSink:
 
     def stats(self) -> SinkStats:
         """What was sent, acked and dropped by this process, and what that cost."""
-        session = self._session()
-        route, size = session.route, self._spec.payload_size
-        counts = Counts() if route is None else route.counts()
-        acked = counts.sent - counts.unacked
-        return SinkStats(
-            samples_sent=counts.sent,
-            bytes_sent=counts.sent * size,
-            samples_acked=acked,
-            bytes_acked=acked * size,
-            in_flight=counts.unacked,
-            dropped=session.dropped,
-            blocked_seconds=0.0 if route is None else route.blocked_seconds,
-            reconnects=counts.reconnects,
-            resent=counts.resent,
-            maybe_duplicated=counts.maybe_duplicated,
-            maybe_lost=counts.maybe_lost,
-        )
+        return self._session().stats()
 
     @property
     def peer(self) -> str:
@@ -296,47 +349,13 @@ class EchoSink:
     def __repr__(self) -> str:
         return f"<EchoSink {self.peer} {self._spec.describe()}>"
 
-    def _session(self) -> _Session:
+    def _session(self) -> Session:
         """This process's own; without a lock, for a lock may have been copied by a fork while it was held."""
         pid = os.getpid()
         session = self._sessions.get(pid)
-        return session if session is not None else self._sessions.setdefault(pid, _Session())
-
-    def _route(self, session: _Session, timeout: float | None) -> Route:
-        """The open route, connecting first if there is none."""
-        route = session.route
-        if route is None and not session.closed:
-            route = self._connect_once(session, Deadline(timeout))
-        if route is None or session.closed:
-            raise self._ended("this sink was closed", session)
-        return route
-
-    def _ended(self, how: str, session: _Session) -> ConnectionClosedError:
-        unacked = 0 if session.route is None else session.route.counts().unacked
-        error = ConnectionClosedError(f"{self.peer}: {how}; {unacked} samples un-acked")
-        error.unacked = unacked
-        return error
-
-    def _connect_once(self, session: _Session, deadline: Deadline) -> Route | None:
-        """Connect, unless another thread did meanwhile or the sink was closed."""
-        lock = session.lock
-        if is_mine(lock):
-            raise RuntimeError("called by a signal handler or finaliser that interrupted connecting in the same thread")
-        try:
-            if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
-                raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
-            if session.route is None and not session.closed:
-                session.route = self._open(None if deadline.timeout is None else deadline.remaining())
-            lock.release()
-        except BaseException:
-            try:  # noqa: SIM105
-                lock.release()
-            except RuntimeError:
-                pass
-            raise
-        if session.closed and session.route is not None:
-            session.route.close(0)
-        return session.route
+        if session is None:
+            session = self._sessions.setdefault(pid, Session(self.peer, self._spec.payload_size, self._open))
+        return session
 
     def _open(self, timeout: float | None) -> Route:
         window = max(1, min(self._window, WINDOW_BYTES // self._spec.payload_size))
@@ -358,36 +377,10 @@ class EchoSink:
             client = self._make_client(*arguments)
         return RingRoute(client) if isinstance(client, TcpClient) else RowRoute(client, self._spec, self.peer)
 
-    def _tell_how_read(self, session: _Session, rows: int, batched: bool) -> None:
+    def _tell_how_read(self, session: Session, rows: int, batched: bool) -> None:
         session.told = True
         what = f"{rows} samples" if batched else "one sample"
         _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
-
-    def _drop(self, session: _Session, rows: int, error: OSError | None = None) -> None:
-        """Count samples as dropped; with the first ``error``, log why."""
-        with session.lock:
-            session.dropped += rows
-            if error is None or session.gone:
-                return
-            session.gone = True
-        _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
-
-
-class Tee(Generic[_Batch]):
-    """A loader whose batches are sent as they pass; see `EchoSink.tee`."""
-
-    def __init__(self, sink: EchoSink, loader: Iterable[_Batch]) -> None:
-        self._sink = sink
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[_Batch]:
-        for batch in self._loader:
-            self._sink.send(batch)
-            yield batch
-        self._sink.wait()
-
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # raises as the loader does
 
 
 def _is_ours(make_client: Callable[..., Client]) -> bool:

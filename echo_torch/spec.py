@@ -46,6 +46,15 @@ class Match(NamedTuple):
     batched: bool
     """False if the batch was one sample."""
 
+    def without_last(self, count: int) -> Match:
+        """The same without its last ``count`` samples, of which there are as many at least."""
+        if count > self.rows:
+            raise ValueError(f"skip_last: got {count}, expected at most the {self.rows} samples of the batch")
+        if not self.batched:
+            return Match([array[None, ...] for array in self.arrays], 1, True).without_last(count)
+        rows = self.rows - count
+        return Match([array[:rows] for array in self.arrays], rows, True)
+
 
 class SampleSpec:
     """The leaves of one sample, made from an example of it.

@@ -1,0 +1,255 @@
+"""When to send, when to wait, and what to do if the learner is slow or the training fails.
+
+`SinkCallback` is for hand-written loops, and what the adapters for trainers translate their events to::
+
+    with SinkCallback(sink) as callback:
+        for epoch in range(epochs):
+            for batch in loader:
+                outputs = step(batch)
+                callback.on_batch_end(batch, outputs)
+            callback.on_epoch_end()
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import optree
+import torch
+
+from echo_torch.checks import check_count, check_timeout
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
+from echo_torch.sink import EchoSink
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_log = logging.getLogger(__name__)
+
+_Self = TypeVar("_Self", bound="SinkCallback")
+
+FLUSH_TIMEOUT_S = 60.0
+"""Seconds that a flush may take by default: a learner in the middle of an evaluation is waited for."""
+EXCEPTION_FLUSH_S = 5.0
+"""Seconds that may pass between an error of the training and its report."""
+
+
+class SinkCallback:
+    """Sends what a training loop tells of, and waits for it to be acked when an epoch ends.
+
+    For one loop at a time. It pickles if its sink and ``select`` do.
+
+    Args:
+        sink: stays the caller's.
+        select: makes what is sent of batch and outputs, ``select(batch, outputs)``, or None to send nothing of it. The
+            outputs come detached, as far as they are tensors in dicts, lists and tuples, and no gradient is recorded.
+            By default the batch is sent.
+        every_n_batches: sends only every n-th.
+        flush: waits at the end of each ``"epoch"``, before checkpoints and at the end of the training, or only at its
+            ``"end"``.
+        flush_timeout: most seconds that the loop is held up at a time, by a flush, or by a send for which there is no
+            room; None for as long as the sink's ``stall_timeout``.
+        on_stall: what to do after that: ``"warn"`` logs what is left and goes on, without the batches for which there
+            is no room (``skipped`` counts them), or ``"raise"``.
+        close: whether to close the sink when the training has ended.
+        group: for distributed training, where flushes then end the same way on all ranks; see `EchoSink.wait`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of range.
+    """
+
+    def __init__(
+        self,
+        sink: EchoSink,
+        *,
+        select: Callable[[Any, Any], Any] | None = None,
+        every_n_batches: int = 1,
+        flush: Literal["epoch", "end"] = "epoch",
+        flush_timeout: float | None = FLUSH_TIMEOUT_S,
+        on_stall: Literal["warn", "raise"] = "warn",
+        close: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        if not isinstance(sink, EchoSink):
+            raise TypeError(f"sink: got {sink!r}, expected an EchoSink")
+        if select is not None and not callable(select):
+            raise TypeError(f"select: got {select!r}, expected something to call, or None")
+        if flush not in ("epoch", "end"):
+            raise ValueError(f"flush: got {flush!r}, expected 'epoch' or 'end'")
+        if on_stall not in ("warn", "raise"):
+            raise ValueError(f"on_stall: got {on_stall!r}, expected 'warn' or 'raise'")
+        self.sink = sink
+        self.group = group
+        self.skipped = 0
+        """Batches that were not sent, or not in full, because there was no room for them."""
+        self._select = select
+        self._every = check_count("every_n_batches", every_n_batches, least=1)
+        self._each_epoch = flush == "epoch"
+        self._timeout = check_timeout("flush_timeout", flush_timeout)
+        self._raises = on_stall == "raise"
+        self._closes = close
+        self._batches = 0
+        self._connected_in: int | None = None  # the process
+        self._stalled_at: int | None = None  # how many samples were acked when the learner was found to be stalled
+        self._failed = False
+
+    def setup(self) -> None:
+        """Before the first step: connect, so that a wrong address is an error here.
+
+        Raises:
+            OSError, TimeoutError, HandshakeError, SpecMismatchError: as `EchoSink.connect`.
+        """
+        self._failed = False
+        if self._connected_in != os.getpid():
+            self.sink.connect()
+            self._connected_in = os.getpid()
+
+    def on_batch_end(self, batch: Any, outputs: Any = None, *, padding: int = 0) -> None:
+        """After the step on ``batch``: send it.
+
+        Args:
+            batch: what the loader gave.
+            outputs: what the step made of it; for ``select``.
+            padding: how many samples at the batch's end are repeated ones, not to be sent; see `padding`.
+
+        Raises:
+            SpecMismatchError, TypeError: what is sent differs from the sink's example.
+            ConnectionClosedError: the learner is gone (``on_error="raise"`` of the sink).
+            DeliveryTimeoutError: no room for ``flush_timeout`` seconds (``on_stall="raise"``).
+        """
+        self._batches += 1
+        if self._batches % self._every:
+            return
+        chosen = batch
+        if self._select is not None:
+            with torch.no_grad():
+                chosen = self._select(batch, optree.tree_map(_detached, outputs, none_is_leaf=True))
+            if chosen is None:
+                return
+        try:
+            self.sink.send(chosen, timeout=self._patience(), skip_last=padding)
+        except DeliveryTimeoutError as error:
+            self.skipped += 1
+            self._stalled("no room for a batch, which is not sent", error)
+        else:
+            self._moves()
+
+    def on_epoch_end(self) -> None:
+        """Wait until everything sent is acked; raises as `EchoSink.wait`, but for what ``on_stall`` lets pass."""
+        if self._each_epoch:
+            self._flush("the end of the epoch")
+
+    def on_checkpoint(self) -> None:
+        """Before a checkpoint is written: as `on_epoch_end`."""
+        if self._each_epoch:
+            self._flush("a checkpoint")
+
+    def on_exception(self, error: BaseException) -> None:
+        """When the training fails, or is interrupted: deliver for up to 5 seconds, and log what is left.
+
+        Never raises, so that ``error`` is the one that is seen. Later events do nothing until the next `setup`.
+        """
+        if self._failed:
+            return
+        self._failed = True
+        ours = isinstance(error, (ConnectionClosedError, DeliveryTimeoutError))
+        finish = self.sink.close if self._closes else self.sink.wait
+        try:
+            finish(0.0 if ours else EXCEPTION_FLUSH_S)
+        except Exception as problem:
+            _log.warning("after %s: %s", type(error).__name__, problem)
+
+    def on_train_end(self) -> None:
+        """Wait until everything sent is acked, whatever ``flush`` says, and close if ``close``; raises likewise."""
+        if self._failed:
+            return
+        try:
+            self._flush("the end of the training")
+        finally:
+            if self._closes:
+                self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of this callback, and the sink's `EchoSink.state_dict`."""
+        return {"batches": self._batches, "skipped": self.skipped, "sink": self.sink.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; raises as `EchoSink.load_state_dict`."""
+        batches = check_count("state['batches']", state.get("batches"), least=0)  # type: ignore[arg-type]
+        skipped = check_count("state['skipped']", state.get("skipped"), least=0)  # type: ignore[arg-type]
+        self.sink.load_state_dict(state.get("sink") or {})
+        self._batches, self.skipped = batches, skipped
+
+    def __enter__(self: _Self) -> _Self:
+        self.setup()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.on_train_end()
+        else:
+            self.on_exception(error)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": None}  # no process group can be pickled
+
+    def _flush(self, when: str) -> None:
+        if self._failed:
+            return
+        try:
+            # With a group, all ranks have the same patience, or the first to lose it would not wait for the others.
+            self.sink.wait(self._patience() if self.group is None else self._timeout, group=self.group)
+        except DeliveryTimeoutError as error:
+            self._stalled(f"at {when}", error)
+        else:
+            self._moves()
+
+    def _close(self) -> None:
+        try:
+            self.sink.close(self._patience())
+        except DeliveryTimeoutError as error:
+            self._stalled("on closing", error)
+
+    def _patience(self) -> float | None:
+        """How long to wait for the learner: not again, once that was in vain, until it acks something."""
+        if self._stalled_at is not None and self.sink.stats().samples_acked == self._stalled_at:
+            return 0.0
+        return self._timeout
+
+    def _stalled(self, when: str, error: DeliveryTimeoutError) -> None:
+        if self._raises:
+            raise error
+        if self._stalled_at is None or not when.startswith("no room"):
+            _log.warning("%s: %s; the training goes on; %d batches skipped so far", when, error, self.skipped)
+        self._stalled_at = self.sink.stats().samples_acked
+
+    def _moves(self) -> None:
+        if self._stalled_at is not None:
+            _log.warning("%s: takes samples again; %d batches skipped so far", self.sink.peer, self.skipped)
+            self._stalled_at = None
+
+
+def padding(loader: Any, batch_idx: int) -> int:
+    """How many samples at the end of a batch a ``DistributedSampler`` repeated to give every rank as many.
+
+    Args:
+        loader: a ``DataLoader``; 0 if its sampler is no ``DistributedSampler``.
+        batch_idx: the batch's number in the epoch, from 0 on; only the last has any.
+    """
+    from torch.utils.data import DistributedSampler
+
+    sampler = getattr(loader, "sampler", None)
+    size = getattr(loader, "batch_size", None)
+    if not isinstance(sampler, DistributedSampler) or not size or batch_idx + 1 != len(loader):
+        return 0
+    own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    seen = len(loader) * size if loader.drop_last else len(sampler)
+    return max(0, seen - own)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf

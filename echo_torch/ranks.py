@@ -1,0 +1,89 @@
+"""What the ranks of a distributed job have to agree on: whether `EchoSink.wait` raises."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import ConnectionClosedError, DeliveryTimeoutError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Seconds by which the last rank may come later to `wait` than the first, on top of what the waiting itself may take.
+SKEW_S = 60.0
+# The longest that a rank waits for the others where the waiting itself has no limit: as torch.distributed's own.
+LONGEST_S = 1800.0
+
+_VERDICTS = ("acked everything", "ran out of time", "lost the connection", "failed")
+
+
+def check_group(group: ProcessGroup) -> None:
+    """ValueError unless this process is one of the ranks of ``group``, and it reduces CPU tensors."""
+    import torch.distributed as dist
+
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group: this process, rank {dist.get_rank()}, is not in it")
+    backends = dist.get_backend_config(group)
+    if "cpu:" not in backends:
+        raise ValueError(
+            f"group: got {backends}, expected one for CPU tensors: torch.distributed.new_group(backend='gloo')"
+        )
+
+
+def agree(
+    peer: str, problem: Exception | None, unacked: int, group: ProcessGroup, waited_at_most: float | None
+) -> None:
+    """Tell all ranks of ``group`` how this one's ``wait`` ended; raise on all of them if it ended badly on any.
+
+    One all-reduce of CPU tensors, to which every rank has to come.
+
+    Args:
+        peer: this rank's server.
+        problem: what this rank's ``wait`` raised; None if all is acked.
+        unacked: samples un-acked here.
+        group: its backend reduces CPU tensors.
+        waited_at_most: seconds that the waiting of the others may take; None for no limit.
+
+    Raises:
+        Exception: ``problem``, if there is one.
+        ConnectionClosedError, DeliveryTimeoutError: the worst of what other ranks met, with the number of samples
+            un-acked there.
+        DeliveryTimeoutError: not all ranks came in time.
+    """
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    table = torch.zeros(2, size, dtype=torch.int64)
+    table[:, rank] = torch.tensor([_verdict(problem), unacked])
+    limit = (LONGEST_S if waited_at_most is None else waited_at_most) + SKEW_S
+    try:
+        work = dist.all_reduce(table, group=group, async_op=True)
+        assert work is not None
+        work.wait(datetime.timedelta(seconds=limit))
+    except RuntimeError as error:
+        if problem is not None:
+            raise problem from None
+        what = f"not all {size} ranks came to wait() within {limit:g} s ({error})"
+        raise DeliveryTimeoutError(f"{peer}: {what}; here, on rank {rank}, everything is acked") from error
+    if problem is not None:
+        raise problem
+    verdicts, counts = table.tolist()
+    if not any(verdicts):
+        return
+    bad = [index for index, verdict in enumerate(verdicts) if verdict]
+    told = ", ".join(f"rank {index} {_VERDICTS[verdicts[index]]} ({counts[index]} samples un-acked)" for index in bad)
+    kind = DeliveryTimeoutError if max(verdicts) == 1 else ConnectionClosedError
+    problem = kind(f"{peer}: wait() on other ranks: {told}; here, on rank {rank}, everything is acked")
+    problem.unacked = sum(counts)
+    raise problem
+
+
+def _verdict(problem: Exception | None) -> int:
+    if problem is None:
+        return 0
+    if isinstance(problem, DeliveryTimeoutError):
+        return 1
+    return 2 if isinstance(problem, ConnectionError) else 3

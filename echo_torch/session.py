@@ -1,0 +1,146 @@
+"""What an `EchoSink` has in one process: the connection, the counts, and the watermark."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .checks import check_count, check_seconds
+from .deadline import Deadline, bounded_wait
+from .errors import ConnectionClosedError
+from .locks import is_mine
+from .routes import Route
+from .stats import Counts, SinkStats
+from .watermark import Watermark
+
+_log = logging.getLogger(__name__)
+
+_COUNTED = [field.name for field in dataclasses.fields(SinkStats) if field.name != "in_flight"]
+
+
+class Session:
+    """One process's own; never used by another.
+
+    Args:
+        peer: how messages name the learner.
+        payload_size: bytes of one sample.
+        open: connects, in so many seconds at the most.
+    """
+
+    def __init__(self, peer: str, payload_size: int, open: Callable[[float | None], Route]) -> None:
+        self.peer = peer
+        self.route: Route | None = None
+        self.closed = False
+        self.told = False
+        """Whether it was logged how the first batch was read."""
+        self.gone = False
+        """Whether the learner is, and that was logged; with ``on_error="warn"``."""
+        self.watermark = Watermark()
+        self._lock = threading.RLock()
+        self._open = open
+        self._payload_size = payload_size
+        self._dropped = 0
+        self._before: dict[str, Any] = dict.fromkeys(_COUNTED, 0)  # what was counted before, in another process or run
+
+    @property
+    def unacked(self) -> int:
+        return 0 if self.route is None else self.route.counts().unacked
+
+    def connected(self, timeout: float | None) -> Route:
+        """The open route, connecting first if there is none."""
+        route = self.route
+        if route is None and not self.closed:
+            route = self._connect_once(Deadline(timeout))
+        if route is None or self.closed:
+            raise self.ended("this sink was closed")
+        return route
+
+    def ended(self, how: str) -> ConnectionClosedError:
+        unacked = self.unacked
+        error = ConnectionClosedError(f"{self.peer}: {how}; {unacked} samples un-acked")
+        error.unacked = unacked
+        return error
+
+    def drop(self, rows: int, error: OSError | None = None) -> None:
+        """Count samples as dropped; with the first ``error``, log why."""
+        with self._lock:
+            self._dropped += rows
+            if error is None or self.gone:
+                return
+            self.gone = True
+        _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
+
+    def _connect_once(self, deadline: Deadline) -> Route | None:
+        """Connect, unless another thread did meanwhile or the sink was closed."""
+        lock = self._lock
+        if is_mine(lock):
+            raise RuntimeError("called by a signal handler or finaliser that interrupted connecting in the same thread")
+        try:
+            if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
+                raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
+            if self.route is None and not self.closed:
+                self.route = self._open(None if deadline.timeout is None else deadline.remaining())
+            lock.release()
+        except BaseException:
+            try:  # noqa: SIM105
+                lock.release()
+            except RuntimeError:
+                pass
+            raise
+        if self.closed and self.route is not None:
+            self.route.close(0)
+        return self.route
+
+    # What is told, and saved.
+
+    def stats(self) -> SinkStats:
+        counted = self._counted()
+        in_flight = counted.samples_sent - counted.samples_acked
+        total = {name: getattr(counted, name) + self._before[name] for name in _COUNTED}
+        return SinkStats(**total, in_flight=in_flight)
+
+    def acked_through(self) -> int:
+        if self.route is not None:
+            self.route.counts()  # takes note of the acks that are there
+        return self.watermark.through(0 if self.route is None else self.route.progress()[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        through = self.acked_through()  # before the counts, which are at least as far by then
+        return {"acked_through": through, **dataclasses.asdict(self.stats())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; nothing is changed if ``state`` is none."""
+        loaded: dict[str, Any] = {}
+        through = check_count("state['acked_through']", state.get("acked_through"), least=-1)  # type: ignore[arg-type]
+        for field in dataclasses.fields(SinkStats):
+            check = check_seconds if field.type == "float" else _check_number
+            loaded[field.name] = check(f"state[{field.name!r}]", state.get(field.name))  # type: ignore[arg-type]
+        loaded["maybe_lost"] += loaded.pop("in_flight")
+        counted = self._counted()
+        self._before = {name: loaded[name] - getattr(counted, name) for name in _COUNTED}
+        self.watermark = Watermark(through)
+
+    def _counted(self) -> SinkStats:
+        """Here, since the sink connected."""
+        counts = Counts() if self.route is None else self.route.counts()
+        acked = counts.sent - counts.unacked
+        return SinkStats(
+            samples_sent=counts.sent,
+            bytes_sent=counts.sent * self._payload_size,
+            samples_acked=acked,
+            bytes_acked=acked * self._payload_size,
+            in_flight=counts.unacked,
+            dropped=self._dropped,
+            blocked_seconds=0.0 if self.route is None else self.route.blocked_seconds,
+            reconnects=counts.reconnects,
+            resent=counts.resent,
+            maybe_duplicated=counts.maybe_duplicated,
+            maybe_lost=counts.maybe_lost,
+        )
+
+
+def _check_number(name: str, number: int) -> int:
+    return check_count(name, number, least=0)

@@ -1,0 +1,73 @@
+"""Up to which step everything is acked, while steps are sent by several threads and acked as rows."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter, deque
+
+# How many steps are remembered one by one whose `send` raised; with more, all from the lowest of them on count as
+# missing for good.
+MOST_MISSING = 1000
+
+
+class Watermark:
+    """The highest step up to which all is acked.
+
+    A step is the number of a batch. What belongs to it is acked when as many rows are as had been sent by then, since
+    rows are acked in the order in which they were sent.
+
+    Args:
+        through: where it stands at first; -1 for nothing.
+    """
+
+    def __init__(self, through: int = -1) -> None:
+        self.lock = threading.RLock()
+        self._through = through
+        self._next = through + 1
+        self._under_way: Counter[int] = Counter()  # being sent just now
+        self._missing: set[int] = set()  # not sent in full, since `send` raised
+        self._missing_from = math.inf  # and of those from here on it is not known which
+        self._sent: deque[tuple[int, int]] = deque()  # (rows sent by then, step), in full and not known to be acked
+
+    def begin(self, step: int | None) -> int:
+        """Note that ``step``, or else the one after the highest, is being sent; gives it."""
+        with self.lock:
+            step = self._next if step is None else step
+            self._next = max(self._next, step + 1)
+            self._missing.discard(step)
+            self._under_way[step] += 1
+            return step
+
+    def sent(self, step: int, rows_sent: int, rows_acked: int) -> None:
+        """Note that it was sent in full, and how many rows were sent and acked in all by now."""
+        with self.lock:
+            self._sent.append((rows_sent, step))
+            self._ended(step)
+            self._settle(rows_acked)
+
+    def failed(self, step: int) -> None:
+        """Note that it was not: nothing from there on counts as acked until the same step begins again."""
+        with self.lock:
+            if len(self._missing) >= MOST_MISSING:
+                self._missing_from = min(self._missing_from, *self._missing)
+                self._missing.clear()
+            if step < self._missing_from:
+                self._missing.add(step)
+            self._ended(step)
+
+    def through(self, rows_acked: int) -> int:
+        """The watermark, now that so many rows are acked."""
+        with self.lock:
+            self._settle(rows_acked)
+            unsure = (*(step for _, step in self._sent), *self._under_way, *self._missing, self._missing_from)
+            return int(min(self._through, min(unsure) - 1))
+
+    def _ended(self, step: int) -> None:
+        self._under_way[step] -= 1
+        if not self._under_way[step]:
+            del self._under_way[step]
+
+    def _settle(self, rows_acked: int) -> None:
+        while self._sent and self._sent[0][0] <= rows_acked:
+            self._through = max(self._through, self._sent.popleft()[1])
