@@ -36,6 +36,8 @@ FLUSH_TIMEOUT_S = 60.0
 """Seconds that a flush may take by default: a learner in the middle of an evaluation is waited for."""
 EXCEPTION_FLUSH_S = 5.0
 """Seconds that may pass between an error of the training and its report."""
+STALLED_FLUSH_S = 1.0
+"""Seconds that a flush may take while the learner has acked nothing since it was last waited for in vain."""
 
 
 class SinkCallback:
@@ -54,7 +56,8 @@ class SinkCallback:
         flush_timeout: most seconds that the loop is held up at a time, by a flush, or by a send for which there is no
             room; None for as long as the sink's ``stall_timeout``.
         on_stall: what to do after that: ``"warn"`` logs what is left and goes on, without the batches for which there
-            is no room (``skipped`` counts them), or ``"raise"``.
+            is no room (``skipped`` counts them), and hardly waits again until the learner acks something; or
+            ``"raise"``.
         close: whether to close the sink when the training has ended.
         group: for distributed training, where flushes then end the same way on all ranks; see `EchoSink.wait`.
 
@@ -131,7 +134,7 @@ class SinkCallback:
             if chosen is None:
                 return
         try:
-            self.sink.send(chosen, timeout=self._patience(), skip_last=padding)
+            self.sink.send(chosen, timeout=self._patience(0.0), skip_last=padding)
         except DeliveryTimeoutError as error:
             self.skipped += 1
             self._stalled("no room for a batch, which is not sent", error)
@@ -202,7 +205,7 @@ class SinkCallback:
             return
         try:
             # With a group, all ranks have the same patience, or the first to lose it would not wait for the others.
-            self.sink.wait(self._patience() if self.group is None else self._timeout, group=self.group)
+            self.sink.wait(self._patience(STALLED_FLUSH_S) if self.group is None else self._timeout, self.group)
         except DeliveryTimeoutError as error:
             self._stalled(f"at {when}", error)
         else:
@@ -210,15 +213,15 @@ class SinkCallback:
 
     def _close(self) -> None:
         try:
-            self.sink.close(self._patience())
+            self.sink.close(self._patience(STALLED_FLUSH_S))
         except DeliveryTimeoutError as error:
             self._stalled("on closing", error)
 
-    def _patience(self) -> float | None:
-        """How long to wait for the learner: not again, once that was in vain, until it acks something."""
-        if self._stalled_at is not None and self.sink.stats().samples_acked == self._stalled_at:
-            return 0.0
-        return self._timeout
+    def _patience(self, stalled: float) -> float | None:
+        """How long to wait for the learner: at most ``stalled`` seconds, once that was in vain, until it acks again."""
+        if self._stalled_at is None or self.sink.stats().samples_acked != self._stalled_at:
+            return self._timeout
+        return stalled if self._timeout is None else min(stalled, self._timeout)
 
     def _stalled(self, when: str, error: DeliveryTimeoutError) -> None:
         if self._raises:
