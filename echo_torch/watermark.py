@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter, deque
+from collections import deque
 
 # How many steps are remembered one by one whose `send` raised; with more, all from the lowest of them on count as
 # missing for good.
@@ -25,7 +25,7 @@ class Watermark:
         self.lock = threading.RLock()
         self._through = through
         self._next = through + 1
-        self._under_way: Counter[int] = Counter()  # being sent just now
+        self._under_way: dict[int, int] = {}  # being sent just now, and by how many
         self._missing: set[int] = set()  # not sent in full, since `send` raised
         self._missing_from = math.inf  # and of those from here on it is not known which
         self._sent: deque[tuple[int, int]] = deque()  # (rows sent by then, step), in full and not known to be acked
@@ -33,10 +33,13 @@ class Watermark:
     def begin(self, step: int | None) -> int:
         """Note that ``step``, or else the one after the highest, is being sent; gives it."""
         with self.lock:
-            step = self._next if step is None else step
-            self._next = max(self._next, step + 1)
-            self._missing.discard(step)
-            self._under_way[step] += 1
+            if step is None:
+                step = self._next
+            if step >= self._next:
+                self._next = step + 1
+            if self._missing:
+                self._missing.discard(step)
+            self._under_way[step] = self._under_way.get(step, 0) + 1
             return step
 
     def sent(self, step: int, rows_sent: int, rows_acked: int) -> None:
@@ -64,10 +67,12 @@ class Watermark:
             return int(min(self._through, min(unsure) - 1))
 
     def _ended(self, step: int) -> None:
-        self._under_way[step] -= 1
-        if not self._under_way[step]:
-            del self._under_way[step]
+        others = self._under_way.pop(step) - 1
+        if others:
+            self._under_way[step] = others
 
     def _settle(self, rows_acked: int) -> None:
         while self._sent and self._sent[0][0] <= rows_acked:
-            self._through = max(self._through, self._sent.popleft()[1])
+            step = self._sent.popleft()[1]
+            if step > self._through:
+                self._through = step
