@@ -49,6 +49,10 @@ class Learner(Spawned):
         """How many samples were received so far."""
         return self._ask("received")
 
+    def fill(self, sample: Any) -> None:
+        """Have the process itself put a whole batch of ``sample`` into its server."""
+        self._ask("fill", sample)
+
     def pause(self) -> None:
         """Stop draining, after the batch that is being waited for."""
         self._ask("pause")
@@ -96,6 +100,10 @@ class _Store:
 
     def received(self) -> int:
         return len(self._batches) * self._batch_size
+
+    def fill(self, sample: Any) -> None:
+        for _ in range(self._batch_size):
+            self.server.submit(sample)
 
     def pause(self) -> None:
         self._draining.clear()

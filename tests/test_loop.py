@@ -19,7 +19,7 @@ import torch
 from calls import eventually, running
 from learner import Learner
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from training import Classifier, Digits, Item, arrived, learner, numbers_of, sink_to
+from training import STALLING, Classifier, Digits, Item, arrived, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, numpy_example
 from echo_torch.callbacks import loop
@@ -248,7 +248,7 @@ class BrokenError(Exception):
 def fail(callback: SinkCallback, step: Step, error: BaseException, at: int = 4) -> None:
     """A loop that ``error`` ends after so many batches, of 4 digits each, were told of."""
     with callback:
-        for index, batch in enumerate(batches(40)):
+        for index, batch in enumerate(batches(STALLING)):
             callback.on_batch_end(batch, step(batch))
             if index == at:
                 raise error
@@ -272,7 +272,7 @@ def test_an_error_is_never_masked_by_a_learner_that_is_gone(caplog: pytest.LogCa
         sink = sink_to(server, reconnect=0.0)
         callback = SinkCallback(sink, close=True)
         callback.setup()
-        for batch in batches(40):
+        for batch in batches(STALLING):
             callback.on_batch_end(batch)
         server.kill()
         callback.on_exception(BrokenError())
@@ -288,12 +288,12 @@ def test_an_error_waits_for_a_stalled_learner_for_a_bounded_time(
         sink = sink_to(server)
         began = time.monotonic()
         with pytest.raises(BrokenError):
-            fail(SinkCallback(sink, flush_timeout=LONG_S), trained([]), BrokenError(), at=9)
+            fail(SinkCallback(sink, flush_timeout=LONG_S), trained([]), BrokenError(), at=STALLING // 4 - 1)
         assert time.monotonic() - began < LONG_S / 2
         assert [text for text in warnings_of(caplog) if text.startswith("after BrokenError: ") and "un-acked" in text]
         server.resume()
         sink.close()
-        assert arrived(server, 40).total() >= 40
+        assert arrived(server, STALLING).total() >= STALLING
 
 
 def test_after_an_error_nothing_waits_any_more_until_the_next_setup(server: Learner) -> None:
@@ -303,7 +303,7 @@ def test_after_an_error_nothing_waits_any_more_until_the_next_setup(server: Lear
         callback.setup()
         callback.on_exception(BrokenError())
         server.pause()
-        for batch in batches(40):
+        for batch in batches(STALLING):
             callback.on_batch_end(batch)
         began = time.monotonic()
         callback.on_exception(BrokenError())
@@ -367,7 +367,7 @@ def test_a_stalled_learner_is_named_and_the_training_goes_on(caplog: pytest.LogC
             assert time.monotonic() - began < 50 * SHORT_S
             assert len(record) == 100
             sent = sink.stats().samples_sent
-            assert 0 < sent < 60
+            assert 0 < sent < STALLING
             assert callback.skipped >= 100 - sent // 4 - 1
             first, second = warnings_of(caplog)
             assert "no room for a batch" in first
@@ -395,7 +395,7 @@ def test_a_stalled_learner_ends_the_training_if_told_to() -> None:
         began = time.monotonic()
         callback = SinkCallback(sink, flush_timeout=SHORT_S, on_stall="raise")
         with pytest.raises(DeliveryTimeoutError, match="samples un-acked") as raised:
-            fail(callback, trained([]), BrokenError("it went on for too long"), at=9)
+            fail(callback, trained([]), BrokenError("it went on for too long"), at=STALLING // 4 - 1)
         assert time.monotonic() - began < 10 * SHORT_S
         assert raised.value.unacked > 0
         assert callback.skipped == 1
@@ -409,7 +409,7 @@ def test_a_stalled_learner_ends_the_training_at_a_flush_if_told_to() -> None:
         sink = sink_to(server)
         callback = SinkCallback(sink, flush_timeout=SHORT_S, on_stall="raise")
         callback.setup()
-        for batch in batches(40):
+        for batch in batches(STALLING):
             callback.on_batch_end(batch)
         with pytest.raises(DeliveryTimeoutError, match="samples un-acked"):
             callback.on_epoch_end()
@@ -433,7 +433,7 @@ def test_closing_a_stalled_learner_is_named_too(caplog: pytest.LogCaptureFixture
     with learner() as server:
         server.pause()
         with SinkCallback(sink_to(server), flush_timeout=SHORT_S, close=True) as callback:
-            for batch in batches(40):
+            for batch in batches(STALLING):
                 callback.on_batch_end(batch)
         at_the_end, on_closing = warnings_of(caplog)
     assert "at the end of the training" in at_the_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -13,13 +14,20 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import Dataset
 
-from echo_torch import EchoSink, numpy_example
+from echo_torch import EchoSink
 
 Item = dict[str, torch.Tensor]
 
 _DATA = load_digits()
 IMAGES = torch.from_numpy(_DATA.images / 16).float().reshape(-1, 64)
 LABELS = torch.from_numpy(_DATA.target).long()
+
+
+TAKE_S = 30.0
+"""Seconds in which what was sent must arrive."""
+STALLING = 160
+"""As many digits stall a learner that is paused; it acks some 70."""
+_FILLER = {"id": np.array(-1), "image": np.zeros(64, np.float32), "labels": np.array(-1)}
 
 
 class Digits(Dataset[Item]):
@@ -48,9 +56,34 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def learner(**options: Any) -> Learner:
-    """A server for digits. It hands each sample out by itself, so that any number of them can be taken."""
-    return Learner(numpy_example(Digits(1)[0]), 1, **options)
+class DigitLearner(Learner):
+    """A server for digits, of which any number can be taken.
+
+    A server hands out full batches only, and may hang if these are small: so they are filled up with samples that are
+    no digits, and those are left out again. While it is paused, it acks fewer than `STALLING` samples.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(_FILLER, num_buffers=2, **options)
+
+    def take(self, samples: int) -> Any:
+        deadline = time.monotonic() + TAKE_S
+        while True:
+            self.fill(_FILLER)
+            got = super().take(max(1, super().received()))
+            digits = got["id"] != _FILLER["id"]
+            if digits.sum() >= samples:
+                return {name: leaf[digits] for name, leaf in got.items()}
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{digits.sum()} of {samples} digits arrived")
+            time.sleep(0.01)
+
+    def received(self) -> int:
+        return len(self.take(0)["id"])
+
+
+def learner(**options: Any) -> DigitLearner:
+    return DigitLearner(**options)
 
 
 def sink_to(learner: Learner, **options: Any) -> EchoSink:
