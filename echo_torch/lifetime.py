@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import multiprocessing.util
 import os
+import weakref
 from typing import Protocol
 
 from .deadline import Deadline
@@ -21,6 +22,13 @@ _log = logging.getLogger(__name__)
 FAREWELL_S = 5.0
 # Seconds on top, for its thread to say so and be gone.
 _GRACE_S = 1.0
+
+
+class User(Protocol):
+    """What uses connections, and has something to do before they end."""
+
+    def end(self) -> None:
+        """Called in any process at its end; one that is not its own does nothing."""
 
 
 class Mortal(Protocol):
@@ -39,6 +47,7 @@ class Mortal(Protocol):
 
 
 _living: set[Mortal] = set()
+_users: weakref.WeakSet[User] = weakref.WeakSet()
 _child = 0  # the process, a child of multiprocessing, in which a finaliser is set
 
 
@@ -51,6 +60,11 @@ def end(connection: Mortal) -> None:
     _living.discard(connection)
 
 
+def tell(user: User) -> None:
+    """Have ``user`` told of the end of this process, unless it is gone by then."""
+    _users.add(user)
+
+
 def expect_end_of_child() -> None:
     """multiprocessing ends forked children without `atexit`, but not without its own finalisers."""
     global _child
@@ -60,6 +74,11 @@ def expect_end_of_child() -> None:
 
 
 def _end_all() -> None:
+    for user in list(_users):
+        try:
+            user.end()
+        except Exception as error:
+            _log.warning("at the end of the process: %s", error)
     deadline = Deadline(FAREWELL_S + _GRACE_S)
     connections = list(_living)
     for connection in connections:
@@ -73,6 +92,7 @@ def _disown_all() -> None:
     for connection in list(_living):
         connection.disown()
     _living.clear()
+    _users.clear()
 
 
 atexit.register(_end_all)

@@ -23,6 +23,9 @@ class Route(Protocol):
     def progress(self) -> tuple[int, int]:
         """How many samples were sent, and how many of them are acked as far as was noted."""
 
+    def check(self) -> None:
+        """Take note of acks; raises ConnectionClosedError if the connection has ended with samples un-acked."""
+
     @property
     def blocked_seconds(self) -> float:
         """Seconds that `send` waited for room; with a client that does not tell, all that its ``send`` took."""
@@ -49,6 +52,10 @@ class RingRoute:
 
     def progress(self) -> tuple[int, int]:
         return self._client.progress()
+
+    def check(self) -> None:
+        if self._client.closed:
+            self._client.wait(0.0)
 
     @property
     def blocked_seconds(self) -> float:
@@ -93,6 +100,11 @@ class RowRoute:
 
     def progress(self) -> tuple[int, int]:
         return self._sent, self._acked
+
+    def check(self) -> None:
+        """Such a client tells of acks only by waiting for all of them."""
+        if self._sent > self._acked and not self.closed:
+            self.wait(None)
 
     def send(self, match: Match, timeout: float | None) -> None:
         deadline = Deadline(timeout)

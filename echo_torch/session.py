@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import lifetime
 from .checks import check_count, check_seconds
+from .children import Children
 from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError
 from .locks import is_mine
+from .report import Report, parent_of
 from .routes import Route
 from .stats import Counts, SinkStats
 from .watermark import Watermark
 
 _log = logging.getLogger(__name__)
+
+# Seconds that a child may take at its end to deliver: a DataLoader kills workers that take longer than 5.
+CHILD_CLOSE_S = 4.0
 
 _COUNTED = [field.name for field in dataclasses.fields(SinkStats) if field.name != "in_flight"]
 
@@ -28,9 +35,13 @@ class Session:
         peer: how messages name the learner.
         payload_size: bytes of one sample.
         open: connects, in so many seconds at the most.
+        token: the sink's, by which parents and children find each other.
+        origin: the process that made the sink.
     """
 
-    def __init__(self, peer: str, payload_size: int, open: Callable[[float | None], Route]) -> None:
+    def __init__(
+        self, peer: str, payload_size: int, open: Callable[[float | None], Route], token: str, origin: int
+    ) -> None:
         self.peer = peer
         self.route: Route | None = None
         self.closed = False
@@ -39,11 +50,17 @@ class Session:
         self.gone = False
         """Whether the learner is, and that was logged; with ``on_error="warn"``."""
         self.watermark = Watermark()
+        self.children = Children(peer, token)
+        self._pid = os.getpid()
+        self._token = token
+        self._origin = origin
+        self._report: Report | None = None
         self._lock = threading.RLock()
         self._open = open
         self._payload_size = payload_size
         self._dropped = 0
         self._before: dict[str, Any] = dict.fromkeys(_COUNTED, 0)  # what was counted before, in another process or run
+        lifetime.tell(self)
 
     @property
     def unacked(self) -> int:
@@ -57,6 +74,65 @@ class Session:
         if route is None or self.closed:
             raise self.ended("this sink was closed")
         return route
+
+    def accepted(self, step: int, route: Route) -> None:
+        """Note that ``route`` took all of ``step``."""
+        sent, acked = route.progress()
+        self.watermark.sent(step, sent, acked)
+        if self._report is not None:
+            self._report.sent(sent)
+
+    def close(self, timeout: float | None) -> None:
+        """End the connection, and have the children end theirs; raises the worst that came of it."""
+        self.closed = True  # whoever is connecting just now will see it
+        deadline = Deadline(timeout)
+        try:
+            try:
+                self.children.finish(deadline)
+                self.children.wait(deadline, None)
+            finally:
+                if self.route is not None:
+                    self.route.close(None if timeout is None else deadline.remaining())
+        except Exception as error:
+            self._over(error)
+            raise
+        self._over(None)
+
+    def end(self) -> None:
+        """At the end of the process: what a child has is delivered, and its parent told; children are waited for."""
+        if self._pid != os.getpid() or self.closed:
+            return
+        if self._report is not None:
+            self.close(CHILD_CLOSE_S)
+        else:  # its own connection is seen to after this
+            deadline = Deadline(lifetime.FAREWELL_S)
+            try:
+                self.children.finish(deadline)
+                self.children.wait(deadline, None)
+            finally:
+                self.children.forget()
+
+    def _over(self, error: Exception | None) -> None:
+        if self._report is not None:
+            self._report.end(error)
+        self.children.forget()
+
+    def _failure(self) -> Exception | None:
+        """What ended the connection with samples un-acked."""
+        if self.route is None or self.closed:
+            return None
+        try:
+            self.route.check()
+        except ConnectionError as error:
+            return error
+        return None
+
+    def _finish(self) -> None:
+        """As the parent asks."""
+        try:
+            self.close(CHILD_CLOSE_S)
+        except OSError as error:
+            _log.warning("%s", error)
 
     def ended(self, how: str) -> ConnectionClosedError:
         unacked = self.unacked
@@ -82,7 +158,11 @@ class Session:
             if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
             if self.route is None and not self.closed:
-                self.route = self._open(None if deadline.timeout is None else deadline.remaining())
+                route = self._open(None if deadline.timeout is None else deadline.remaining())
+                parent = parent_of(self._origin)
+                if parent is not None:
+                    self._report = Report(self._token, parent, self._counted, self._failure, self._finish)
+                self.route = route
             lock.release()
         except BaseException:
             try:  # noqa: SIM105
@@ -97,10 +177,9 @@ class Session:
     # What is told, and saved.
 
     def stats(self) -> SinkStats:
-        counted = self._counted()
-        in_flight = counted.samples_sent - counted.samples_acked
+        counted = self._with_children()
         total = {name: getattr(counted, name) + self._before[name] for name in _COUNTED}
-        return SinkStats(**total, in_flight=in_flight)
+        return SinkStats(**total, in_flight=counted.in_flight)
 
     def acked_through(self) -> int:
         if self.route is not None:
@@ -119,9 +198,26 @@ class Session:
             check = check_seconds if field.type == "float" else _check_number
             loaded[field.name] = check(f"state[{field.name!r}]", state.get(field.name))  # type: ignore[arg-type]
         loaded["maybe_lost"] += loaded.pop("in_flight")
-        counted = self._counted()
+        counted = self._with_children()
         self._before = {name: loaded[name] - getattr(counted, name) for name in _COUNTED}
         self.watermark = Watermark(through)
+
+    def _with_children(self) -> SinkStats:
+        counted, theirs = self._counted(), self.children.counts()
+        sent, acked = counted.samples_sent + theirs["sent"], counted.samples_acked + theirs["acked"]
+        return SinkStats(
+            samples_sent=sent,
+            bytes_sent=sent * self._payload_size,
+            samples_acked=acked,
+            bytes_acked=acked * self._payload_size,
+            in_flight=counted.in_flight + theirs["sent"] - theirs["acked"],
+            dropped=counted.dropped + theirs["dropped"],
+            blocked_seconds=counted.blocked_seconds + theirs["blocked_us"] / 1e6,
+            reconnects=counted.reconnects + theirs["reconnects"],
+            resent=counted.resent + theirs["resent"],
+            maybe_duplicated=counted.maybe_duplicated + theirs["maybe_duplicated"],
+            maybe_lost=counted.maybe_lost + theirs["maybe_lost"],
+        )
 
     def _counted(self) -> SinkStats:
         """Here, since the sink connected."""

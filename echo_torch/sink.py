@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from torch.utils.data import get_worker_info
 
 from .checks import check_count, check_seconds, check_timeout
 from .client import SERVER_QUEUE, Client, TcpClient, close_after, ring_rows
+from .deadline import Deadline
 from .dial import check_address, peer_name
 from .errors import ConnectionClosedError
 from .leaves import dtypes_of
@@ -124,6 +126,8 @@ class EchoSink:
         self._replay_tail = replay_tail
         if _is_ours(client):
             ring_rows(self._spec.payload_size, buffer_bytes, self._replay_acked)
+        self._token = secrets.token_hex(16)
+        self._origin = os.getpid()
         self._sessions: dict[int, Session] = {}
 
     @classmethod
@@ -212,7 +216,7 @@ class EchoSink:
         if accepted is None:
             watermark.failed(step)
         else:
-            watermark.sent(step, *accepted.progress())
+            session.accepted(step, accepted)
 
     def wait(self, timeout: float | None = None, group: ProcessGroup | None = None) -> None:
         """Block until everything sent so far, by this process, is acked.
@@ -289,14 +293,20 @@ class EchoSink:
             return None
 
     def _wait(self, session: Session, timeout: float | None) -> None:
-        if session.route is None:
-            return
+        deadline = Deadline(timeout)
         try:
-            session.route.wait(timeout)
+            if session.route is not None:
+                session.route.wait(timeout)
         except ConnectionError as error:
             if self._on_error == "raise":
                 raise
             session.drop(0, error)
+        try:
+            session.children.wait(deadline, self._stall_timeout)
+        except ConnectionError as error:
+            if self._on_error == "raise":
+                raise
+            _log.warning("%s", error)
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver what was sent, make the tail of it safe in the server, and end this process's connection.
@@ -313,11 +323,8 @@ class EchoSink:
         """
         check_timeout("timeout", timeout)
         session = self._session()
-        session.closed = True  # whoever is connecting just now will see it
-        if session.route is None:
-            return
         try:
-            session.route.close(timeout)
+            session.close(timeout)
         except ConnectionError as error:
             if self._on_error == "raise":
                 raise
@@ -354,7 +361,8 @@ class EchoSink:
         pid = os.getpid()
         session = self._sessions.get(pid)
         if session is None:
-            session = self._sessions.setdefault(pid, Session(self.peer, self._spec.payload_size, self._open))
+            new = Session(self.peer, self._spec.payload_size, self._open, self._token, self._origin)
+            session = self._sessions.setdefault(pid, new)
         return session
 
     def _open(self, timeout: float | None) -> Route:
