@@ -1,0 +1,102 @@
+"""`SinkCollate` in real loaders: what they yield is sent, by whatever process makes it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+
+import pytest
+import torch
+from calls import eventually
+from learner import Learner
+from torch.utils.data import DataLoader, default_collate
+from training import Digits, Item, learner, numbers_of, sink_to
+
+from echo_torch import DeliveryTimeoutError, SpecMismatchError
+from echo_torch.callbacks.loop import SinkCallback
+from echo_torch.workers import SinkCollate
+
+COUNT = 36
+BATCH = 8
+FULL_SOON = 12 * 272
+"""Bytes of a buffer for few samples more than the 8 of the tail."""
+TOO_MANY = 400
+"""Samples, several times as many as a server acks that is paused, and these buffers hold."""
+
+
+def odd_ones(batch: Item) -> Item:
+    chosen = batch["id"] % 2 == 1
+    return {name: leaf[chosen] for name, leaf in batch.items()}
+
+
+def reversed_collate(samples: list[Item]) -> Item:
+    return default_collate(samples[::-1])
+
+
+def loader(collate: SinkCollate, workers: int, method: str | None = None, count: int = COUNT) -> DataLoader[Item]:
+    context = multiprocessing.get_context(method) if method else None
+    return DataLoader(Digits(count), BATCH, num_workers=workers, collate_fn=collate, multiprocessing_context=context)
+
+
+def take(server: Learner, count: int) -> Item:
+    """What arrived so far, once that is ``count`` samples."""
+    return {name: torch.from_numpy(leaf) for name, leaf in server.take(count).items()}
+
+
+def some_repeated(got: Counter[int], expected: Counter[int], at_most: int) -> bool:
+    """Whether all of ``expected`` came, nothing else, and of these no more than ``at_most`` once more."""
+    return got >= expected and set(got) == set(expected) and 0 <= got.total() - expected.total() <= at_most
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (1, "spawn")])
+def test_what_a_loader_yields_arrives(workers: int, method: str | None) -> None:
+    """The sink is connected when a worker gets it. There, its connection repeats its tail, a batch at the most."""
+    with learner() as server, sink_to(server) as sink:
+        batches = list(loader(SinkCollate(sink), workers, method))
+        assert [batch["id"].tolist() for batch in batches] == [
+            list(range(first, min(first + BATCH, COUNT))) for first in range(0, COUNT, BATCH)
+        ]
+        sink.wait()
+        assert sink.stats().samples_sent == (0 if workers else COUNT)
+        expected = numbers_of(batches)
+        eventually(lambda: numbers_of([take(server, 1)]) >= expected)
+        assert some_repeated(numbers_of([take(server, 1)]), expected, at_most=BATCH * workers)
+
+
+def test_the_collate_function_makes_the_batch_and_select_what_is_sent_of_it() -> None:
+    with learner() as server, sink_to(server) as sink:
+        batches = list(loader(SinkCollate(sink, reversed_collate, odd_ones), 0))
+        assert batches[0]["id"].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+        sink.wait()
+        assert numbers_of([take(server, COUNT // 2)]) == Counter(range(1, COUNT, 2))
+        assert sink.stats().samples_acked == COUNT // 2
+
+
+def test_a_sample_that_does_not_fit_is_the_loaders_error() -> None:
+    with learner() as server, sink_to(server) as sink:
+        collate = SinkCollate(sink, lambda samples: {"image": torch.zeros(1)})
+        with pytest.raises(SpecMismatchError, match=r"batch\['labels'\]: torch.int64 \[\]: missing"):
+            next(iter(loader(collate, 0)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stalled_learner_is_waited_for_as_long_as_the_policy_says(workers: int) -> None:
+    """It goes on when all batches are made, so that the workers need not wait for it once more when they end."""
+    with learner() as server, sink_to(server, buffer_bytes=FULL_SOON, max_inflight_msgs=4) as sink:
+        server.pause()
+        patient = loader(SinkCollate(SinkCallback(sink, flush_timeout=0.1)), workers, count=TOO_MANY)
+        seen = []
+        for batch in patient:
+            seen.append(batch)
+            if len(seen) == len(patient):
+                server.resume()
+        assert numbers_of(seen) == Counter(range(TOO_MANY))
+        assert server.received() < TOO_MANY - BATCH, "it never stalled"
+        server.pause()
+        policy = SinkCallback(sink, flush_timeout=0.1, on_stall="raise")
+        strict = loader(SinkCollate(policy), workers, count=TOO_MANY)
+        with pytest.raises(DeliveryTimeoutError, match="un-acked"):
+            list(strict)
+        server.resume()
