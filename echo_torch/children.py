@@ -132,8 +132,8 @@ class Children:
             open_here = entry["sent"] - entry["acked"]
             unacked += open_here
             kind = max(kind, entry["error_kind"] or 2)
-            how = entry.error if entry["error_kind"] else "died"
-            told.append(f"process {entry.child}: {how}, with {open_here} samples un-acked")
+            how = entry.error if entry["error_kind"] else f"died with {open_here} samples un-acked"
+            told.append(f"process {entry.child}: {how}")
         error = KINDS[kind](f"{self._peer}: {'; '.join(told)}")  # type: ignore[misc]  # never that of 0
         error.unacked = unacked
         return error

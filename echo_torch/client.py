@@ -280,12 +280,16 @@ def _allocate(rows: int, size: int) -> memoryview:
         raise ValueError(f"max_inflight_msgs: {what}; give buffer_bytes for a smaller buffer") from None
 
 
+def least_buffer(payload_size: int, replay_acked: int) -> int:
+    """Bytes of the smallest buffer to work with."""
+    return (replay_acked + 2) * payload_size
+
+
 def ring_rows(payload_size: int, buffer_bytes: int, replay_acked: int) -> int:
     """How many samples fit into ``buffer_bytes``; ValueError if those are too few to work with."""
     rows = check_count("buffer_bytes", buffer_bytes, least=1) // payload_size
-    least = replay_acked + 2
-    if rows < least:
-        need = least * payload_size
+    need = least_buffer(payload_size, replay_acked)
+    if buffer_bytes < need:
         raise ValueError(
             f"buffer_bytes: got {buffer_bytes}, room for {rows} samples of {payload_size} bytes; "
             f"expected at least {need}, for the {replay_acked} kept to be sent again and 2 more"

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from typing import Protocol
 
 from . import lifetime
 from .children import KINDS
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .ledger import begin
+from .routes import Route
 from .stats import SinkStats
+
+_log = logging.getLogger(__name__)
 
 # Seconds between two looks at the acks while some are out, and at what the parent asks for otherwise.
 BUSY_S = 0.02
 IDLE_S = 0.1
+# Seconds that a child may take at its end to deliver: a DataLoader kills workers that take longer than 5.
+CHILD_CLOSE_S = 4.0
 
 
 def parent_of(origin: int) -> int | None:
@@ -33,38 +40,41 @@ def parent_of(origin: int) -> int | None:
     return origin if os.getppid() == origin else None
 
 
+class Reporter(Protocol):
+    """What has a connection to report of: a sink's session."""
+
+    def counted(self) -> SinkStats:
+        """What became of the samples of this process."""
+
+    def finish(self) -> None:
+        """Deliver everything and close, as the parent asks."""
+
+
 class Report:
     """Tells the parent, from a thread of its own, what became of the samples of this process.
+
+    If the session is dropped without having been closed, the thread closes the connection.
 
     Args:
         token: the sink's.
         parent: to whom to report.
-        stats: what to report.
-        failure: what ended the connection, if anything did.
-        finish: closes the connection, delivering everything; called when the parent asks for it.
+        session: of whom to report; not kept alive.
+        route: its connection.
     """
 
-    def __init__(
-        self,
-        token: str,
-        parent: int,
-        stats: Callable[[], SinkStats],
-        failure: Callable[[], Exception | None],
-        finish: Callable[[], None],
-    ) -> None:
+    def __init__(self, token: str, parent: int, session: Reporter, route: Route) -> None:
         self._entry = begin(token, parent)
-        self._stats = stats
-        self._failure = failure
-        self._finish = finish
+        self._session = weakref.ref(session)
+        self._route = route
         self._wake = threading.Event()
-        self._ending = False
+        self._ended = False
         self._lock = threading.Lock()
         lifetime.expect_end_of_child()
         self._thread = threading.Thread(target=self._run, name=f"echo_torch report to {parent}", daemon=True)
         self._thread.start()
 
     def sent(self, count: int) -> None:
-        """So many samples were accepted in all: before anybody can wait for them."""
+        """So many samples were accepted in all: said before anybody can wait for them."""
         self._entry["sent"] = count
         if not self._wake.is_set():
             self._wake.set()
@@ -72,9 +82,9 @@ class Report:
     def end(self, error: Exception | None = None) -> None:
         """The connection has ended, maybe in ``error``: say so, and free everything."""
         with self._lock:
-            if self._ending:
+            if self._ended:
                 return
-            self._ending = True
+            self._ended = True
             if error is not None:
                 self._say(error)
             self._publish()
@@ -86,32 +96,57 @@ class Report:
 
     def _run(self) -> None:
         busy = False
-        while not self._ending:
+        while not self._ended:
             if not busy:
                 self._wake.wait(IDLE_S)
             self._wake.clear()
             failure = self._failure()
             with self._lock:
-                if self._ending:
+                if self._ended:
                     return
-                busy = self._publish()
                 if failure is not None:
                     self._say(failure)
+                busy = self._publish()
                 finish = bool(self._entry["finish"])
-            if finish:
-                self._finish()
-            elif busy:
+            session = self._session()
+            if session is None:
+                self._close()
+            elif finish:
+                session.finish()
+            del session
+            if busy:
                 time.sleep(BUSY_S)
+
+    def _close(self) -> None:
+        """For a session that was dropped."""
+        error = None
+        try:
+            self._route.close(CHILD_CLOSE_S)
+        except Exception as problem:
+            error = problem
+            _log.warning("%s", problem)
+        self.end(error)
+
+    def _failure(self) -> Exception | None:
+        """What ended the connection with samples un-acked."""
+        try:
+            self._route.check()
+        except ConnectionError as error:
+            return error
+        return None
 
     def _publish(self) -> bool:
         """Store the counts; gives whether acks are out."""
-        stats, entry = self._stats(), self._entry
-        entry["blocked_us"] = int(stats.blocked_seconds * 1e6)
-        entry["sent"] = max(entry["sent"], stats.samples_sent)
-        for field in ("dropped", "reconnects", "resent", "maybe_duplicated", "maybe_lost"):
-            entry[field] = getattr(stats, field)
-        entry["acked"] = stats.samples_acked
-        return stats.in_flight > 0
+        entry, session, counts = self._entry, self._session(), self._route.counts()
+        if session is not None:
+            stats = session.counted()
+            entry["dropped"] = stats.dropped
+            entry["blocked_us"] = int(stats.blocked_seconds * 1e6)
+        entry["sent"] = max(entry["sent"], counts.sent)
+        for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
+            entry[field] = getattr(counts, field)
+        entry["acked"] = counts.sent - counts.unacked
+        return counts.unacked > 0
 
     def _say(self, error: Exception) -> None:
         kind = KINDS.index(ConnectionClosedError)

@@ -15,15 +15,12 @@ from .children import Children
 from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError
 from .locks import is_mine
-from .report import Report, parent_of
+from .report import CHILD_CLOSE_S, Report, parent_of
 from .routes import Route
 from .stats import Counts, SinkStats
 from .watermark import Watermark
 
 _log = logging.getLogger(__name__)
-
-# Seconds that a child may take at its end to deliver: a DataLoader kills workers that take longer than 5.
-CHILD_CLOSE_S = 4.0
 
 _COUNTED = [field.name for field in dataclasses.fields(SinkStats) if field.name != "in_flight"]
 
@@ -34,14 +31,11 @@ class Session:
     Args:
         peer: how messages name the learner.
         payload_size: bytes of one sample.
-        open: connects, in so many seconds at the most.
         token: the sink's, by which parents and children find each other.
         origin: the process that made the sink.
     """
 
-    def __init__(
-        self, peer: str, payload_size: int, open: Callable[[float | None], Route], token: str, origin: int
-    ) -> None:
+    def __init__(self, peer: str, payload_size: int, token: str, origin: int) -> None:
         self.peer = peer
         self.route: Route | None = None
         self.closed = False
@@ -56,7 +50,6 @@ class Session:
         self._origin = origin
         self._report: Report | None = None
         self._lock = threading.RLock()
-        self._open = open
         self._payload_size = payload_size
         self._dropped = 0
         self._before: dict[str, Any] = dict.fromkeys(_COUNTED, 0)  # what was counted before, in another process or run
@@ -66,11 +59,11 @@ class Session:
     def unacked(self) -> int:
         return 0 if self.route is None else self.route.counts().unacked
 
-    def connected(self, timeout: float | None) -> Route:
-        """The open route, connecting first if there is none."""
+    def connected(self, open: Callable[[float | None], Route], timeout: float | None) -> Route:
+        """The open route, connecting first by ``open(timeout)`` if there is none."""
         route = self.route
         if route is None and not self.closed:
-            route = self._connect_once(Deadline(timeout))
+            route = self._connect_once(open, Deadline(timeout))
         if route is None or self.closed:
             raise self.ended("this sink was closed")
         return route
@@ -117,17 +110,7 @@ class Session:
             self._report.end(error)
         self.children.forget()
 
-    def _failure(self) -> Exception | None:
-        """What ended the connection with samples un-acked."""
-        if self.route is None or self.closed:
-            return None
-        try:
-            self.route.check()
-        except ConnectionError as error:
-            return error
-        return None
-
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """As the parent asks."""
         try:
             self.close(CHILD_CLOSE_S)
@@ -149,7 +132,7 @@ class Session:
             self.gone = True
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
 
-    def _connect_once(self, deadline: Deadline) -> Route | None:
+    def _connect_once(self, open: Callable[[float | None], Route], deadline: Deadline) -> Route | None:
         """Connect, unless another thread did meanwhile or the sink was closed."""
         lock = self._lock
         if is_mine(lock):
@@ -158,10 +141,10 @@ class Session:
             if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
             if self.route is None and not self.closed:
-                route = self._open(None if deadline.timeout is None else deadline.remaining())
+                route = open(None if deadline.timeout is None else deadline.remaining())
                 parent = parent_of(self._origin)
                 if parent is not None:
-                    self._report = Report(self._token, parent, self._counted, self._failure, self._finish)
+                    self._report = Report(self._token, parent, self, route)
                 self.route = route
             lock.release()
         except BaseException:
@@ -203,7 +186,7 @@ class Session:
         self.watermark = Watermark(through)
 
     def _with_children(self) -> SinkStats:
-        counted, theirs = self._counted(), self.children.counts()
+        counted, theirs = self.counted(), self.children.counts()
         sent, acked = counted.samples_sent + theirs["sent"], counted.samples_acked + theirs["acked"]
         return SinkStats(
             samples_sent=sent,
@@ -219,7 +202,7 @@ class Session:
             maybe_lost=counted.maybe_lost + theirs["maybe_lost"],
         )
 
-    def _counted(self) -> SinkStats:
+    def counted(self) -> SinkStats:
         """Here, since the sink connected."""
         counts = Counts() if self.route is None else self.route.counts()
         acked = counts.sent - counts.unacked

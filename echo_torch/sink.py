@@ -17,22 +17,24 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import optree
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate
 
 from .checks import check_count, check_seconds, check_timeout
-from .client import SERVER_QUEUE, Client, TcpClient, close_after, ring_rows
+from .client import SERVER_QUEUE, Client, TcpClient, close_after
 from .deadline import Deadline
 from .dial import check_address, peer_name
 from .errors import ConnectionClosedError
 from .leaves import dtypes_of
 from .locks import is_mine
+from .opener import Opener
 from .ranks import agree, check_group
-from .routes import RingRoute, Route, RowRoute
+from .routes import Route
 from .session import Session
 from .spec import Match, SampleSpec
 from .stats import SinkStats
 from .tee import Tee
 from .trees import flatten
+from .workers import SinkCollate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,16 +44,8 @@ _log = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
 _Sink = TypeVar("_Sink", bound="EchoSink")
 
-# Most payload bytes un-acked at a time: more than a fast network's bandwidth-delay product, and few enough that what
-# a cut may duplicate stays small.
-WINDOW_BYTES = 8 * 1024 * 1024
 # Seconds that `EchoSink.close` may take: a learner in the middle of an evaluation still gets what was sent.
 CLOSE_TIMEOUT_S = 60.0
-# Seconds that `close` gives the server where it does not send the tail once more: five times as long as one took that
-# was not busy.
-LINGER_S = 0.1
-# Seconds that a DataLoader's worker may try to open a lost connection again: the loader grants 5 s at its end.
-WORKER_RECONNECT_S = 2.0
 # Seconds that leaving a `with` block by an exception may take.
 EXCEPTION_CLOSE_TIMEOUT_S = 5.0
 
@@ -67,7 +61,8 @@ class EchoSink:
         example: one sample as the server shall get it, ``dataset[0]`` for instance: a pytree of tensors, numpy arrays
             and scalars. Only structure, shapes and dtypes count.
         max_inflight_msgs: most samples un-acked at a time, and at most 8 MiB of them.
-        buffer_bytes: host memory for samples that are not acked; `send` blocks when it is full.
+        buffer_bytes: host memory for samples that are not acked; `send` blocks when it is full. By default 64 MiB, and
+            16 MiB in each of a DataLoader's workers, or more if ``replay_acked + 2`` samples need that.
         select: makes what the server wants (like ``example``) of what is sent; a module-level function, to pickle.
         client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that gives a `Client`,
             such as ``echo.TcpClient``. Other clients than ours know no timeouts, and their promises hold.
@@ -95,7 +90,7 @@ class EchoSink:
         example: Any,
         *,
         max_inflight_msgs: int = 1024,
-        buffer_bytes: int = 64 * 1024 * 1024,
+        buffer_bytes: int | None = None,
         select: Callable[[Any], Any] | None = None,
         client: Callable[..., Client] = TcpClient,
         connect_timeout: float | None = 10.0,
@@ -114,21 +109,26 @@ class EchoSink:
         self._host = host
         self._port = port
         self._spec = SampleSpec(example)
-        self._window = check_count("max_inflight_msgs", max_inflight_msgs, least=1)
-        self._buffer_bytes = buffer_bytes
         self._select = select
-        self._make_client = client
-        self._connect_timeout = check_timeout("connect_timeout", connect_timeout)
         self._stall_timeout = check_timeout("stall_timeout", stall_timeout)
         self._on_error = on_error
-        self._reconnect = check_seconds("reconnect", reconnect)
-        self._replay_acked = check_count("replay_acked", replay_acked, least=0)
-        self._replay_tail = replay_tail
-        if _is_ours(client):
-            ring_rows(self._spec.payload_size, buffer_bytes, self._replay_acked)
+        self._opener = Opener(
+            host=host,
+            port=port,
+            make_client=client,
+            max_inflight_msgs=check_count("max_inflight_msgs", max_inflight_msgs, least=1),
+            buffer_bytes=None if buffer_bytes is None else check_count("buffer_bytes", buffer_bytes, least=1),
+            connect_timeout=check_timeout("connect_timeout", connect_timeout),
+            stall_timeout=stall_timeout,
+            reconnect=check_seconds("reconnect", reconnect),
+            replay_acked=check_count("replay_acked", replay_acked, least=0),
+            replay_tail=replay_tail,
+        )
+        self._opener.check(self._spec)
         self._token = secrets.token_hex(16)
         self._origin = os.getpid()
         self._sessions: dict[int, Session] = {}
+        self._session()  # is told of the end of the process, even if only children send
 
     @classmethod
     def from_batch(cls: type[_Sink], host: str, port: int, batch: Any, **options: Any) -> _Sink:
@@ -158,7 +158,7 @@ class EchoSink:
             ConnectionClosedError after `close`. ``on_error`` has no say here.
         """
         session = self._session()
-        if session.connected(None).closed:
+        if session.connected(self._open, None).closed:
             raise session.ended("the connection was lost")
         session.gone = False
         return self
@@ -277,7 +277,7 @@ class EchoSink:
             session.drop(match.rows)
             return None
         try:
-            route = session.connected(timeout)
+            route = session.connected(self._open, timeout)
         except OSError as error:  # refused, unreachable, unknown, too late: whatever keeps us from the learner
             if self._on_error == "raise" or session.closed:
                 raise
@@ -330,6 +330,20 @@ class EchoSink:
                 raise
             session.drop(0, error)
 
+    def collate(
+        self,
+        collate_fn: Callable[[list[Any]], Any] = default_collate,
+        *,
+        select: Callable[[Any], Any] | None = None,
+        forward: bool = True,
+    ) -> SinkCollate:
+        """A ``collate_fn`` for a ``DataLoader`` that sends each batch where it is made; see `workers.SinkCollate`."""
+        return SinkCollate(self, collate_fn, select=select, forward=forward)
+
+    def worker_init(self, worker_id: int) -> None:
+        """A ``worker_init_fn`` for a ``DataLoader``: connects a worker before its first batch; raises as `connect`."""
+        self.connect()
+
     def tee(self, loader: Iterable[_Batch]) -> Tee[_Batch]:
         """Iterate over ``loader``, sending each batch before it is handed on, and `wait` when it is exhausted."""
         return Tee(self, loader)
@@ -353,6 +367,10 @@ class EchoSink:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sessions": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._session()
+
     def __repr__(self) -> str:
         return f"<EchoSink {self.peer} {self._spec.describe()}>"
 
@@ -361,39 +379,17 @@ class EchoSink:
         pid = os.getpid()
         session = self._sessions.get(pid)
         if session is None:
-            new = Session(self.peer, self._spec.payload_size, self._open, self._token, self._origin)
+            new = Session(self.peer, self._spec.payload_size, self._token, self._origin)
             session = self._sessions.setdefault(pid, new)
         return session
 
     def _open(self, timeout: float | None) -> Route:
-        window = max(1, min(self._window, WINDOW_BYTES // self._spec.payload_size))
-        arguments = (self._host, self._port, self._spec.numpy_sample(), window)
-        if _is_ours(self._make_client):
-            limits = [limit for limit in (self._connect_timeout, timeout) if limit is not None]
-            client = self._make_client(
-                *arguments,
-                connect_timeout=min(limits, default=None),
-                stall_timeout=self._stall_timeout,
-                buffer_bytes=self._buffer_bytes,
-                reconnect=min(self._reconnect, WORKER_RECONNECT_S) if get_worker_info() else self._reconnect,
-                replay_acked=self._replay_acked,
-                replay_tail=self._replay_tail,
-                linger=0.0 if self._replay_tail else LINGER_S,
-                retry_refused=True,
-            )
-        else:
-            client = self._make_client(*arguments)
-        return RingRoute(client) if isinstance(client, TcpClient) else RowRoute(client, self._spec, self.peer)
+        return self._opener.open(self._spec, timeout)
 
     def _tell_how_read(self, session: Session, rows: int, batched: bool) -> None:
         session.told = True
         what = f"{rows} samples" if batched else "one sample"
         _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
-
-
-def _is_ours(make_client: Callable[..., Client]) -> bool:
-    """Whether it takes the options of `TcpClient`; a function that returns one has seen to them itself."""
-    return isinstance(make_client, type) and issubclass(make_client, TcpClient)
 
 
 def _one_of(leaf: Any) -> Any:
