@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Protocol
@@ -55,7 +56,8 @@ class RingRoute:
 
     def check(self) -> None:
         if self._client.closed:
-            self._client.wait(0.0)
+            with contextlib.suppress(DeliveryTimeoutError):  # being closed just now
+                self._client.wait(0.0)
 
     @property
     def blocked_seconds(self) -> float:
