@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from calls import Gate
 from peers import Line, Peer
 
 LIMIT_S = 60.0
 README = Path(__file__).parents[1] / "README.md"
-LEARNER, TRAINER, SIGTERM = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+LEARNER, TRAINER, LOOP, WORKERS, SIGTERM = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def with_port(program: str, port: int | str) -> str:
@@ -22,14 +23,15 @@ def with_port(program: str, port: int | str) -> str:
     return program.replace("50051", str(port))
 
 
-def test_the_trainer_delivers_to_the_learner() -> None:
+@pytest.mark.parametrize("trainer", [TRAINER, LOOP, WORKERS], ids=["trainer", "loop", "workers"])
+def test_the_trainer_delivers_to_the_learner(trainer: str) -> None:
     learner = with_port(LEARNER, 0).replace("server.start()\n", "server.start()\nprint(server.port, flush=True)\n")
     learner += "    print(observation.shape, label.shape, flush=True)\n"
     with subprocess.Popen([sys.executable, "-c", learner], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             port = process.stdout.readline().strip()
-            command = [sys.executable, "-W", "error", "-c", with_port(TRAINER, port)]
+            command = [sys.executable, "-W", "error", "-c", with_port(trainer, port)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
             assert (done.returncode, done.stderr) == (0, "")
             batches = [process.stdout.readline() for _ in range(30_000 // 256)]
