@@ -1,4 +1,4 @@
-"""What the ranks of a distributed job have to agree on: whether `EchoSink.wait` raises."""
+"""What the ranks of a distributed job have to agree on: whether `EchoSink.wait` raises, and through which group."""
 
 from __future__ import annotations
 
@@ -18,6 +18,19 @@ SKEW_S = 60.0
 LONGEST_S = 1800.0
 
 _VERDICTS = ("acked everything", "ran out of time", "lost the connection", "failed")
+
+
+def cpu_group() -> ProcessGroup | None:
+    """A group of all ranks for CPU tensors: the default one if it takes them, else a new one of gloo.
+
+    None without a default group, and with one rank. All ranks have to call it, as for any new group.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    world = dist.group.WORLD
+    return world if "cpu:" in dist.get_backend_config(world) else dist.new_group(backend="gloo")
 
 
 def check_group(group: ProcessGroup) -> None:
