@@ -174,6 +174,7 @@ class SinkCallback:
             self._flush("the end of the training")
         finally:
             if self._closes:
+                self._failed = True  # a later end, of a `with` block for one, finds nothing left to do
                 self._close()
 
     def state_dict(self) -> dict[str, Any]:
