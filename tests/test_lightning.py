@@ -105,7 +105,7 @@ def saved(path: Path, step: int) -> dict[str, Any]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_was_trained_on_arrives_and_is_acked_when_an_epoch_ends(tmp_path: Path, workers: int) -> None:
     """And nothing else: neither sanity checks nor validation."""
-    with receiving(SLOW) as (received, sink):
+    with receiving({"busy": 0.2}) as (received, sink):  # slower than workers start, and than validation
         model, watch = Model(), Watch(sink)
         trainer(tmp_path, SinkCallback(sink), watch).fit(model, loader(SAMPLES, workers=workers), loader(90, 1000))
         assert len(model.trained) == 2 * BATCHES

@@ -1,7 +1,9 @@
 """Lightning: `SinkCallback` for its ``Trainer``, `FabricSinkCallback` for its ``Fabric``.
 
 In a distributed job every rank sends its own shard, and flushes end the same way on all of them. Samples that a
-distributed sampler repeats to give every rank as many are sent twice, unless the ``padding`` is left out.
+distributed sampler repeats to give every rank as many are sent twice, unless the padding is skipped. Ranks that are
+spawned or forked have copies of the sink: ``close=True`` makes the tail of what they sent safe, as `EchoSink.close`
+does. Lightning does not tell these ranks of an exception; what is un-acked then is delivered when they exit.
 """
 
 from __future__ import annotations
