@@ -21,6 +21,5 @@ def needed_for(adapter: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{adapter} needs the package {error.name}: pip install 'echo-torch[{extra}]'", name=error.name
-        ) from None
+        package = (error.name or "").partition(".")[0]
+        raise ImportError(f"{adapter} needs the package {package}: pip install 'echo-torch[{extra}]'") from None
