@@ -167,6 +167,15 @@ def sac(envs: Envs) -> SAC:
     return SAC("MultiInputPolicy", envs.env, learning_starts=480, buffer_size=1000, seed=1, device="cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are ten times slower on as many threads as there are cores, if these are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Learner]:
     """For transitions of CartPole, multiples of `BATCH`; slower than they are made."""

@@ -17,20 +17,21 @@ from echo_torch.sink import EchoSink
 with needed_for(__name__, "sb3"):
     from stable_baselines3.common.callbacks import BaseCallback
 
-
 __all__ = ["SinkCallback", "example"]
 
 
 class SinkCallback(loop.SinkCallback, BaseCallback):
     """Connects when ``learn`` begins, sends, and waits for acks when a rollout or the training ends.
 
-    The rollouts of off-policy algorithms are of a few steps, ``train_freq``: after those it does not wait.
+    The rollouts of off-policy algorithms are of a few steps, ``train_freq``: after those it does not wait, but when the
+    training ends. Nothing tells of checkpoints: call `on_checkpoint` before one that shall find everything acked.
 
     Args:
         sink: for samples as `example` gives one, or ``select`` makes of it; stays the caller's.
         on: ``"step"`` sends the transitions of all environments after each step: ``next_obs`` is an episode's last one
             where it ended, ``action`` what the environment got. ``"rollout"`` sends the ``rollout_buffer`` of an
-            on-policy algorithm before it trains on it: steps in order, and in each its environments.
+            on-policy algorithm before it trains on it: steps in order, and in each its environments. One that is cut
+            short is not trained on, nor sent.
         verbose: as for any callback.
         policy: further arguments of `loop.SinkCallback`; ``select(what would be sent, locals of the algorithm)``.
 

@@ -21,9 +21,7 @@ _ROLLOUT = ("observations", "actions", "rewards", "values", "log_probs", "advant
 def example(model: BaseAlgorithm, on: Literal["step", "rollout"] = "step") -> dict[str, Any]:
     """One sample, for an `EchoSink`, and through `numpy_example` for the server; what it says means nothing.
 
-    Args:
-        model: of which environments only the spaces matter.
-        on: as for `sb3.SinkCallback`.
+    ``on`` is as for `sb3.SinkCallback`: ``"step"`` for ``obs, action, reward, next_obs, terminated, truncated``.
 
     Raises:
         ValueError: ``on="rollout"``, and the algorithm has no ``rollout_buffer``.
