@@ -175,6 +175,8 @@ class Session:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; nothing is changed if ``state`` is none."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: got {state!r}, expected what state_dict() gives")
         loaded: dict[str, Any] = {}
         through = check_count("state['acked_through']", state.get("acked_through"), least=-1)  # type: ignore[arg-type]
         for field in dataclasses.fields(SinkStats):
