@@ -1,0 +1,510 @@
+"""Up to which step all is acked: the bookkeeping by itself, and as a sink keeps it with a real server."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import echo
+import numpy as np
+import pytest
+import torch
+from calls import eventually, running
+from hypothesis import given
+from hypothesis import strategies as st
+from peers import Line, Peer
+from training import IMAGES, LABELS, STALLING, arrived, learner, sink_to
+
+from echo_torch import (
+    ConnectionClosedError,
+    DeliveryTimeoutError,
+    EchoSink,
+    SinkStats,
+    SpecMismatchError,
+    numpy_example,
+    watermark,
+)
+from echo_torch.watermark import Watermark
+
+BATCH = 32
+SHORT_S = 0.2
+"""Seconds of a timeout that is meant to pass."""
+
+
+# By itself.
+
+
+def test_it_follows_the_acks() -> None:
+    mark = Watermark()
+    assert mark.through(0) == -1
+    for step in range(3):
+        assert mark.begin(None) == step
+        mark.sent(step, 10 * (step + 1), 0)
+    assert [mark.through(acked) for acked in (0, 9, 10, 19, 20, 30)] == [-1, -1, 0, 0, 1, 2]
+
+
+def test_it_starts_where_it_is_told_to() -> None:
+    mark = Watermark(41)
+    assert mark.through(0) == 41
+    assert mark.begin(None) == 42
+    assert mark.through(0) == 41
+
+
+def test_steps_are_counted_on_from_the_highest() -> None:
+    mark = Watermark()
+    assert [mark.begin(step) for step in (None, 7, None, 3, None)] == [0, 7, 8, 3, 9]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_steps_in_any_order(order: list[int]) -> None:
+    """What is lower and under way holds down what is higher and acked."""
+    mark = Watermark()
+    for step in order:
+        mark.begin(step)
+    for rows, step in enumerate(order, 1):
+        mark.sent(step, rows, rows)
+        pending = set(order[rows:])
+        assert mark.through(rows) == (min(pending) - 1 if pending and min(pending) < 2 else max(order[:rows]))
+
+
+def test_a_step_that_failed_holds_it_down_until_it_is_sent_again() -> None:
+    mark = Watermark()
+    mark.failed(mark.begin(None))
+    mark.sent(mark.begin(None), 1, 1)
+    assert mark.through(1) == -1
+    assert mark.begin(0) == 0
+    assert mark.through(1) == -1
+    mark.failed(0)
+    mark.begin(0)
+    mark.sent(0, 2, 1)
+    assert [mark.through(1), mark.through(2)] == [-1, 1]
+
+
+def test_a_step_that_two_send_is_acked_when_both_are() -> None:
+    mark = Watermark()
+    for _ in range(2):
+        mark.begin(0)
+    mark.sent(0, 1, 1)
+    assert mark.through(1) == -1
+    mark.sent(0, 2, 1)
+    assert [mark.through(1), mark.through(2)] == [-1, 0]
+
+
+def test_a_step_that_is_sent_once_more_is_not_acked_meanwhile() -> None:
+    mark = Watermark()
+    for step in range(3):
+        mark.begin(step)
+        mark.sent(step, step + 1, step + 1)
+    assert mark.through(3) == 2
+    mark.begin(1)
+    assert mark.through(3) == 0
+    mark.sent(1, 4, 4)
+    assert mark.through(4) == 2
+
+
+def test_failures_too_many_to_remember_hold_it_down_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the lowest of them on; those below are still told apart."""
+    monkeypatch.setattr(watermark, "MOST_MISSING", 3)
+    mark = Watermark()
+
+    def send(step: int, rows: int) -> int:
+        mark.begin(step)
+        mark.sent(step, rows, rows)
+        return mark.through(rows)
+
+    for step in (20, 12, 11, 13, 14, 9, 5):
+        mark.failed(mark.begin(step))
+    assert send(30, 1) == 4
+    assert send(5, 2) == 8
+    assert send(9, 3) == 10
+    assert [send(step, 4 + step) for step in range(11, 21)] == [10] * 10
+
+
+class Model:
+    """What was begun, sent, failed and acked, one by one; and what may be claimed of it."""
+
+    def __init__(self, through: int) -> None:
+        self.through = through
+        self.rows = self.acked = 0
+        self.open: list[int] = []
+        self.whole: list[tuple[int, int]] = []  # (step, the rows there were when the last of its own was)
+        self.failed: set[int] = set()
+
+    @property
+    def most(self) -> int:
+        unsure = {*self.open, *self.failed, *(step for step, rows in self.whole if rows > self.acked)}
+        acked = [self.through, *(step for step, rows in self.whole if rows <= self.acked)]
+        return min(max(acked), min(unsure, default=math.inf) - 1)  # type: ignore[return-value]
+
+
+@given(st.data(), st.integers(-1, 3), st.sampled_from([1, 3, 1000]))
+def test_it_never_claims_too_much(data: st.DataObject, through: int, most_missing: int) -> None:
+    """However the calls of several threads interleave. When all was sent in the end, it claims all."""
+    model, mark = Model(through), Watermark(through)
+    steps = st.one_of(st.none(), st.integers(0, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watermark, "MOST_MISSING", most_missing)
+        most_failed = 0
+        for action in data.draw(st.lists(st.sampled_from(["begin", "begin", "sent", "failed", "ack"]), max_size=40)):
+            if action == "begin":
+                step = mark.begin(data.draw(steps))
+                model.open.append(step)
+                model.failed.discard(step)
+            elif action == "ack":
+                model.acked = data.draw(st.integers(model.acked, model.rows))
+            elif model.open:
+                step = model.open.pop(data.draw(st.integers(0, len(model.open) - 1)))
+                model.rows += data.draw(st.integers(0, 3))
+                if action == "failed":
+                    model.failed.add(step)
+                    mark.failed(step)
+                else:
+                    model.whole.append((step, model.rows))
+                    others = data.draw(st.integers(0, 2))  # are sent before the count of all is looked at
+                    model.rows += others
+                    mark.sent(step, model.rows, data.draw(st.integers(0, model.acked)))
+            most_failed = max(most_failed, len(model.failed))
+            assert mark.through(model.acked) <= model.most
+        for step in [*model.open, *model.failed]:
+            if step in model.failed:
+                mark.begin(step)
+            model.rows += 1
+            mark.sent(step, model.rows, 0)
+            model.whole.append((step, model.rows))
+        if most_failed <= most_missing:
+            highest = max([through, *(step for step, _ in model.whole)])
+            assert mark.through(model.rows) == highest
+
+
+# In a sink.
+
+
+def digits(first: int, count: int = BATCH) -> dict[str, torch.Tensor]:
+    """The digits with the numbers from ``first`` on."""
+    numbers = torch.arange(first, first + count)
+    return {"id": numbers, "image": IMAGES[numbers], "labels": LABELS[numbers]}
+
+
+SIZE = sum(leaf[0].nbytes for leaf in digits(0, 1).values())
+
+
+def test_what_was_waited_for_is_acked() -> None:
+    with learner() as server, sink_to(server, replay_tail=False) as sink:
+        assert sink.acked_through == -1
+        for step in range(3):
+            sink.send(digits(step * BATCH))
+            sink.wait()
+            assert sink.acked_through == step
+        assert pickle.loads(pickle.dumps(sink)).acked_through == -1
+
+
+def test_steps_are_counted_on_from_those_given() -> None:
+    with learner() as server, sink_to(server, replay_tail=False) as sink:
+        sink.send(digits(0), step=np.int64(5))
+        sink.send(digits(BATCH))
+        sink.wait()
+        assert sink.acked_through == 6
+        sink.send(digits(0, 0))
+        assert sink.acked_through == 7
+
+
+def test_a_learner_that_does_not_drain_acks_no_further() -> None:
+    steps = 2 * STALLING // BATCH
+    with learner() as server, sink_to(server, replay_tail=False) as sink:
+        server.pause()
+        for step in range(steps):
+            sink.send(digits(step * BATCH))
+        with pytest.raises(DeliveryTimeoutError):
+            sink.wait(SHORT_S)
+        through = sink.acked_through
+        assert through < STALLING // BATCH
+        assert through == sink.stats().samples_acked // BATCH - 1
+        server.resume()
+        sink.wait()
+        assert sink.acked_through == steps - 1
+
+
+def test_a_batch_that_found_no_room_holds_it_down_until_it_is_sent() -> None:
+    """Under the same step; the next number is another batch's."""
+    with learner() as server:
+        sink = sink_to(server, buffer_bytes=2 * STALLING * SIZE, replay_acked=0, replay_tail=False)
+        server.pause()
+        step = 0
+        with pytest.raises(DeliveryTimeoutError) as caught:  # noqa: PT012
+            for step in range(100):
+                sink.send(digits(step * BATCH), timeout=SHORT_S)
+        server.resume()
+        sink.wait()
+        assert sink.acked_through == step - 1
+        sink.send(digits((step + 1) * BATCH))
+        sink.wait()
+        assert sink.acked_through == step - 1
+        sink.send(digits(step * BATCH), step=step)
+        sink.wait()
+        assert sink.acked_through == step + 1
+        sink.close()
+        twice = Counter(range(step * BATCH, step * BATCH + caught.value.rows_accepted))
+        assert arrived(server, sink.stats().samples_sent) == Counter(range((step + 2) * BATCH)) + twice
+
+
+def test_a_send_that_is_interrupted_holds_it_down_until_it_is_repeated() -> None:
+    with learner() as server:
+        sink = sink_to(server, buffer_bytes=STALLING * SIZE, replay_acked=0, replay_tail=False)
+        sink.send(digits(0))
+        server.pause()
+        strike = threading.Timer(SHORT_S, os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            strike.start()
+            sink.send(digits(BATCH, 3 * STALLING))
+        strike.join()
+        server.resume()
+        sink.wait()
+        assert sink.acked_through == 0
+        sink.send(digits(BATCH, 3 * STALLING), step=1)
+        sink.wait()
+        assert sink.acked_through == 1
+        sink.close()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_what_a_learner_did_not_ack_when_it_died_never_counts(on_error: Any) -> None:
+    with learner() as server:
+        sink = sink_to(server, on_error=on_error, reconnect=0.0)
+        sink.send(digits(0))
+        sink.wait()
+        server.kill()
+        eventually(lambda: dies(sink))
+        dropped = sink.stats().dropped
+        for _ in range(2):
+            assert dies(sink)
+        assert sink.stats().dropped == dropped + (2 * BATCH if on_error == "warn" else 0)
+        assert sink.acked_through == 0
+        state = sink.state_dict()
+        assert state["acked_through"] == 0
+        assert state["samples_acked"] == BATCH
+
+
+def dies(sink: EchoSink) -> bool:
+    """Whether the learner is found to be gone by sending to it."""
+    before = sink.stats().dropped
+    try:
+        sink.send(digits(BATCH))
+        sink.wait()
+    except ConnectionClosedError:
+        return True
+    return sink.stats().dropped > before
+
+
+def test_a_learner_that_was_never_there_acks_nothing() -> None:
+    with learner() as server:
+        sink = sink_to(server, on_error="warn", connect_timeout=0.0)
+    sink.send(digits(0))
+    sink.wait()
+    assert sink.acked_through == -1
+    assert sink.state_dict()["dropped"] == BATCH
+
+
+def test_samples_that_are_sent_again_are_acked_once() -> None:
+    """A connection that is lost and opened again."""
+    lines: list[Line] = []
+
+    def script(line: Line) -> None:
+        lines.append(line)
+        line.greet(numpy_example({"id": 0}))
+        if len(lines) > 1:
+            line.hear_all(ack_every=8)
+        line.hear(5 * 8)
+        line.ack(3)
+        line.hang_up()
+
+    with Peer(script) as peer, EchoSink(peer.host, peer.port, {"id": 0}) as sink:
+        for number in range(5):
+            sink.send({"id": number})
+        sink.wait()
+        assert sink.acked_through == 4
+        assert sink.stats().resent == 5
+
+
+def test_another_client_tells_when_it_is_waited_for() -> None:
+    with learner() as server, sink_to(server, client=echo_client) as sink:
+        sink.send(digits(0))
+        assert sink.acked_through == -1
+        sink.wait()
+        assert sink.acked_through == 0
+
+
+def echo_client(host: str, port: int, sample: Any, window: int) -> echo.TcpClient:
+    return echo.TcpClient(host, port, sample, max_inflight_msgs=window)
+
+
+def test_threads_that_send_steps_in_any_order() -> None:
+    """Nothing is claimed that the peer has not acked by then."""
+    threads, steps = 4, 400
+    order = random.Random(1)
+    acked: Counter[int] = Counter()
+    ended = threading.Event()
+
+    def rows_of(step: int) -> int:
+        return step % 4
+
+    def script(line: Line) -> None:
+        line.greet(numpy_example({"step": 0}))
+        choose = random.Random(2)
+        while True:
+            run = choose.randint(1, 20)
+            for _ in range(run):
+                acked[int(np.frombuffer(line.hear(8), np.int64)[0])] += 1
+                line.ack()
+            ended.wait(0.0005)
+
+    def send(steps: list[int]) -> None:
+        for step in steps:
+            sink.send({"step": torch.full((rows_of(step),), step)}, step=step)
+
+    def watch() -> None:
+        seen = -1
+        while not ended.is_set():
+            through = sink.acked_through
+            assert all(acked[step] == rows_of(step) for step in range(through + 1))
+            seen = max(seen, through)
+        assert seen == steps - 1
+
+    shares = [list(range(number, steps, threads)) for number in range(threads)]
+    with Peer(script) as peer:
+        sink = EchoSink(peer.host, peer.port, {"step": 0}, max_inflight_msgs=50, replay_tail=False)
+        for share in shares:
+            near = [share[start : start + 10] for start in range(0, len(share), 10)]
+            share[:] = [step for some in near for step in order.sample(some, len(some))]
+        calls: list[Callable[[], object]] = [lambda share=share: send(share) for share in shares]
+        with running(watch) as watched:
+            with running(*calls) as sent:
+                pass
+            sink.wait()
+            assert sink.acked_through == steps - 1
+            eventually(lambda: sink.acked_through == steps - 1)
+            ended.set()
+        assert [*sent, *watched] == [None] * (threads + 1)
+        sink.close()
+
+
+# What `send` is told of a batch.
+
+
+@pytest.mark.parametrize(("step", "kind"), [(-1, ValueError), (1.0, TypeError), ("1", TypeError), (True, TypeError)])
+def test_bad_steps_are_refused(step: Any, kind: type[Exception]) -> None:
+    with learner() as server, sink_to(server, replay_tail=False) as sink:
+        with pytest.raises(kind, match="step: got"):
+            sink.send(digits(0), step=step)
+        assert sink.stats().samples_sent == 0
+
+
+def test_a_batch_that_is_refused_takes_no_number() -> None:
+    with learner() as server, sink_to(server, replay_tail=False) as sink:
+        sink.send(digits(0))
+        for bad in ({"skip_last": BATCH + 1}, {"skip_last": -1}):
+            with pytest.raises(ValueError, match="skip_last: got"):
+                sink.send(digits(0), **bad)
+        with pytest.raises(TypeError, match="skip_last: got"):
+            sink.send(digits(0), skip_last=1.5)  # type: ignore[arg-type]
+        with pytest.raises(SpecMismatchError):
+            sink.send({"id": 0})
+        sink.wait()
+        assert sink.acked_through == 0
+        assert sink.stats().samples_sent == BATCH
+
+
+def test_the_last_samples_are_skipped() -> None:
+    """Of a batch, of one sample, and all of them."""
+    with learner() as server:
+        with sink_to(server, replay_tail=False) as sink:
+            sink.send(digits(0), skip_last=5)
+            sink.send(digits(100), skip_last=np.int64(BATCH))
+            one = {name: leaf[0] for name, leaf in digits(200, 1).items()}
+            sink.send(one, skip_last=1)
+            with pytest.raises(ValueError, match="expected at most the 1 samples"):
+                sink.send(one, skip_last=2)
+            sink.send(one)
+            sink.wait()
+            assert sink.acked_through == 3
+        assert arrived(server, BATCH - 4) == Counter([*range(BATCH - 5), 200])
+
+
+# What is saved.
+
+
+def test_a_sink_goes_on_from_a_saved_state() -> None:
+    """As JSON, for it is plain numbers."""
+    with learner() as server:
+        with sink_to(server, replay_tail=False) as sink:
+            for step in range(3):
+                sink.send(digits(step * BATCH))
+            sink.wait()
+            saved = json.loads(json.dumps(sink.state_dict()))
+        with sink_to(server, replay_tail=False) as sink:
+            sink.load_state_dict(saved)
+            assert sink.state_dict() == saved
+            assert (sink.acked_through, sink.stats().samples_sent, sink.stats().in_flight) == (2, 3 * BATCH, 0)
+            sink.send(digits(3 * BATCH))
+            sink.wait()
+            assert sink.acked_through == 3
+            assert sink.stats().samples_acked == 4 * BATCH
+            assert sink.stats().bytes_acked == 4 * BATCH * SIZE
+            sink.load_state_dict(saved)
+            assert sink.state_dict() == saved
+            sink.send(digits(4 * BATCH), step=9)
+            sink.wait()
+            assert sink.acked_through == 9
+            assert sink.stats().samples_sent == 4 * BATCH
+        assert arrived(server, 5 * BATCH) == Counter(range(5 * BATCH))
+
+
+def test_what_was_in_flight_when_it_was_saved_may_be_lost() -> None:
+    with learner() as server:
+        sink = sink_to(server, replay_tail=False)
+        server.pause()
+        sink.send(digits(0, 2 * STALLING))
+        with pytest.raises(DeliveryTimeoutError):
+            sink.wait(SHORT_S)
+        saved = sink.state_dict()
+        assert saved["in_flight"] == 2 * STALLING - saved["samples_acked"] > STALLING
+        server.resume()
+        sink.close()
+    other = EchoSink("nowhere.invalid", 1, {"id": 0})
+    other.load_state_dict(saved)
+    assert other.acked_through == -1
+    assert other.stats().maybe_lost == saved["in_flight"]
+    assert other.stats().in_flight == 0
+
+
+GOOD = {"acked_through": 4, **dict.fromkeys(SinkStats.__dataclass_fields__, 7)}
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        ({}, TypeError),
+        ([], TypeError),
+        (None, TypeError),
+        *[({**GOOD, name: "1"}, TypeError) for name in GOOD],
+        *[({**GOOD, name: -2}, ValueError) for name in GOOD],
+        *[({key: value for key, value in GOOD.items() if key != name}, TypeError) for name in GOOD],
+        ({**GOOD, "blocked_seconds": math.nan}, ValueError),
+    ],
+    ids=str,
+)
+def test_bad_states_are_refused_and_change_nothing(state: Any, kind: type[Exception]) -> None:
+    sink = EchoSink("nowhere.invalid", 1, {"id": 0})
+    sink.load_state_dict(GOOD)
+    before = sink.state_dict()
+    assert before["acked_through"] == 4
+    with pytest.raises(kind, match="state"):
+        sink.load_state_dict(state)
+    assert sink.state_dict() == before
