@@ -386,7 +386,7 @@ def test_workers_of_a_collector_send_what_they_collect() -> None:
     """From processes of their own, which lose nothing when they end, though nobody waits for a busy learner."""
     many = 10 * BATCH
     with learner(busy=0.3) as server:
-        sink = sink_to(server)
+        sink = sink_to(server, max_inflight_msgs=8)
         collector = collector_of(
             [Digits, Second],
             kind=MultiSyncCollector,
