@@ -253,6 +253,7 @@ class EchoSink:
 
         A step is the number of a batch: the ``step`` that `send` was given, or else counted from 0 on. What was not
         sent in full, because `send` raised or the learner was gone, holds it down until the same step is sent again.
+        A step that `send` was not given yet does not: whoever numbers batches has to send them in order.
         Acked is not durable: a server that crashes loses what it acked.
         """
         return self._session().acked_through()
