@@ -234,7 +234,7 @@ def test_early_stopping_ends_with_everything_acked(server: Learner, sink: EchoSi
 
 
 def test_select_gets_each_batch_with_its_detached_loss(server: Learner, sink: EchoSink, tmp_path: Path) -> None:
-    """Of the default learning rate's run, every third batch, and of these the samples with odd numbers."""
+    """Of every third one, and what is sent of these are the samples with odd numbers."""
     got: list[torch.Tensor] = []
 
     def odd_ones(batch: Item, loss: torch.Tensor) -> Item:
@@ -242,7 +242,7 @@ def test_select_gets_each_batch_with_its_detached_loss(server: Learner, sink: Ec
         chosen = batch["id"] % 2 == 1
         return {name: leaf[chosen] for name, leaf in batch.items()}
 
-    trainer = trainer_for(sink, tmp_path, select=odd_ones, every_n_batches=3, flush="end")
+    trainer = trainer_for(sink, tmp_path, select=odd_ones, every_n_batches=3)
     trainer.train()
     model = trainer.model
     assert not any(loss.requires_grad for loss in got)
@@ -255,17 +255,22 @@ def encoded(samples: list[Item]) -> BatchEncoding:
     return BatchEncoding(default_collate(samples))
 
 
+class Popping(Trainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        labels = inputs.pop("labels")
+        return super().training_step(model, {**inputs, "labels": labels}, num_items_in_batch)
+
+
+class PoppingSinkTrainer(SinkTrainerMixin, Popping):
+    pass
+
+
 @pytest.mark.parametrize("collate", [default_collate, encoded])
-def test_what_a_model_takes_out_of_its_inputs_is_sent(
+def test_what_a_trainer_takes_out_of_its_inputs_is_sent(
     collate: Any, server: Learner, sink: EchoSink, tmp_path: Path
 ) -> None:
-    class Popping(SinkTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *_: Any, **options: Any) -> Any:
-            labels = inputs.pop("labels")
-            return model(image=inputs["image"], labels=labels, id=inputs["id"])["loss"]
-
     model = Recorder()
-    trainer = Popping(
+    trainer = PoppingSinkTrainer(
         model=model, args=arguments(tmp_path), train_dataset=Digits(COUNT), data_collator=collate, sink=sink
     )
     trainer.train()
@@ -342,6 +347,16 @@ def test_a_resumed_fit_sends_what_it_trains_on(server: Learner, sink: EchoSink, 
     exactly_arrived(server, sink, first.model.numbers + second.model.numbers)
 
 
+def test_with_flush_end_everything_is_acked_when_the_training_ends(tmp_path: Path) -> None:
+    with learner(**SLOW) as server, sink_to(server) as sink:
+        args = {**MANY_PER_STEP, "num_train_epochs": 1}
+        trainer = trainer_for(sink, tmp_path, count=MANY, args=args, flush="end")
+        watched = watch(trainer, sink)
+        trainer.train()
+        assert watched.epochs != watched.end == [(MANY, 0)]
+        exactly_arrived(server, sink, trainer.model.numbers)
+
+
 def interrupt(steps: int) -> None:
     if steps == 7:
         signal.raise_signal(signal.SIGINT)
@@ -373,7 +388,7 @@ def test_an_error_leaves_what_workers_have_collated_to_them(server: Learner, sin
     trainer = trainer_for(sink, tmp_path, Recorder(divide), args={"dataloader_num_workers": 2}, send="collated")
     with pytest.raises(ZeroDivisionError) as caught:
         trainer.train()
-    traceback.clear_frames(caught.value.__traceback__)  # which hold the loader, and that its workers
+    traceback.clear_frames(caught.value.__traceback__)  # which hold the loader, whose workers end now
     trained = trainer.model.numbers
     assert trained.total() == COUNT + 2 * BATCH
     eventually(lambda: arrived(server, 1) >= trained)
@@ -398,8 +413,8 @@ def test_an_error_is_not_masked_by_a_learner_that_is_gone(
 
 
 def full_soon(server: Learner) -> EchoSink:
-    """A sink with room for 64 samples, and no more than 56 un-acked ones."""
-    return sink_to(server, buffer_bytes=64 * PAYLOAD)
+    """A sink with room for 64 samples, and no more than 56 un-acked ones; it is less patient than a test's limit."""
+    return sink_to(server, buffer_bytes=64 * PAYLOAD, stall_timeout=20.0)
 
 
 class Pausing(TrainerCallback):
@@ -550,6 +565,8 @@ class Rank(Spawned):
 
     def __init__(self, rank: int, port: int, path: Path) -> None:
         super().__init__(_serve_rank, rank, port, path)
+
+    def ready(self) -> None:
         self._answer()
 
     def begin(self, name: str) -> None:
@@ -605,6 +622,8 @@ def _serve_rank(pipe: Pipe, rank: int, port: int, path: Path) -> None:
 
 def test_each_rank_sends_its_own_shard(server: Learner, tmp_path: Path) -> None:
     with Rank(0, server.port, tmp_path) as one, Rank(1, server.port, tmp_path) as two:
+        for rank in (one, two):
+            rank.ready()
         for rank in (one, two):
             rank.begin("train")
         (mine, epochs, world), (theirs, *others) = one.end(), two.end()

@@ -74,7 +74,7 @@ class SinkTrainerMixin(Trainer):
             raise
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        batch = copy.copy(inputs)  # the Trainer and models pop from it
+        batch = copy.copy(inputs)  # trainers may pop from it
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._collates:
             self.sink_policy.on_batch_end(batch, loss)
