@@ -329,13 +329,23 @@ def reports(directory: Path) -> list[dict[str, Any]]:
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+def run(command: list[Any]) -> None:
+    """Run a program in a process group of its own, of which nothing is left in the end."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            _, errors = process.communicate(timeout=RUN_S)
+            assert process.returncode == 0, errors
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_each_rank_sends_its_shard(tmp_path: Path) -> None:
     """Of 13 samples 7 each: what is padded arrives twice, unless that is skipped."""
     with learner() as padded, learner() as unpadded, learner() as by_hand:
         program = Path(__file__).with_name("lightning_digits.py")
         command = [sys.executable, program, tmp_path, *(str(one.port) for one in (padded, unpadded, by_hand))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S)
-        assert done.returncode == 0, done.stderr
+        run(command)
         shards = [Counter(report["trained"]) for report in reports(tmp_path / "padded")]
         assert [shard.total() for shard in shards] == [2 * 7, 2 * 7]
         assert arrived(padded, 2 * (ODD + 1)) == shards[0] + shards[1]
