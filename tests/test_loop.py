@@ -147,6 +147,12 @@ def test_select_gets_batch_and_outputs_without_gradient() -> None:
     assert seen == [False] * 12
 
 
+def test_no_batch_is_no_error(server: Learner) -> None:
+    with sink_to(server) as sink, SinkCallback(sink) as callback:
+        callback.on_batch_end(None)
+        assert sink.stats().samples_sent == 0
+
+
 def test_a_batch_may_be_changed_once_it_was_told_of(server: Learner) -> None:
     before = server.received()
     with sink_to(server) as sink, SinkCallback(sink) as callback:
@@ -195,8 +201,8 @@ def test_the_sink_stays_open_unless_told_to_close_it(close: bool, server: Learne
             callback.on_batch_end(next(iter(batches(4))))
         assert sink.stats().in_flight == 0
         if close:
-            with pytest.raises(ConnectionClosedError):
-                sink.send(Digits(1)[0])
+            with pytest.raises(ConnectionClosedError, match="closed"):
+                callback.setup()
         else:
             sink.send(Digits(1)[0])
             sink.wait()
@@ -386,6 +392,21 @@ def test_a_stalled_learner_is_named_and_the_training_goes_on(caplog: pytest.LogC
             assert sink.stats().samples_sent == sent + 8
             assert sink.acked_through == (sent + 3) // 4 - (1 if sent % 4 else 0) - 1
             assert arrived(server, sent + 8).total() == sent + 8
+
+
+def test_a_learner_that_stalls_on_another_rank_is_not_taken_for_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a group, all ranks hear of it; those whose samples are all acked go on to wait for room."""
+    timeouts: list[float | None] = []
+
+    def wait(sink: EchoSink, timeout: float | None, group: Any) -> None:
+        raise DeliveryTimeoutError("on rank 1")
+
+    monkeypatch.setattr(EchoSink, "wait", wait)
+    monkeypatch.setattr(EchoSink, "send", lambda sink, batch, timeout, skip_last: timeouts.append(timeout))
+    callback = SinkCallback(EchoSink("127.0.0.1", 1, Digits(1)[0]), flush_timeout=LONG_S)
+    callback.on_epoch_end()
+    callback.on_batch_end(next(iter(batches(4))))
+    assert timeouts == [LONG_S]
 
 
 def test_a_stalled_learner_ends_the_training_if_told_to() -> None:

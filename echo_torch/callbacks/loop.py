@@ -131,8 +131,8 @@ class SinkCallback:
         if self._select is not None:
             with torch.no_grad():
                 chosen = self._select(batch, optree.tree_map(_detached, outputs, none_is_leaf=True))
-            if chosen is None:
-                return
+        if chosen is None:
+            return
         try:
             self.sink.send(chosen, timeout=self._patience(0.0), skip_last=padding)
         except DeliveryTimeoutError as error:
@@ -160,7 +160,9 @@ class SinkCallback:
             return
         self._failed = True
         ours = isinstance(error, (ConnectionClosedError, DeliveryTimeoutError))
-        finish = self.sink.close if self._closes else self.sink.wait
+        finish = self.sink.wait
+        if self._closes:
+            finish, self._connected_in = self.sink.close, None
         try:
             finish(0.0 if ours else EXCEPTION_FLUSH_S)
         except Exception as problem:
@@ -213,6 +215,7 @@ class SinkCallback:
             self._moves()
 
     def _close(self) -> None:
+        self._connected_in = None  # so that another `setup` finds that it is closed
         try:
             self.sink.close(self._patience(STALLED_FLUSH_S))
         except DeliveryTimeoutError as error:
@@ -229,7 +232,8 @@ class SinkCallback:
             raise error
         if self._stalled_at is None or not when.startswith("no room"):
             _log.warning("%s: %s; the training goes on; %d batches skipped so far", when, error, self.skipped)
-        self._stalled_at = self.sink.stats().samples_acked
+        stats = self.sink.stats()
+        self._stalled_at = stats.samples_acked if stats.in_flight else None  # with a group, others may have stalled
 
     def _moves(self) -> None:
         if self._stalled_at is not None:
