@@ -160,11 +160,13 @@ class SinkCallback:
             return
         self._failed = True
         ours = isinstance(error, (ConnectionClosedError, DeliveryTimeoutError))
-        finish = self.sink.wait
-        if self._closes:
-            finish, self._connected_in = self.sink.close, None
+        seconds = 0.0 if ours else EXCEPTION_FLUSH_S
         try:
-            finish(0.0 if ours else EXCEPTION_FLUSH_S)
+            if self._closes:
+                self._connected_in = None
+                self.sink.close(seconds)
+            else:
+                self.sink.wait(seconds)
         except Exception as problem:
             _log.warning("after %s: %s", type(error).__name__, problem)
 
