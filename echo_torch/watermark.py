@@ -52,7 +52,7 @@ class Watermark:
     def failed(self, step: int) -> None:
         """Note that it was not: nothing from there on counts as acked until the same step begins again."""
         with self.lock:
-            if len(self._missing) >= MOST_MISSING:
+            if len(self._missing) >= MOST_MISSING and step not in self._missing:
                 self._missing_from = min(self._missing_from, *self._missing)
                 self._missing.clear()
             if step < self._missing_from:
