@@ -426,7 +426,8 @@ class Pausing(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.weights[state.global_step] = {name: leaf.clone() for name, leaf in model.state_dict().items()}
-        self._server.pause()
+        if len(self.weights) == 1:
+            self._server.pause()
 
 
 def intact(path: Path, weights: dict[int, Item]) -> bool:
