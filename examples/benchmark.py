@@ -28,6 +28,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
+from benchmark_loaders import COMPUTE_S, WORKERS, loader_rows
 from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, cpu_seconds, elsewhere, sink
 
 # Seconds that a warm-up takes at the least: it also tells how many batches a round has.
@@ -413,6 +414,24 @@ def loop(options: argparse.Namespace) -> list[dict[str, Any]]:
     return table.rows
 
 
+# What a loop keeps of its speed whose loader's workers send.
+
+
+def loaders(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "case": ("case", ""),
+        "             sender": ("sender", ""),
+        "samples/s": ("samples_s", ",.0f"),
+        " kept": ("kept", ".3f"),
+    }
+    table = Table(
+        f"A loop over {WORKERS} workers that send what they collate, {COMPUTE_S * 1e6:.0f} us a sample", columns
+    )
+    for row in loader_rows(options):
+        table.add(row)
+    return table.rows
+
+
 # What was to be reached.
 
 
@@ -447,6 +466,7 @@ TARGETS = [
     Target("blocked in send, ring has room, / memcpy", "room", {}, "vs_memcpy", 1.3),
     Target("samples/s, main thread busy, x stock", "busy", {"sender": ("sink",)}, "vs_stock", 10, True),
     Target("loop rate kept", "loop", {"sender": ("sink",)}, "kept", 0.97, True),
+    Target("loop rate kept, workers send", "loaders", {"sender": ("sink",)}, "kept", 0.95, True),
     Target(f"resident bytes grown per {MEMORY_SENDS:,} sends", "memory", {}, "resident", RESIDENT_NOISE),
     Target(f"Python blocks grown per {MEMORY_SENDS:,} sends", "memory", {}, "blocks", BLOCKS_NOISE),
     Target("threads per connection", "memory", {}, "threads", 1),
@@ -490,6 +510,7 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     **({"memory": memory} if os.path.exists("/proc/self/statm") else {}),
     "busy": busy,
     "loop": loop,
+    "loaders": loaders,
 }
 
 

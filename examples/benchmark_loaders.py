@@ -1,0 +1,140 @@
+"""What it costs to send from a loader's workers, as a table of ``benchmark.py``.
+
+A loop over a ``DataLoader`` of 4 persistent workers, whose collate function computes for a while, as one that decodes
+and augments does, and so is what the loop waits for. Compared with the same loop that sends nothing:
+
+* ``sink``: ``collate_fn=sink.collate(...)``, and ``sink.wait()`` at the end of the epoch;
+* ``sink, not forwarded``: the same with ``forward=False``: batches do not go to the main process;
+* ``stock``: ``echo.TcpClient`` in the collate function, made in each worker at its first batch, for a client that is
+  forked or pickled does not work; sample by sample, and nobody knows in the end what of it was acknowledged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import echo
+import torch
+from benchmark_senders import HOST, Case, PeerProcess, cases
+from torch.utils.data import DataLoader, default_collate
+
+from echo_torch import EchoSink, numpy_example
+
+WORKERS = 4
+# Seconds of computing per sample: little, where decoding one JPEG takes milliseconds.
+COMPUTE_S = 200e-6
+# Batches of an epoch and worker: so that what an epoch's beginning and end take is little beside it.
+BATCHES_PER_WORKER = 8
+
+Epoch = Callable[[], int]
+"""Iterates once; gives how many samples it saw."""
+
+
+class Computes:
+    """A collate function that uses the processor for `COMPUTE_S` per sample."""
+
+    def __call__(self, samples: list[Any]) -> Any:
+        batch = default_collate(samples)
+        until = time.process_time() + COMPUTE_S * len(samples)
+        while time.process_time() < until:
+            pass
+        return batch
+
+
+class SendsStock:
+    """Another collate function, whose samples are sent by a stock client of each worker's own."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._collate = Computes()
+        self._clients: dict[int, Any] = {}
+
+    def __call__(self, samples: list[Any]) -> Any:
+        client = self._clients.get(os.getpid())
+        if client is None:
+            client = echo.TcpClient(HOST, self._port, numpy_example(samples[0]))
+            self._clients[os.getpid()] = client
+        batch = self._collate(samples)
+        for sample in samples:
+            client.send({name: leaf.numpy() for name, leaf in sample.items()})
+        return batch
+
+
+def samples_of(case: Case) -> list[dict[str, torch.Tensor]]:
+    """One batch's samples over and over, for a whole epoch."""
+    rows = [{name: leaf[row] for name, leaf in case.batch.items()} for row in range(case.size)]
+    return rows * (WORKERS * BATCHES_PER_WORKER)
+
+
+def loader(case: Case, collate: Any) -> DataLoader[Any]:
+    return DataLoader(samples_of(case), case.size, num_workers=WORKERS, persistent_workers=True, collate_fn=collate)  # type: ignore[arg-type]
+
+
+@contextmanager
+def without(port: int, case: Case) -> Iterator[Epoch]:
+    batches = loader(case, Computes())
+    yield lambda: sum(len(batch["reward"]) for batch in batches)
+
+
+@contextmanager
+def stock(port: int, case: Case) -> Iterator[Epoch]:
+    batches = loader(case, SendsStock(port))
+    yield lambda: sum(len(batch["reward"]) for batch in batches)
+
+
+@contextmanager
+def with_sink(port: int, case: Case, forward: bool) -> Iterator[Epoch]:
+    with EchoSink(HOST, port, samples_of(case)[0]) as sink:
+        batches = loader(case, sink.collate(Computes(), forward=forward))
+
+        def epoch() -> int:
+            seen = sum(len(batch["reward"]) if forward else batch.samples for batch in batches)
+            sink.wait()
+            return seen
+
+        yield epoch
+
+
+SENDERS: dict[str, Callable[[int, Case], Any]] = {
+    "no sending": without,
+    "sink": lambda port, case: with_sink(port, case, True),
+    "sink, not forwarded": lambda port, case: with_sink(port, case, False),
+    "stock": stock,
+}
+
+
+def rate(epoch: Epoch) -> float:
+    began = time.perf_counter()
+    return epoch() / (time.perf_counter() - began)
+
+
+def loader_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of the table: for each case and sender its samples/s, and the share of the rate of who sends nothing.
+
+    Senders take turns; each is compared with the loops without one just before and after.
+    """
+    for name in ("1KB", "28KB"):
+        case = cases()[name]
+        with PeerProcess("real", case) as peer, ExitStack() as stack:
+            epochs = {sender: stack.enter_context(make(peer.port, case)) for sender, make in SENDERS.items()}
+            alone = epochs.pop("no sending")
+            for epoch in (alone, *epochs.values()):
+                epoch()  # starts the workers
+            rates: dict[str, list[float]] = {sender: [] for sender in epochs}
+            kept: dict[str, list[float]] = {sender: [] for sender in epochs}
+            before = rate(alone)
+            for _ in range(max(3, options.rounds)):
+                for sender, epoch in epochs.items():
+                    found, after = rate(epoch), rate(alone)
+                    rates[sender].append(found)
+                    kept[sender].append(found / ((before + after) / 2))
+                    before = after
+            for sender in epochs:
+                middle = statistics.median(rates[sender])
+                yield {"case": name, "sender": sender, "samples_s": middle, "kept": statistics.median(kept[sender])}
