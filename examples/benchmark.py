@@ -424,9 +424,8 @@ def loaders(options: argparse.Namespace) -> list[dict[str, Any]]:
         "samples/s": ("samples_s", ",.0f"),
         " kept": ("kept", ".3f"),
     }
-    table = Table(
-        f"A loop over {WORKERS} workers that send what they collate, {COMPUTE_S * 1e6:.0f} us a sample", columns
-    )
+    what = f"A loop over {WORKERS} workers that compute for {COMPUTE_S * 1e6:.0f} us per sample and send it"
+    table = Table(what, columns)
     for row in loader_rows(options):
         table.add(row)
     return table.rows
