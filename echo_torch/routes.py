@@ -89,6 +89,7 @@ class RowRoute:
         self._spec = spec
         self._peer = peer
         self._turn = threading.RLock()
+        self._closing = threading.RLock()
         self._acked = 0
         self._sent = 0
         self._lost = False
@@ -136,13 +137,14 @@ class RowRoute:
         self._acked = max(self._acked, asked)
 
     def close(self, timeout: float | None) -> None:
-        if self.closed:  # not every client's `wait` returns after its `close`
-            return
-        self.closed = True
-        try:
-            self.wait(timeout)
-        finally:
-            self._client.close()
+        with self._closing:  # who closes it at the same time waits for the end as well
+            if self.closed:  # not every client's `wait` returns after its `close`
+                return
+            self.closed = True
+            try:
+                self.wait(timeout)
+            finally:
+                self._client.close()
 
     def _translated(self, error: Exception, done: int) -> ConnectionClosedError | DeliveryTimeoutError:
         """The client's error as one of ours, with the counts."""
