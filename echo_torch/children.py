@@ -1,7 +1,9 @@
 """The parent's half of the ledger: what its children sent for a sink, and waiting for that.
 
-A child that ended with everything acked is counted, and its file removed. One that did not is kept until
-`Children.wait` has said so.
+* A child that ended with everything acked is counted, and its file removed, whenever somebody looks. One that did not
+  is kept until `Children.wait` has said so.
+* An interrupt may break off whatever is done here. A child moves from those that are looked at to those that were
+  counted in one assignment, after its file is gone, and is told of in the last step before raising.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ import logging
 import os
 import threading
 import time
+import weakref
 
+from . import ledger
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
-from .ledger import COUNTED, Entry, entries_of, remove
+from .ledger import COUNTED, Entry, entries_of
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +27,8 @@ LOOK_S = 0.005
 KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 """What an entry's ``error_kind`` stands for."""
 
+_shared: weakref.WeakValueDictionary[tuple[int, str], Children] = weakref.WeakValueDictionary()
+
 
 class Children:
     """The children of this process that send for one sink.
@@ -30,27 +36,31 @@ class Children:
     Args:
         peer: how messages name the learner.
         token: the sink's.
+        at_risk: how many samples that a child's server acked it may discard if the child dies.
     """
 
-    def __init__(self, peer: str, token: str) -> None:
-        self.lock = threading.RLock()
+    def __init__(self, peer: str, token: str, at_risk: int) -> None:
+        self._lock = threading.RLock()
         self._peer = peer
         self._token = token
+        self._at_risk = at_risk
         self._parent = os.getpid()
-        self._entries: dict[str, Entry] = {}
+        self._state: tuple[dict[str, Entry], dict[str, int]] = {}, dict.fromkeys(COUNTED, 0)
         self._told: set[str] = set()  # of those whose failure was raised
-        self._ended = dict.fromkeys(COUNTED, 0)  # what those counted that are gone
+        weakref.finalize(self, ledger.forget, token, self._parent).atexit = False
+
+    @classmethod
+    def of(cls, peer: str, token: str, at_risk: int) -> Children:
+        """The same for all copies of a sink in this process: each child is counted, and told of, once."""
+        key = os.getpid(), token
+        return _shared.get(key) or _shared.setdefault(key, cls(peer, token, at_risk))
 
     def counts(self) -> dict[str, int]:
         """Their numbers, added up, by the names of `ledger.COUNTED`."""
-        with self.lock:
-            entries = self._look()
-            self._bury(entries)
-            total = dict(self._ended)
-            for entry in self._entries.values():
-                for field in COUNTED:
-                    total[field] += entry[field]
-        return total
+        with self._lock:
+            self._look()
+            entries, ended = self._state
+            return {field: ended[field] + sum(entry[field] for entry in entries.values()) for field in COUNTED}
 
     def wait(self, deadline: Deadline, stall_timeout: float | None) -> None:
         """Wait until all that they sent so far is acked.
@@ -60,8 +70,7 @@ class Children:
             DeliveryTimeoutError: the deadline, or ``stall_timeout`` seconds without any ack, passed; or one ended
                 without having been able to deliver everything in time.
         """
-        with self.lock:
-            goals = [(entry, entry["sent"]) for entry in self._look()]
+        goals = [(entry, entry["sent"]) for entry in self._look()]
         acked, since = -1, time.monotonic()
         while True:
             left = [(entry, goal) for entry, goal in goals if entry["acked"] < goal and not _over(entry)]
@@ -73,58 +82,65 @@ class Children:
             if deadline.expired or (stall_timeout is not None and time.monotonic() - since >= stall_timeout):
                 raise self._late(left, deadline, stall_timeout)
             time.sleep(min(LOOK_S, deadline.remaining()))
-        with self.lock:
+        self._look()
+        with self._lock:
             failed = [entry for entry, goal in goals if entry["acked"] < goal and entry.path.name not in self._told]
-            self._told.update(entry.path.name for entry in failed)
-            problem = self._problem(failed) if failed else None
-            self._bury(list(self._entries.values()))
-        if problem is not None:
-            raise problem
+            if failed:
+                problem = self._problem(failed)
+                self._told |= {entry.path.name for entry in failed}
+                raise problem
+
+    def ask(self) -> None:
+        """Ask those that end with this process to deliver everything and to close."""
+        for entry in self._look():
+            entry["finish"] = entry["daemon"]
 
     def finish(self, deadline: Deadline) -> None:
-        """Ask all of them to deliver everything and to close, and wait for that."""
-        with self.lock:
-            entries = self._look()
-        for entry in entries:
-            entry["finish"] = 1
-        while not all(entry["closed"] or entry.lock() for entry in entries) and not deadline.expired:
+        """Wait for those who were asked to."""
+        asked = [entry for entry in self._look() if entry["finish"]]
+        while not all(entry["closed"] or entry.dead for entry in asked) and not deadline.expired:
             time.sleep(LOOK_S)
 
     def forget(self) -> None:
-        """Remove the files of all of them, whatever they hold."""
-        with self.lock:
+        """Count all of them as they are now, and remove their files."""
+        with self._lock:
             for entry in self._look():
-                self._remove(entry)
-            remove(self._token)
+                self._bury(entry)
+            ledger.forget(self._token, self._parent)
 
     def _look(self) -> list[Entry]:
-        """All of them, with those that are new."""
+        """Those that are not counted as ended, with those that are new."""
         if os.getpid() != self._parent:  # a forked copy
             return []
-        for path in entries_of(self._token, self._parent):
-            if path.name not in self._entries:
-                self._entries[path.name] = Entry(path)
-        return list(self._entries.values())
+        with self._lock:
+            for entry in list(self._state[0].values()):
+                self._bury_if_over(entry)
+            for path in entries_of(self._token, self._parent):
+                entries, ended = self._state
+                if path.name not in entries:
+                    try:
+                        new = Entry(path)
+                    except FileNotFoundError:
+                        continue
+                    self._state = {**entries, path.name: new}, ended
+                    self._bury_if_over(new)  # at once: of those that ended there may be more than files can be open
+            return list(self._state[0].values())
 
-    def _bury(self, entries: list[Entry]) -> None:
-        """Count, and remove, those that are over and have nothing more to say."""
-        for entry in entries:
-            if not (entry["closed"] or entry.lock()):
-                continue
-            lost = entry["sent"] - entry["acked"]
-            if lost and entry.path.name not in self._told:
-                continue
-            for field in COUNTED:
-                self._ended[field] += entry[field]
-            if not entry["closed"]:
-                self._ended["maybe_lost"] += lost
-            self._remove(entry)
+    def _bury_if_over(self, entry: Entry) -> None:
+        """Count, and remove, one that is over and has nothing more to say."""
+        if (entry["closed"] or entry.dead) and (entry["sent"] == entry["acked"] or entry.path.name in self._told):
+            self._bury(entry)
 
-    def _remove(self, entry: Entry) -> None:
-        del self._entries[entry.path.name]
-        self._told.discard(entry.path.name)
+    def _bury(self, entry: Entry) -> None:
+        name = entry.path.name
         entry.path.unlink(missing_ok=True)
+        entries, ended = self._state
+        total = {field: ended[field] + entry[field] for field in COUNTED}
+        if not entry["closed"] and entry.dead:
+            total["maybe_lost"] += entry["sent"] - entry["acked"] + min(entry["acked"], self._at_risk)
+        self._state = {other: theirs for other, theirs in entries.items() if other != name}, total
         entry.close()
+        self._told.discard(name)
 
     def _problem(self, failed: list[Entry]) -> ConnectionClosedError | DeliveryTimeoutError:
         kind, told, unacked = 0, [], 0
@@ -155,4 +171,4 @@ class Children:
 
 def _over(entry: Entry) -> bool:
     """Whether nothing more will be acked."""
-    return bool(entry["closed"] or entry["error_kind"] or entry.lock())
+    return bool(entry["closed"] or entry["error_kind"] or entry.dead)

@@ -1,14 +1,16 @@
 """How a process learns what its DataLoader workers, or other children, sent for the same sink.
 
-Each child that sends for a sink keeps one small file, in a folder of the sink in the temporary folder, and its parent
-reads it::
+Each child that sends for a sink keeps one small file, in a folder of the sink in the temporary folder that the sink was
+made with, and its parent reads it::
 
     echo_torch-<token of the sink>/<pid of the parent>.<pid of the child>.<number>
 
 * The file holds `FIELDS`, numbers of 8 bytes, each stored at once, then an error's text. The child maps and writes it,
-  but for ``finish``, by which the parent asks the child to deliver everything and end its connection.
+  but for ``finish``, by which the parent asks the child to deliver everything and end its connection. That is for
+  daemonic children, such as a DataLoader's workers, which end with their parent, and not by themselves.
 * A child holds a lock on its file for as long as it lives: the system takes it away when the child dies, in whatever
-  way. A lock is of a process, so no other may open the file there: each has one writer, and its parent as the reader.
+  way, or closes the file, however often it is open there. So each file has one writer, and its parent as the reader.
+* An interrupt may break off whatever a parent does here: its descriptors belong to objects that C code closes.
 * A file appears under its name when it is locked. It goes when its parent has counted it, or when parent and child are
   dead and another sink's folder is made.
 """
@@ -17,11 +19,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import itertools
 import mmap
 import os
+import secrets
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 FIELDS = (
@@ -33,6 +38,7 @@ FIELDS = (
     "maybe_duplicated",
     "maybe_lost",
     "blocked_us",
+    "daemon",
     "closed",
     "finish",
     "error_kind",
@@ -47,20 +53,21 @@ _numbers = itertools.count()
 
 
 class Entry:
-    """The file of one child: its numbers, by name."""
+    """The file of one child: its numbers, by name.
 
-    def __init__(self, path: Path, flags: int = 0) -> None:
+    Args:
+        path: where it is.
+        descriptor: in the child, which locked it; owned from now on.
+    """
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
-        try:
-            if flags:
-                os.ftruncate(self._descriptor, _SIZE)
-            self._map = mmap.mmap(self._descriptor, _SIZE)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        self._bytes = memoryview(self._map)
-        self._numbers = self._bytes[:_TEXT_AT].cast("q")
+        self._descriptor = descriptor
+        self._closed = False
+        with io.FileIO(path if descriptor is None else descriptor, "r+", closefd=descriptor is None) as file:
+            mapped = mmap.mmap(file.fileno(), _SIZE)
+        self._bytes: memoryview | bytearray = memoryview(mapped)
+        self._numbers: memoryview | list[int] = self._bytes[:_TEXT_AT].cast("q")
 
     def __getitem__(self, field: str) -> int:
         return self._numbers[_INDEX[field]]
@@ -85,66 +92,95 @@ class Entry:
             self["error_bytes"] = len(said)
             self["error_kind"] = kind  # last, since it says that there is a text
 
-    def lock(self) -> bool:
-        """Have the file locked by this process; False if its child holds it, and so lives."""
+    @property
+    def dead(self) -> bool:
+        """In the parent: whether the child has ended, in whatever way, or closed the file."""
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+            return self._closed or _claim(self.path, lambda: None)
+        except FileNotFoundError:
+            return True
 
     def close(self) -> None:
-        """Let go of it, and of the lock."""
-        self._numbers.release()
-        self._bytes.release()
-        self._map.close()
-        os.close(self._descriptor)
+        """Let go of the file, and of the lock; idempotent. Other threads may still read the numbers, as they are now.
+
+        What is mapped is freed with the last reference: one of them may be reading it.
+        """
+        if not self._closed:
+            self._closed = True
+            self._numbers, self._bytes = list(self._numbers), bytearray(self._bytes)
+            if self._descriptor is not None:
+                os.close(self._descriptor)
 
 
 _INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 
+def new_token() -> str:
+    """What a sink and its copies have in common: the path of their folder, which nobody has made yet."""
+    try:
+        home = tempfile.gettempdir()
+    except FileNotFoundError:  # there is none to write to, which only children need
+        home = ""
+    return os.path.join(home, _PREFIX + secrets.token_hex(16))
+
+
 def folder_of(token: str) -> Path:
-    """Where the children of a sink keep their files, if any do."""
-    return Path(tempfile.gettempdir(), _PREFIX + token)
+    """Where the children of a sink keep their files, if any do; on another host, that may be somewhere else."""
+    folder = Path(token)
+    return folder if folder.parent.is_dir() else Path(tempfile.gettempdir(), folder.name)
 
 
 def begin(token: str, parent: int) -> Entry:
-    """In a child: a new file of its own, locked."""
+    """In a child: a new file of its own, locked; raises OSError if none can be made."""
     folder = folder_of(token)
     name = f"{parent}.{os.getpid()}.{next(_numbers)}"
+    path = folder / f".{name}"
     while True:
         try:
             _make(folder)
-            entry = Entry(folder / f".{name}", os.O_CREAT | os.O_EXCL)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             break
         except FileNotFoundError:  # swept away, being empty, just after it was made
-            continue
-    entry.lock()
-    entry.path = entry.path.rename(folder / name)
-    return entry
+            if not folder.parent.is_dir():
+                raise
+    try:
+        os.write(descriptor, bytes(_SIZE))  # a file with a hole would end who writes there on a full disk
+        _lock(descriptor)
+        return Entry(path.rename(folder / name), descriptor)
+    except BaseException:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise
 
 
 def entries_of(token: str, parent: int) -> list[Path]:
     """The files of a process's children."""
-    folder = folder_of(token)
     try:
+        folder = folder_of(token)
         names = os.listdir(folder)
-    except FileNotFoundError:
+        _check_mine(folder)
+    except FileNotFoundError:  # none was made, or it was removed just now, being empty
         return []
-    _check_mine(folder)
-    return [folder / name for name in names if name.startswith(f"{parent}.")]
+    paths = (folder / name for name in names if name.startswith(f"{parent}."))
+    return [path for path in paths if not path.is_symlink()]
 
 
-def remove(token: str) -> None:
-    """Remove the folder, if nobody has a file in it."""
+def forget(token: str, parent: int) -> None:
+    """Remove the files of this process's children, whatever they hold, and the folder if nobody has a file in it.
+
+    Does nothing if this is not ``parent``, but a forked copy of it.
+    """
+    if os.getpid() != parent:
+        return
     with contextlib.suppress(OSError):
+        for path in entries_of(token, parent):
+            path.unlink(missing_ok=True)
         folder_of(token).rmdir()
 
 
-def sweep() -> None:
+def sweep(home: Path) -> None:
     """Remove what runs that crashed have left: files of dead children with dead parents, and empty folders."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in home.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError, ValueError):  # of another user, in use again, or nothing that we made
             _check_mine(folder)
             for path in folder.iterdir():
@@ -156,15 +192,12 @@ def _sweep(path: Path) -> None:
     parent, child = map(int, path.name.lstrip(".").split(".")[:2])
     if child == os.getpid() or _lives(parent):
         return
-    entry = Entry(path)
-    if entry.lock():
-        path.unlink()
-    entry.close()
+    _claim(path, path.unlink)
 
 
 def _make(folder: Path) -> None:
     if not folder.exists():
-        sweep()
+        sweep(folder.parent)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     _check_mine(folder)
@@ -175,6 +208,23 @@ def _check_mine(folder: Path) -> None:
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(f"{folder}: expected a folder of this user's, for nobody else")
+
+
+def _claim(path: Path, then: Callable[[], object]) -> bool:
+    """Call ``then`` if nobody else holds the lock of a file; gives whether nobody does."""
+    with io.FileIO(path, "r+") as file:
+        free = _lock(file.fileno())
+        if free:
+            then()
+    return free
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _lives(pid: int) -> bool:

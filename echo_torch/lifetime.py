@@ -27,8 +27,11 @@ _GRACE_S = 1.0
 class User(Protocol):
     """What uses connections, and has something to do before they end."""
 
+    def prepare_end(self) -> None:
+        """Called at the end of the process, for all of them: begin with what takes time, without waiting for it."""
+
     def end(self) -> None:
-        """Called in any process at its end; one that is not its own does nothing."""
+        """Called after that: wait for it."""
 
 
 class Mortal(Protocol):
@@ -74,9 +77,10 @@ def expect_end_of_child() -> None:
 
 
 def _end_all() -> None:
-    for user in list(_users):
+    users = list(_users)
+    for step in [user.prepare_end for user in users] + [user.end for user in users]:
         try:
-            user.end()
+            step()
         except Exception as error:
             _log.warning("at the end of the process: %s", error)
     deadline = Deadline(FAREWELL_S + _GRACE_S)

@@ -46,6 +46,11 @@ class Opener:
         if self._ours:
             ring_rows(spec.payload_size, self.buffer_bytes or BUFFER_BYTES, self.replay_acked)
 
+    @property
+    def at_risk(self) -> int:
+        """How many samples that the server acked it may discard if a connection breaks off."""
+        return self.replay_acked if self._ours else 0
+
     def open(self, spec: SampleSpec, timeout: float | None) -> Route:
         """Connect, in ``timeout`` seconds at the most; raises as the client does."""
         window = max(1, min(self.max_inflight_msgs, WINDOW_BYTES // spec.payload_size))

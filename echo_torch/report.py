@@ -1,4 +1,8 @@
-"""The child's half of the ledger: what it sent for a sink, told to its parent."""
+"""The child's half of the ledger: what it sent for a sink, told to its parent.
+
+Interrupts and signal handlers may strike wherever a child sends: so what wakes the thread is a lock, which C code waits
+for and releases, and what guards the file is an RLock. Nobody waits for the thread without a limit.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,8 @@ BUSY_S = 0.02
 IDLE_S = 0.1
 # Seconds that a child may take at its end to deliver: a DataLoader kills workers that take longer than 5.
 CHILD_CLOSE_S = 4.0
+# Seconds for the thread to be gone when there is nothing left to do.
+JOIN_S = 1.0
 
 
 def parent_of(origin: int) -> int | None:
@@ -64,58 +70,88 @@ class Report:
 
     def __init__(self, token: str, parent: int, session: Reporter, route: Route) -> None:
         self._entry = begin(token, parent)
+        self._entry["daemon"] = int(multiprocessing.current_process().daemon)
         self._session = weakref.ref(session)
         self._route = route
-        self._wake = threading.Event()
+        self._asleep = threading.Lock()  # released to wake the thread
+        self._asleep.acquire()
         self._ended = False
-        self._lock = threading.Lock()
-        lifetime.expect_end_of_child()
+        self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._run, name=f"echo_torch report to {parent}", daemon=True)
+
+    def start(self) -> None:
+        lifetime.expect_end_of_child()
+        lifetime.tell(self)
         self._thread.start()
 
     def sent(self, count: int) -> None:
         """So many samples were accepted in all: said before anybody can wait for them."""
-        self._entry["sent"] = count
-        if not self._wake.is_set():
-            self._wake.set()
+        with self._lock:
+            self._entry["sent"] = max(self._entry["sent"], count)
+        self._wake()
 
-    def end(self, error: Exception | None = None) -> None:
+    def prepare_end(self) -> None:
+        """Have the thread deliver everything and close, as if the parent asked for it."""
+        self._entry["finish"] = 1
+        self._wake()
+
+    def end(self) -> None:
+        """At the end of the process, after `prepare_end`."""
+        if self._thread.is_alive():
+            self._thread.join(CHILD_CLOSE_S + JOIN_S / 2)
+
+    def over(self, error: Exception | None = None) -> None:
         """The connection has ended, maybe in ``error``: say so, and free everything."""
         with self._lock:
             if self._ended:
                 return
-            self._ended = True
             if error is not None:
                 self._say(error)
             self._publish()
             self._entry["closed"] = 1
-        self._wake.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._ended = True
+        self._wake()
+        if threading.current_thread() is not self._thread and self._thread.is_alive():
+            self._thread.join(JOIN_S)
         self._entry.close()
+
+    def _wake(self) -> None:
+        if self._asleep.locked():
+            try:  # noqa: SIM105
+                self._asleep.release()
+            except RuntimeError:  # another thread did
+                pass
 
     def _run(self) -> None:
         busy = False
         while not self._ended:
             if not busy:
-                self._wake.wait(IDLE_S)
-            self._wake.clear()
-            failure = self._failure()
-            with self._lock:
-                if self._ended:
-                    return
-                if failure is not None:
-                    self._say(failure)
-                busy = self._publish()
-                finish = bool(self._entry["finish"])
-            session = self._session()
-            if session is None:
-                self._close()
-            elif finish:
-                session.finish()
-            del session
+                self._asleep.acquire(timeout=IDLE_S)
+            try:
+                busy = self._look()
+            except Exception as problem:  # of a client that is not ours
+                with self._lock:
+                    self._say(problem)
+                _log.warning("%s", problem, exc_info=problem)
+                return
             if busy:
                 time.sleep(BUSY_S)
+
+    def _look(self) -> bool:
+        """Tell how things are, and do what is asked; gives whether acks are out."""
+        failure = self._failure()
+        with self._lock:
+            if self._ended:
+                return False
+            if failure is not None:
+                self._say(failure)
+            busy = self._publish()
+        session = self._session()
+        if session is None:
+            self._close()
+        elif self._entry["finish"]:
+            session.finish()
+        return busy
 
     def _close(self) -> None:
         """For a session that was dropped."""
@@ -125,7 +161,7 @@ class Report:
         except Exception as problem:
             error = problem
             _log.warning("%s", problem)
-        self.end(error)
+        self.over(error)
 
     def _failure(self) -> Exception | None:
         """What ended the connection with samples un-acked."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import multiprocessing.util
 import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import lifetime
+from . import ledger, lifetime
 from .checks import check_count, check_seconds
 from .children import Children
 from .deadline import Deadline, bounded_wait
@@ -33,9 +35,10 @@ class Session:
         payload_size: bytes of one sample.
         token: the sink's, by which parents and children find each other.
         origin: the process that made the sink.
+        at_risk: how many samples that a server acked it may discard if a connection breaks off.
     """
 
-    def __init__(self, peer: str, payload_size: int, token: str, origin: int) -> None:
+    def __init__(self, peer: str, payload_size: int, token: str, origin: int, at_risk: int) -> None:
         self.peer = peer
         self.route: Route | None = None
         self.closed = False
@@ -44,8 +47,7 @@ class Session:
         self.gone = False
         """Whether the learner is, and that was logged; with ``on_error="warn"``."""
         self.watermark = Watermark()
-        self.children = Children(peer, token)
-        self._pid = os.getpid()
+        self.children = Children.of(peer, token, at_risk)
         self._token = token
         self._origin = origin
         self._report: Report | None = None
@@ -72,43 +74,53 @@ class Session:
         """Note that ``route`` took all of ``step``."""
         sent, acked = route.progress()
         self.watermark.sent(step, sent, acked)
-        if self._report is not None:
-            self._report.sent(sent)
+        self.tell_sent()
+
+    def tell_sent(self) -> None:
+        """Let the parent know how much was sent, if there is one, before it can wait for it."""
+        report, route = self._report, self.route
+        if report is not None and route is not None:
+            report.sent(route.progress()[0])
 
     def close(self, timeout: float | None) -> None:
-        """End the connection, and have the children end theirs; raises the worst that came of it."""
+        """End the connection, and have the children end theirs, at the same time; raises what came of it."""
         self.closed = True  # whoever is connecting just now will see it
         deadline = Deadline(timeout)
-        try:
+        problems = []
+        self.children.ask()
+        for step in (functools.partial(self._close_route, timeout), functools.partial(self._await_children, deadline)):
             try:
-                self.children.finish(deadline)
-                self.children.wait(deadline, None)
-            finally:
-                if self.route is not None:
-                    self.route.close(None if timeout is None else deadline.remaining())
-        except Exception as error:
-            self._over(error)
-            raise
-        self._over(None)
+                step()
+            except Exception as error:
+                problems.append(error)
+        if self._report is not None:
+            self._report.over(problems[0] if problems else None)
+        self.children.forget()
+        for other in problems[1:]:
+            _log.warning("%s", other)
+        if problems:
+            raise problems[0]
+
+    def _close_route(self, timeout: float | None) -> None:
+        if self.route is not None:
+            self.route.close(timeout)
+
+    def _await_children(self, deadline: Deadline) -> None:
+        self.children.finish(deadline)
+        self.children.wait(deadline, None)
+
+    def prepare_end(self) -> None:
+        """At the end of the process: what children have is delivered. Its own is seen to by others."""
+        self.children.ask()
 
     def end(self) -> None:
-        """At the end of the process: what a child has is delivered, and its parent told; children are waited for."""
-        if self._pid != os.getpid() or self.closed:
-            return
-        if self._report is not None:
-            self.close(CHILD_CLOSE_S)
-        else:  # its own connection is seen to after this
-            deadline = Deadline(lifetime.FAREWELL_S)
-            try:
-                self.children.finish(deadline)
-                self.children.wait(deadline, None)
-            finally:
-                self.children.forget()
-
-    def _over(self, error: Exception | None) -> None:
-        if self._report is not None:
-            self._report.end(error)
-        self.children.forget()
+        """After that: wait for it, and leave no file, even where `close` was interrupted, or children came later."""
+        try:
+            self._await_children(Deadline(lifetime.FAREWELL_S))
+        finally:
+            self.children.forget()
+            # Children that are no daemons are waited for by multiprocessing: after that there is nobody to make files.
+            multiprocessing.util.Finalize(None, ledger.forget, (self._token, os.getpid()), exitpriority=-1)
 
     def finish(self) -> None:
         """As the parent asks."""
@@ -144,7 +156,7 @@ class Session:
                 route = open(None if deadline.timeout is None else deadline.remaining())
                 parent = parent_of(self._origin)
                 if parent is not None:
-                    self._report = Report(self._token, parent, self, route)
+                    self._report = self._begin_report(parent, route)
                 self.route = route
             lock.release()
         except BaseException:
@@ -156,6 +168,20 @@ class Session:
         if self.closed and self.route is not None:
             self.route.close(0)
         return self.route
+
+    def _begin_report(self, parent: int, route: Route) -> Report:
+        try:
+            report = Report(self._token, parent, self, route)
+        except OSError as error:
+            route.close(0)
+            me = f"process {os.getpid()}"
+            raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error
+        try:
+            report.start()
+        except BaseException:
+            report.over()
+            raise
+        return report
 
     # What is told, and saved.
 

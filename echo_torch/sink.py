@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -25,6 +24,7 @@ from .deadline import Deadline
 from .dial import check_address, peer_name
 from .errors import ConnectionClosedError
 from .leaves import dtypes_of
+from .ledger import new_token
 from .locks import is_mine
 from .opener import Opener
 from .ranks import agree, check_group
@@ -125,7 +125,7 @@ class EchoSink:
             replay_tail=replay_tail,
         )
         self._opener.check(self._spec)
-        self._token = secrets.token_hex(16)
+        self._token = new_token()
         self._origin = os.getpid()
         self._sessions: dict[int, Session] = {}
         self._session()  # is told of the end of the process, even if only children send
@@ -212,6 +212,7 @@ class EchoSink:
             accepted = self._deliver(session, match, timeout)
         except BaseException:
             watermark.failed(step)
+            session.tell_sent()
             raise
         if accepted is None:
             watermark.failed(step)
@@ -219,7 +220,9 @@ class EchoSink:
             session.accepted(step, accepted)
 
     def wait(self, timeout: float | None = None, group: ProcessGroup | None = None) -> None:
-        """Block until everything sent so far, by this process, is acked.
+        """Block until everything sent so far, by this process and by its DataLoader workers, is acked.
+
+        Other children count as well, from the moment that their `send` returns; those of another sink do not.
 
         Args:
             timeout: most seconds to wait; None to wait as long as ``stall_timeout`` says.
@@ -229,7 +232,8 @@ class EchoSink:
                 up to a minute longer than for the server.
 
         Raises:
-            ConnectionClosedError: the connection ended before that (``on_error="raise"``).
+            ConnectionClosedError: the connection ended before that, or a child died or lost its own, which is said once
+                (``on_error="raise"``); names processes and counts.
             DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on. With ``group``, both also
                 if that happened to another process of it; or not all of them came.
         """
@@ -245,7 +249,7 @@ class EchoSink:
         except Exception as error:
             problem = error
         limits = [limit for limit in (timeout, self._stall_timeout) if limit is not None]
-        agree(self.peer, problem, session.unacked, group, min(limits, default=None))
+        agree(self.peer, problem, getattr(problem, "unacked", 0), group, min(limits, default=None))
 
     @property
     def acked_through(self) -> int:
@@ -312,6 +316,7 @@ class EchoSink:
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver what was sent, make the tail of it safe in the server, and end this process's connection.
 
+        Its DataLoader workers, and other daemonic children, do so at the same time; sends there raise from then on.
         Idempotent. The descriptors and the thread are freed in any case.
 
         Args:
@@ -350,7 +355,7 @@ class EchoSink:
         return Tee(self, loader)
 
     def stats(self) -> SinkStats:
-        """What was sent, acked and dropped by this process, and what that cost."""
+        """What was sent, acked and dropped by this process and its DataLoader workers, and what that cost."""
         return self._session().stats()
 
     @property
@@ -380,7 +385,7 @@ class EchoSink:
         pid = os.getpid()
         session = self._sessions.get(pid)
         if session is None:
-            new = Session(self.peer, self._spec.payload_size, self._token, self._origin)
+            new = Session(self.peer, self._spec.payload_size, self._token, self._origin, self._opener.at_risk)
             session = self._sessions.setdefault(pid, new)
         return session
 

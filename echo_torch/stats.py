@@ -25,7 +25,7 @@ class Counts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SinkStats:
-    """What a sink did in this process. Counts of samples and of their payload bytes since it connected."""
+    """What a sink did in this process and its DataLoader workers: samples and payload bytes since it connected."""
 
     samples_sent: int
     """Samples that ``send`` accepted."""
