@@ -1,0 +1,641 @@
+"""The ledger between a parent and real children of it: the files, waiting for what they say, and reporting.
+
+The children of the first tests write by hand what a sink's report would, and do so when they are told.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import re
+import resource
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calls import eventually, running, says
+from conftest import open_descriptors
+from peers import Line, Peer
+
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError, ledger
+from echo_torch.children import KINDS, Children
+from echo_torch.deadline import Deadline
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+PEER = "learner:1"
+AT_RISK = 8
+FORK = multiprocessing.get_context("fork")
+SAMPLE = {"id": np.zeros((), np.int64)}
+NOT_YET = Deadline(30.0)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder, in which nothing may be left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    eventually(lambda: not list(tmp_path.iterdir()))
+
+
+class Child:
+    """A process that keeps a file of the ledger; a context manager that kills it."""
+
+    def __init__(self, token: str, parent: int | None = None) -> None:
+        self._pipe, theirs = FORK.Pipe()
+        self._process = FORK.Process(target=_keep, args=(theirs, token, parent or os.getpid()), daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+        self.path = Path(self._pipe.recv())
+
+    def set(self, **fields: int) -> None:
+        self._ask("set", fields)
+
+    def get(self, field: str) -> int:
+        return self._ask("get", field)
+
+    def fail(self, kind: int, text: str) -> None:
+        self._ask("fail", kind, text)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def _ask(self, *request: Any) -> Any:
+        self._pipe.send(request)
+        return self._pipe.recv()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._process.close()
+        self._pipe.close()
+
+
+def _keep(pipe: Pipe, token: str, parent: int) -> None:
+    entry = ledger.begin(token, parent)
+    pipe.send(str(entry.path))
+    while True:
+        request, *arguments = pipe.recv()
+        if request == "set":
+            for field, number in arguments[0].items():
+                entry[field] = number
+        elif request == "fail":
+            entry.fail(*arguments)
+        pipe.send(entry[arguments[0]] if request == "get" else None)
+
+
+@pytest.fixture
+def token() -> Iterator[str]:
+    made = ledger.new_token()
+    yield made
+    ledger.forget(made, os.getpid())
+
+
+@pytest.fixture
+def children(token: str) -> Iterator[Children]:
+    made = Children.of(PEER, token, AT_RISK)
+    yield made
+    made.forget()
+
+
+def in_child(function: Callable[[], Any]) -> Any:
+    """What ``function`` gives, or the text of what it raises, in a forked child."""
+    ours, theirs = FORK.Pipe()
+
+    def run() -> None:
+        try:
+            theirs.send(function())
+        except Exception as error:
+            theirs.send(f"{type(error).__name__}: {error}")
+
+    process = FORK.Process(target=run)
+    process.start()
+    assert ours.poll(30)
+    answer = ours.recv()
+    process.join()
+    ours.close()
+    theirs.close()
+    return answer
+
+
+# The files.
+
+
+def test_a_child_writes_and_its_parent_reads(token: str, home: Path) -> None:
+    with Child(token) as child:
+        assert ledger.entries_of(token, os.getpid()) == [child.path]
+        assert ledger.entries_of(token, os.getpid() + 1) == []
+        entry = ledger.Entry(child.path)
+        assert entry.child == child.pid
+        assert [entry[field] for field in ledger.FIELDS] == [0] * len(ledger.FIELDS)
+        child.set(sent=5, acked=3, maybe_lost=1 << 40)
+        assert (entry["sent"], entry["acked"], entry["maybe_lost"]) == (5, 3, 1 << 40)
+        entry["finish"] = 1
+        assert child.get("finish") == 1
+        child.fail(2, "über" * 2000)
+        child.fail(1, "said later")
+        assert entry["error_kind"] == 2
+        assert entry.error.startswith("überüber")
+        assert len(entry.error.encode()) > 3000
+        assert not entry.dead
+        child.kill()
+        assert entry.dead
+        entry.close()
+        assert (entry["sent"], entry.error[:4]) == (5, "über")
+        assert entry.dead
+
+
+def test_the_files_are_for_nobody_else(token: str) -> None:
+    before = os.umask(0)
+    try:
+        with Child(token) as child:
+            assert child.path.stat().st_mode & 0o777 == 0o600
+            assert child.path.parent.stat().st_mode & 0o777 == 0o700
+            assert child.path.stat().st_size == child.path.stat().st_blocks * 512, "a hole is a fault on a full disk"
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("how", ["open to all", "a link", "a file"])
+def test_a_folder_that_somebody_else_may_have_made_is_refused(token: str, home: Path, how: str) -> None:
+    folder = ledger.folder_of(token)
+    other = home / "other"
+    if how == "open to all":
+        folder.mkdir()
+        folder.chmod(0o755)
+    elif how == "a link":
+        other.mkdir(mode=0o700)
+        folder.symlink_to(other)
+    else:
+        folder.touch(0o600)
+    assert in_child(lambda: ledger.begin(token, os.getppid())).startswith("PermissionError: ")
+    if how != "a file":
+        with pytest.raises(PermissionError, match="expected a folder of this user's, for nobody else"):
+            ledger.entries_of(token, os.getpid())
+    assert not other.exists() or not list(other.iterdir())
+    (folder.unlink if how != "open to all" else folder.rmdir)()
+    if other.exists():
+        other.rmdir()
+
+
+def test_a_link_in_place_of_a_file_is_not_followed(token: str) -> None:
+    with Child(token) as child:
+        path = child.path.with_name(f"{os.getpid()}.1.0")
+        path.symlink_to(child.path)
+        assert ledger.entries_of(token, os.getpid()) == [child.path]
+        path.unlink()
+
+
+def test_a_temporary_folder_that_is_gone_or_cannot_be_written_is_an_error_of_the_child(
+    token: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = home / "missing"
+    monkeypatch.setattr(tempfile, "tempdir", str(missing))
+    lost = str(missing / Path(token).name)
+    assert ledger.entries_of(lost, os.getpid()) == []
+    assert in_child(lambda: ledger.begin(lost, os.getppid())).startswith("FileNotFoundError: ")
+    missing.touch()
+    assert "Error: " in in_child(lambda: ledger.begin(lost, os.getppid()))
+    missing.unlink()
+
+
+def test_children_find_the_folder_of_their_parent_whatever_theirs_is(token: str, home: Path) -> None:
+    def elsewhere() -> str:
+        tempfile.tempdir = str(home / "elsewhere")
+        return str(ledger.begin(token, os.getppid()).path.parent)
+
+    assert in_child(elsewhere) == token
+
+
+def test_what_crashed_runs_left_is_removed_by_the_next_and_nothing_else(home: Path) -> None:
+    dead = in_child(os.getpid)
+    tokens = [ledger.new_token() for _ in range(4)]
+    with Child(tokens[0], dead) as orphan, Child(tokens[1]) as mine, Child(tokens[1], dead), Child(tokens[2]) as left:
+        orphan.path.with_name(f".{dead}.{dead}.0").touch()  # not even begun
+        left.kill()
+        others = home / "echo_torch-others"
+        others.mkdir(mode=0o700)
+        (others / "notes.txt").touch()
+        (others / f"{dead}.{dead}.0.txt").touch()
+        foreign = home / "echo_torch-foreign"
+        foreign.mkdir()
+        foreign.chmod(0o755)
+        (foreign / f"{dead}.{dead}.0").touch()
+        ledger.sweep(home)
+        assert orphan.path.exists(), "it lives"
+        assert len(list(orphan.path.parent.iterdir())) == 1
+        orphan.kill()
+        with Child(tokens[3]) as first:
+            assert first.path.exists()
+        assert not orphan.path.parent.exists()
+        assert mine.path.exists()
+        assert left.path.exists(), "its parent has not counted it"
+        assert (others / "notes.txt").exists()
+        assert (foreign / f"{dead}.{dead}.0").exists()
+    for token in tokens:
+        ledger.forget(token, os.getpid())
+    ledger.sweep(home)
+    for folder in (others, foreign):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+# Waiting.
+
+
+def test_wait_ends_when_what_was_sent_before_is_acked(token: str, children: Children) -> None:
+    children.wait(NOT_YET, None)
+    with Child(token) as one, Child(token) as two:
+        one.set(sent=5, acked=5)
+        two.set(sent=3, acked=2)
+        with running(lambda: children.wait(NOT_YET, None)) as outcomes:
+            time.sleep(0.1)
+            one.set(sent=7)  # is for another wait
+            two.set(acked=3)
+        assert outcomes == [None]
+        one.set(acked=7)
+    assert children.counts()["acked"] == 10
+
+
+def test_wait_that_is_not_done_in_time_names_the_processes_and_goes_on(token: str, children: Children) -> None:
+    with Child(token) as one, Child(token) as two, Child(token) as three:
+        one.set(sent=5, acked=1)
+        two.set(sent=3, acked=2)
+        three.set(sent=9, acked=9)
+        for deadline, stall, what in [
+            (Deadline(0.05), None, "not done within 0.05 s"),
+            (NOT_YET, 0.05, "nothing was acked for 0.05 s"),
+        ]:
+            with pytest.raises(DeliveryTimeoutError, match=what) as error:
+                children.wait(deadline, stall)
+            says(error.value, DeliveryTimeoutError, PEER, 5)
+            named = re.search(r"of processes (.*);", str(error.value))
+            assert named
+            assert set(named[1].split(", ")) == {str(one.pid), str(two.pid)}
+        one.set(acked=5)
+        two.set(acked=3)
+        children.wait(NOT_YET, None)
+
+
+def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, children: Children) -> None:
+    with Child(token) as one, Child(token) as two:
+        one.set(sent=30, acked=20, blocked_us=7)
+        two.set(sent=2, acked=2)
+        with running(lambda: children.wait(NOT_YET, None)) as outcomes:
+            time.sleep(0.05)
+            one.kill()
+        says(outcomes[0], ConnectionClosedError, PEER, 10)
+        assert f"process {one.pid}: died with 10 samples un-acked" in str(outcomes[0])
+        children.wait(NOT_YET, None)
+        counts = children.counts()
+        assert (counts["sent"], counts["acked"], counts["blocked_us"]) == (32, 22, 7)
+        assert counts["maybe_lost"] == 10 + AT_RISK
+        assert not one.path.exists()
+        two.kill()
+        children.wait(NOT_YET, None)
+        assert children.counts() == {**counts, "maybe_lost": counts["maybe_lost"] + 2}
+        assert not two.path.parent.exists() or not list(two.path.parent.iterdir())
+
+
+@pytest.mark.parametrize("kind", [DeliveryTimeoutError, ConnectionClosedError, ProtocolError])
+def test_what_ended_a_childs_connection_is_raised_once(token: str, children: Children, kind: type[Exception]) -> None:
+    with Child(token) as one, Child(token) as two:
+        one.set(sent=5, acked=1, maybe_lost=4)
+        one.fail(KINDS.index(kind), "the reason")
+        two.set(sent=2)
+        two.fail(KINDS.index(DeliveryTimeoutError), "another")
+        with pytest.raises(kind) as error:
+            children.wait(NOT_YET, None)
+        assert type(error.value) is kind
+        assert f"process {one.pid}: the reason" in str(error.value)
+        assert f"process {two.pid}: another" in str(error.value)
+        assert error.value.unacked == 6  # type: ignore[attr-defined]
+        children.wait(NOT_YET, None)
+        assert one.path.exists(), "it lives"
+        one.set(closed=1)
+        assert children.counts()["maybe_lost"] == 4
+        assert not one.path.exists()
+
+
+def test_children_that_end_with_the_process_are_asked_to_finish_and_waited_for(token: str, children: Children) -> None:
+    with Child(token) as one, Child(token) as two, Child(token) as three:
+        for child in (one, two):
+            child.set(daemon=1)
+        children.ask()
+        assert [child.get("finish") for child in (one, two, three)] == [1, 1, 0]
+        with running(lambda: children.finish(NOT_YET)) as outcomes:
+            one.set(closed=1)
+            two.kill()
+        assert outcomes == [None]
+
+
+def test_more_children_than_files_can_be_open(token: str, children: Children) -> None:
+    """Ended ones, of epochs during which nobody waited."""
+    count = 300
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def many() -> None:
+        for number in range(count):
+            entry = ledger.begin(token, os.getppid())
+            entry["sent"] = entry["acked"] = number
+            entry["closed"] = 1
+            entry.close()
+
+    in_child(many)
+    assert len(ledger.entries_of(token, os.getpid())) == count
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(open_descriptors()) + 20, hard))
+    try:
+        children.wait(NOT_YET, None)
+        assert children.counts()["acked"] == sum(range(count))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(token: str) -> None:
+    first, second = Children.of(PEER, token, AT_RISK), Children.of(PEER, token, AT_RISK)
+    with Child(token) as one, Child(token) as two:
+        one.set(sent=3, acked=3, closed=1)
+        two.set(sent=4, acked=4)
+        assert first.counts()["sent"] == second.counts()["sent"] == 7
+        del first
+        assert two.path.exists()
+        del second
+        assert not two.path.parent.exists()
+
+
+def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
+    children = Children.of(PEER, token, AT_RISK)
+    with Child(token) as child:
+        child.set(sent=1)
+        assert children.counts()["sent"] == 1
+
+        def use() -> int:
+            nonlocal children
+            children.wait(NOT_YET, None)
+            children.ask()
+            children.forget()
+            sent = children.counts()["sent"]
+            del children
+            return sent
+
+        assert in_child(use) == 1
+        assert child.path.exists()
+        assert child.get("finish") == 0
+        children.forget()
+
+
+def test_threads_that_wait_and_count_while_children_come_and_go(
+    token: str, children: Children, descriptors: None
+) -> None:
+    stop = threading.Event()
+
+    def count() -> None:
+        last = 0
+        while not stop.is_set():
+            sent = children.counts()["sent"]
+            assert sent >= last
+            last = sent
+
+    def wait() -> None:
+        while not stop.is_set():
+            children.wait(NOT_YET, None)
+
+    with running(count, wait, wait, count) as outcomes:
+        for _ in range(20):
+            with Child(token) as one, Child(token) as two:
+                for child in (one, two):
+                    child.set(sent=2)
+                    child.set(acked=2)
+                one.set(closed=1)
+        stop.set()
+    assert outcomes == [None] * 4
+    counts = children.counts()
+    assert (counts["sent"], counts["acked"], counts["maybe_lost"]) == (80, 80, 20 * 2)
+
+
+# Struck before it has a name, a file is closed all the same, but not without a word.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")
+def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
+    token: str, children: Children, descriptors: None
+) -> None:
+    """Ctrl-C strikes anywhere in what main does while its children come and go."""
+    chance = random.Random(0)
+    armed = False
+    strikes = 0
+
+    def strike(*_: object) -> None:
+        nonlocal armed, strikes
+        if armed:
+            armed = False
+            strikes += 1
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, strike)
+    total = 0
+    try:
+        for _ in range(60):
+            with ExitStack() as stack:
+                both = [stack.enter_context(Child(token)) for _ in range(2)]
+                for child in both:
+                    child.set(sent=3, acked=3)
+                both[0].set(closed=1)
+                both[1].kill()
+                total += 6
+                for _ in range(20):
+                    with suppress(KeyboardInterrupt):
+                        try:
+                            armed = True
+                            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 6e-4))
+                            children.wait(NOT_YET, None)
+                            assert children.counts()["sent"] == total
+                        finally:
+                            armed = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert strikes > 50
+    with running(children.counts) as outcomes:
+        pass
+    assert outcomes == [None]
+    counts = children.counts()
+    assert (counts["sent"], counts["acked"], counts["maybe_lost"]) == (total, total, total // 2)
+
+
+# Reporting, by real sinks.
+
+
+def acking(line: Line) -> None:
+    line.greet(SAMPLE)
+    line.hear_all(ack_every=8)
+
+
+def samples(first: int, count: int) -> dict[str, Any]:
+    return {"id": np.arange(first, first + count)}
+
+
+def numbers(peer: Peer) -> list[int]:
+    return sorted(int(number) for line in peer.lines for number in np.frombuffer(bytes(line.received), np.int64))
+
+
+def sink_to(peer: Peer, **options: Any) -> EchoSink:
+    return EchoSink("127.0.0.1", peer.port, SAMPLE, replay_tail=False, **options)
+
+
+def test_a_sink_that_comes_many_times_into_a_process_leaves_nothing_there(home: Path) -> None:
+    """Each copy is dropped; what it sent is delivered first, and told of."""
+    with Peer(acking) as peer, sink_to(peer) as sink, FORK.Pool(1) as pool:
+        before = pool.apply(_left_open)
+        for number in range(20):
+            pool.apply(_send_and_drop, (sink, number * 100))
+        sink.wait()
+        assert sink.stats().samples_acked == 2000
+        eventually(lambda: pool.apply(_left_open) == before)
+        pool.close()
+        pool.join()
+    assert numbers(peer) == list(range(2000))
+
+
+def _send_and_drop(sink: EchoSink, first: int) -> None:
+    sink.send(samples(first, 100))
+
+
+def _left_open() -> tuple[int, int]:
+    return threading.active_count(), len(open_descriptors())
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_child_that_drops_its_sink_and_ends_has_told_of_everything(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # the fork server, which outlives this, keeps files in the temporary folder
+        patch.setattr(tempfile, "tempdir", None)
+        multiprocessing.forkserver.ensure_running()
+    context = multiprocessing.get_context(method)
+    with Peer(acking) as peer, sink_to(peer, max_inflight_msgs=4) as sink:
+        process = context.Process(target=_drop_and_end, args=([sink],))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        sink.wait(0.0)
+        assert (sink.stats().samples_acked, sink.stats().in_flight) == (5000, 0)
+    assert numbers(peer) == list(range(5000))
+
+
+def _drop_and_end(sinks: list[EchoSink]) -> None:
+    sinks.pop().send(samples(0, 5000))
+
+
+def test_what_a_send_took_that_failed_is_waited_for() -> None:
+    """The peer acks nothing until it is told, so there is no room for all of the batch."""
+    go = FORK.Event()
+
+    def late(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(8 * 10)
+        go.wait()
+        line.ack(10)
+        line.hear_all(ack_every=8)
+
+    def part(sink: EchoSink) -> None:
+        with suppress(DeliveryTimeoutError):
+            sink.send(samples(0, 100), timeout=0.1)
+        told.put(sink.stats().samples_sent)
+        os._exit(done.get())
+
+    told, done = FORK.SimpleQueue(), FORK.SimpleQueue()
+    with Peer(late) as peer, sink_to(peer, max_inflight_msgs=10, buffer_bytes=20 * 8) as sink:
+        process = FORK.Process(target=part, args=(sink,))
+        process.start()
+        taken = told.get()
+        assert sink.stats().samples_sent == taken >= 10
+        with pytest.raises(DeliveryTimeoutError, match="un-acked of processes"):
+            sink.wait(0.05)
+        go.set()
+        sink.wait()
+        assert sink.stats().in_flight == 0
+        done.put(0)
+        process.join()
+    told.close()
+    done.close()
+
+
+def test_a_client_that_fails_in_its_own_way_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def send(self, data: Any) -> None:
+            pass
+
+        def wait(self) -> None:
+            raise LookupError("odd")
+
+        def close(self) -> None:
+            pass
+
+    sink = EchoSink("nobody", 1, SAMPLE, client=Odd)
+
+    def use() -> None:
+        sink.send(samples(0, 1))
+        time.sleep(0.5)
+        os._exit(0)
+
+    process = FORK.Process(target=use)
+    process.start()
+    eventually(lambda: sink.stats().samples_sent == 1)
+    with pytest.raises(ConnectionClosedError, match="odd"):
+        sink.wait(10)
+    process.join()
+    sink.close()
+
+
+def test_a_sink_without_a_place_for_the_ledger_fails_in_children_only(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "missing"))
+    with Peer(acking) as peer, sink_to(peer, on_error="warn") as sink:
+        sink.send(samples(0, 10))
+        sink.wait()
+        told = in_child(lambda: sink.send(samples(10, 10)))
+        assert told.startswith("RuntimeError: 127.0.0.1")
+        assert f"cannot tell process {os.getpid()} what it sends" in told
+        assert "missing" in told
+    assert numbers(peer) == list(range(10))
+
+
+def test_a_child_that_is_no_daemon_goes_on_when_its_parents_sink_is_closed() -> None:
+    with Peer(acking) as peer:
+        go = FORK.Event()
+
+        def work() -> None:
+            sink.send(samples(0, 10))
+            go.wait()
+            sink.send(samples(10, 10))
+            sink.close()
+
+        sink = sink_to(peer)
+        process = FORK.Process(target=work)
+        process.start()
+        eventually(lambda: sink.stats().samples_sent == 10)
+        sink.close()
+        assert sink.stats().samples_acked == 10
+        go.set()
+        process.join()
+        assert process.exitcode == 0
+    assert numbers(peer) == list(range(20))
