@@ -66,25 +66,28 @@ class Children:
         """Wait until all that they sent so far is acked.
 
         Raises:
-            ConnectionClosedError: one died, or lost its connection, with samples un-acked. Said once.
+            ConnectionClosedError: one died, or lost its connection, with samples un-acked. Said once, and at once.
             DeliveryTimeoutError: the deadline, or ``stall_timeout`` seconds without any ack, passed; or one ended
                 without having been able to deliver everything in time.
         """
         goals = [(entry, entry["sent"]) for entry in self._look()]
         acked, since = -1, time.monotonic()
         while True:
-            left = [(entry, goal) for entry, goal in goals if entry["acked"] < goal and not _over(entry)]
-            if not left:
-                break
-            now = sum(entry["acked"] for entry, _ in left)
+            over = [(entry, goal) for entry, goal in goals if _over(entry)]
+            self._raise_failures([entry for entry, goal in over if entry["acked"] < goal])
+            goals = [(entry, goal) for entry, goal in goals if entry["acked"] < goal and (entry, goal) not in over]
+            if not goals:
+                return
+            now = sum(entry["acked"] for entry, _ in goals)
             if now != acked:
                 acked, since = now, time.monotonic()
             if deadline.expired or (stall_timeout is not None and time.monotonic() - since >= stall_timeout):
-                raise self._late(left, deadline, stall_timeout)
+                raise self._late(goals, deadline, stall_timeout)
             time.sleep(min(LOOK_S, deadline.remaining()))
-        self._look()
+
+    def _raise_failures(self, entries: list[Entry]) -> None:
         with self._lock:
-            failed = [entry for entry, goal in goals if entry["acked"] < goal and entry.path.name not in self._told]
+            failed = [entry for entry in entries if entry.path.name not in self._told]
             if failed:
                 problem = self._problem(failed)
                 self._told |= {entry.path.name for entry in failed}

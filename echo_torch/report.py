@@ -19,7 +19,7 @@ from .children import KINDS
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .ledger import begin
 from .routes import Route
-from .stats import SinkStats
+from .stats import Counts, SinkStats
 
 _log = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ class Report:
         token: the sink's.
         parent: to whom to report.
         session: of whom to report; not kept alive.
-        route: its connection.
     """
 
-    def __init__(self, token: str, parent: int, session: Reporter, route: Route) -> None:
+    def __init__(self, token: str, parent: int, session: Reporter) -> None:
         self._entry = begin(token, parent)
         self._entry["daemon"] = int(multiprocessing.current_process().daemon)
         self._session = weakref.ref(session)
-        self._route = route
+        self.route: Route | None = None
+        """Its connection, once there is one."""
         self._asleep = threading.Lock()  # released to wake the thread
         self._asleep.acquire()
         self._ended = False
@@ -157,7 +157,8 @@ class Report:
         """For a session that was dropped."""
         error = None
         try:
-            self._route.close(CHILD_CLOSE_S)
+            if self.route is not None:
+                self.route.close(CHILD_CLOSE_S)
         except Exception as problem:
             error = problem
             _log.warning("%s", problem)
@@ -166,14 +167,16 @@ class Report:
     def _failure(self) -> Exception | None:
         """What ended the connection with samples un-acked."""
         try:
-            self._route.check()
+            if self.route is not None:
+                self.route.check()
         except ConnectionError as error:
             return error
         return None
 
     def _publish(self) -> bool:
         """Store the counts; gives whether acks are out."""
-        entry, session, counts = self._entry, self._session(), self._route.counts()
+        entry, session = self._entry, self._session()
+        counts = Counts() if self.route is None else self.route.counts()
         if session is not None:
             stats = session.counted()
             entry["dropped"] = stats.dropped

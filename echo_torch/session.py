@@ -138,6 +138,7 @@ class Session:
     def drop(self, rows: int, error: OSError | None = None) -> None:
         """Count samples as dropped; with the first ``error``, log why."""
         with self._lock:
+            self._begin_report()
             self._dropped += rows
             if error is None or self.gone:
                 return
@@ -154,9 +155,13 @@ class Session:
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
             if self.route is None and not self.closed:
                 route = open(None if deadline.timeout is None else deadline.remaining())
-                parent = parent_of(self._origin)
-                if parent is not None:
-                    self._report = self._begin_report(parent, route)
+                try:
+                    self._begin_report()
+                except BaseException:
+                    route.close(0)
+                    raise
+                if self._report is not None:
+                    self._report.route = route
                 self.route = route
             lock.release()
         except BaseException:
@@ -169,11 +174,14 @@ class Session:
             self.route.close(0)
         return self.route
 
-    def _begin_report(self, parent: int, route: Route) -> Report:
+    def _begin_report(self) -> None:
+        """In a child, unless it was begun before, and is not over."""
+        parent = parent_of(self._origin)
+        if parent is None or self._report is not None:
+            return
         try:
-            report = Report(self._token, parent, self, route)
+            report = Report(self._token, parent, self)
         except OSError as error:
-            route.close(0)
             me = f"process {os.getpid()}"
             raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error
         try:
@@ -181,7 +189,7 @@ class Session:
         except BaseException:
             report.over()
             raise
-        return report
+        self._report = report
 
     # What is told, and saved.
 
