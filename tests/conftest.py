@@ -19,17 +19,19 @@ settings.register_profile("thorough", max_examples=2000)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuts", type=int, help="cuts for each case of test_total_queue, and print what was counted")
+    parser.addoption("--loaders", action="store_true", help="all cases of test_loaders, and print what was counted")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """With ``--cuts``: a table of what the cases recorded under "total queue", failed ones too."""
+    """With ``--cuts`` or ``--loaders``: a table of what the cases recorded, failed ones too."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
-    rows = [value for report in reports for name, value in report.user_properties if name == "total queue"]
-    if config.getoption("cuts") is None or not rows:
-        return
-    terminalreporter.section("total queue")
-    for cells in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
-        terminalreporter.line(f"| {' | '.join(map(str, cells))} |")
+    for option, title in (("cuts", "total queue"), ("loaders", "loaders")):
+        rows = [value for report in reports for name, value in report.user_properties if name == title]
+        if not config.getoption(option) or not rows:
+            continue
+        terminalreporter.section(title)
+        for cells in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
+            terminalreporter.line(f"| {' | '.join(map(str, cells))} |")
 
 
 class Clock:

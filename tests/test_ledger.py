@@ -37,7 +37,7 @@ PEER = "learner:1"
 AT_RISK = 8
 FORK = multiprocessing.get_context("fork")
 SAMPLE = {"id": np.zeros((), np.int64)}
-NOT_YET = Deadline(30.0)
+LONG_S = 30.0
 
 
 @pytest.fixture(autouse=True)
@@ -259,11 +259,11 @@ def test_what_crashed_runs_left_is_removed_by_the_next_and_nothing_else(home: Pa
 
 
 def test_wait_ends_when_what_was_sent_before_is_acked(token: str, children: Children) -> None:
-    children.wait(NOT_YET, None)
+    children.wait(Deadline(LONG_S), None)
     with Child(token) as one, Child(token) as two:
         one.set(sent=5, acked=5)
         two.set(sent=3, acked=2)
-        with running(lambda: children.wait(NOT_YET, None)) as outcomes:
+        with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
             time.sleep(0.1)
             one.set(sent=7)  # is for another wait
             two.set(acked=3)
@@ -279,7 +279,7 @@ def test_wait_that_is_not_done_in_time_names_the_processes_and_goes_on(token: st
         three.set(sent=9, acked=9)
         for deadline, stall, what in [
             (Deadline(0.05), None, "not done within 0.05 s"),
-            (NOT_YET, 0.05, "nothing was acked for 0.05 s"),
+            (Deadline(LONG_S), 0.05, "nothing was acked for 0.05 s"),
         ]:
             with pytest.raises(DeliveryTimeoutError, match=what) as error:
                 children.wait(deadline, stall)
@@ -289,25 +289,25 @@ def test_wait_that_is_not_done_in_time_names_the_processes_and_goes_on(token: st
             assert set(named[1].split(", ")) == {str(one.pid), str(two.pid)}
         one.set(acked=5)
         two.set(acked=3)
-        children.wait(NOT_YET, None)
+        children.wait(Deadline(LONG_S), None)
 
 
 def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, children: Children) -> None:
     with Child(token) as one, Child(token) as two:
         one.set(sent=30, acked=20, blocked_us=7)
         two.set(sent=2, acked=2)
-        with running(lambda: children.wait(NOT_YET, None)) as outcomes:
+        with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
             time.sleep(0.05)
             one.kill()
         says(outcomes[0], ConnectionClosedError, PEER, 10)
         assert f"process {one.pid}: died with 10 samples un-acked" in str(outcomes[0])
-        children.wait(NOT_YET, None)
+        children.wait(Deadline(LONG_S), None)
         counts = children.counts()
         assert (counts["sent"], counts["acked"], counts["blocked_us"]) == (32, 22, 7)
         assert counts["maybe_lost"] == 10 + AT_RISK
         assert not one.path.exists()
         two.kill()
-        children.wait(NOT_YET, None)
+        children.wait(Deadline(LONG_S), None)
         assert children.counts() == {**counts, "maybe_lost": counts["maybe_lost"] + 2}
         assert not two.path.parent.exists() or not list(two.path.parent.iterdir())
 
@@ -320,12 +320,12 @@ def test_what_ended_a_childs_connection_is_raised_once(token: str, children: Chi
         two.set(sent=2)
         two.fail(KINDS.index(DeliveryTimeoutError), "another")
         with pytest.raises(kind) as error:
-            children.wait(NOT_YET, None)
+            children.wait(Deadline(LONG_S), None)
         assert type(error.value) is kind
         assert f"process {one.pid}: the reason" in str(error.value)
         assert f"process {two.pid}: another" in str(error.value)
         assert error.value.unacked == 6  # type: ignore[attr-defined]
-        children.wait(NOT_YET, None)
+        children.wait(Deadline(LONG_S), None)
         assert one.path.exists(), "it lives"
         one.set(closed=1)
         assert children.counts()["maybe_lost"] == 4
@@ -338,7 +338,7 @@ def test_children_that_end_with_the_process_are_asked_to_finish_and_waited_for(t
             child.set(daemon=1)
         children.ask()
         assert [child.get("finish") for child in (one, two, three)] == [1, 1, 0]
-        with running(lambda: children.finish(NOT_YET)) as outcomes:
+        with running(lambda: children.finish(Deadline(LONG_S))) as outcomes:
             one.set(closed=1)
             two.kill()
         assert outcomes == [None]
@@ -360,7 +360,7 @@ def test_more_children_than_files_can_be_open(token: str, children: Children) ->
     assert len(ledger.entries_of(token, os.getpid())) == count
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(open_descriptors()) + 20, hard))
     try:
-        children.wait(NOT_YET, None)
+        children.wait(Deadline(LONG_S), None)
         assert children.counts()["acked"] == sum(range(count))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -386,7 +386,7 @@ def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
 
         def use() -> int:
             nonlocal children
-            children.wait(NOT_YET, None)
+            children.wait(Deadline(LONG_S), None)
             children.ask()
             children.forget()
             sent = children.counts()["sent"]
@@ -413,7 +413,7 @@ def test_threads_that_wait_and_count_while_children_come_and_go(
 
     def wait() -> None:
         while not stop.is_set():
-            children.wait(NOT_YET, None)
+            children.wait(Deadline(LONG_S), None)
 
     with running(count, wait, wait, count) as outcomes:
         for _ in range(20):
@@ -462,7 +462,7 @@ def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
                         try:
                             armed = True
                             signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 6e-4))
-                            children.wait(NOT_YET, None)
+                            children.wait(Deadline(LONG_S), None)
                             assert children.counts()["sent"] == total
                         finally:
                             armed = False

@@ -58,7 +58,7 @@ def test_what_a_loader_yields_arrives(workers: int, method: str | None) -> None:
 
 def test_the_collate_function_makes_the_batch_and_select_what_is_sent_of_it() -> None:
     with learner() as server, sink_to(server) as sink:
-        batches = list(loader(SinkCollate(sink, reversed_collate, odd_ones), 0))
+        batches = list(loader(SinkCollate(sink, reversed_collate, select=odd_ones), 0))
         assert batches[0]["id"].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
         sink.wait()
         assert arrived(server, COUNT // 2) == Counter(range(1, COUNT, 2))

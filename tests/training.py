@@ -31,7 +31,10 @@ _FILLER = {"id": np.array(-1), "image": np.zeros(64, np.float32), "labels": np.a
 
 
 class Digits(Dataset[Item]):
-    """The digits with the numbers from ``first`` on: ``id`` int64 (), ``image`` float32 (64,), ``labels`` int64 ()."""
+    """The digits with the numbers from ``first`` on: ``id`` int64 (), ``image`` float32 (64,), ``labels`` int64 ().
+
+    The digits begin again after the last, the numbers do not.
+    """
 
     def __init__(self, count: int, first: int = 0) -> None:
         self._ids = range(first, first + count)
@@ -40,8 +43,12 @@ class Digits(Dataset[Item]):
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Item:
-        number = self._ids[index]
-        return {"id": torch.tensor(number), "image": IMAGES[number], "labels": LABELS[number]}
+        return digit(self._ids[index])
+
+
+def digit(number: int) -> Item:
+    index = number % len(IMAGES)
+    return {"id": torch.tensor(number), "image": IMAGES[index], "labels": LABELS[index]}
 
 
 class Classifier(nn.Module):
@@ -94,9 +101,10 @@ def arrived(learner: Learner, count: int) -> Counter[int]:
     """Wait for ``count`` samples; how often each number is among all that arrived. Their bytes must be the digits'."""
     got = learner.take(count)
     numbers = torch.from_numpy(got["id"])
-    assert torch.equal(torch.from_numpy(got["image"]), IMAGES[numbers])
-    assert torch.equal(torch.from_numpy(got["labels"]), LABELS[numbers])
-    return Counter(np.asarray(got["id"]).tolist())
+    digits = numbers % len(IMAGES)
+    assert torch.equal(torch.from_numpy(got["image"]), IMAGES[digits])
+    assert torch.equal(torch.from_numpy(got["labels"]), LABELS[digits])
+    return Counter(numbers.tolist())
 
 
 def numbers_of(batches: Iterable[Item]) -> Counter[int]:

@@ -1,0 +1,551 @@
+"""Real loaders send from their workers to a real server, in all the ways that they can be run and can fail.
+
+``pytest tests/test_loaders.py --loaders`` tries all cases of the matrix and prints what was counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import multiprocessing
+import os
+import re
+import resource
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import echo
+import pytest
+import torch
+from calls import Gate, eventually
+from conftest import open_descriptors
+from peers import Line, Peer, full_queue
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from training import STALLING, DigitLearner, Digits, Item, arrived, digit, learner, numbers_of, sink_to
+
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
+from echo_torch.client import SERVER_QUEUE
+from echo_torch.workers import Sent, SinkCollate, SinkDataset
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    # Of a machine with fewer cores than a case has workers.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
+
+COUNT = 48
+BATCH = 8
+EPOCHS = 2
+BUSY_S = 0.02 * 32
+"""What a learner takes for a batch that is busy for 20 ms with each sample."""
+TOO_MANY = 400
+"""Samples, several times as many as a server acks that is paused."""
+
+_numbers = itertools.count()
+
+
+def new_numbers(count: int) -> int:
+    """The first of ``count`` numbers that no test had before."""
+    first = 0
+    for _ in range(count):
+        first = next(_numbers)
+    return first - count + 1
+
+
+class Map(Dataset[Item]):
+    """Other numbers in each epoch, which is read in the worker."""
+
+    def __init__(self, count: int, first: int, epoch: torch.Tensor) -> None:
+        self.count = count
+        self.first = first
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Item:
+        return digit(self.first + self.count * int(self.epoch) + index)
+
+
+class Stream(IterableDataset[Item]):
+    """The same, each worker its share."""
+
+    def __init__(self, items: Map) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Item]:
+        info = get_worker_info()
+        share = slice(None) if info is None else slice(info.id, None, info.num_workers)
+        return (self.items[index] for index in range(len(self.items))[share])
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder, in which no file of a ledger may be left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    eventually(lambda: not ledgers(tmp_path))
+
+
+def ledgers(home: Path) -> list[Path]:
+    return [path for folder in home.glob("echo_torch-*") for path in (folder, *folder.iterdir())]
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[DigitLearner]:
+    with learner() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def busy() -> Iterator[DigitLearner]:
+    with learner(busy=BUSY_S) as server:
+        yield server
+
+
+def loader(collate: Any, items: Any, workers: int, method: str | None = "fork", **options: Any) -> DataLoader[Any]:
+    context = multiprocessing.get_context(method) if workers else None
+    return DataLoader(items, BATCH, num_workers=workers, collate_fn=collate, multiprocessing_context=context, **options)
+
+
+def came(server: DigitLearner, expected: Counter[int]) -> Counter[int]:
+    """Wait until all of ``expected`` arrived; how often each of these numbers did."""
+    eventually(lambda: not expected - arrived(server, 1))
+    got = arrived(server, 1)
+    return Counter({number: got[number] for number in expected})
+
+
+# The matrix.
+
+Case = tuple[str, bool, str, int, str]
+CASES: list[Case] = [
+    (method, persistent, kind, workers, speed)
+    for method in ("fork", "spawn", "forkserver")
+    for speed in ("fast", "busy")
+    for workers in (0, 1, 4)
+    for persistent in (False, True)
+    for kind in ("map", "iterable")
+    if workers or (not persistent and method == "fork")
+]
+
+
+def chosen(case: Case) -> bool:
+    """Which cases are tried without ``--loaders``."""
+    method, _, kind, workers, speed = case
+    if method == "fork":
+        return speed == "fast" or (workers == 4 and kind == "map")
+    return case in [("spawn", False, "map", 1, "fast"), ("forkserver", True, "iterable", 1, "fast")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = CASES if metafunc.config.getoption("loaders") else list(filter(chosen, CASES))
+        metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
+
+
+def test_every_sample_of_every_epoch_arrives(
+    case: Case, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    """At least once; and more often only where a worker ended, which repeats its last samples."""
+    method, persistent, kind, workers, speed = case
+    server: DigitLearner = request.getfixturevalue(speed)
+    first = new_numbers(COUNT * EPOCHS)
+    epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+    items = Map(COUNT, first, epoch)
+    longest = 0.0
+    with sink_to(server) as sink:
+        batches = loader(
+            sink.collate(),
+            items if kind == "map" else Stream(items),
+            workers,
+            method,
+            persistent_workers=persistent,
+            worker_init_fn=sink.worker_init,
+        )
+        for number in range(EPOCHS):
+            epoch[0] = number
+            seen = numbers_of(batches)
+            expected = Counter(range(first + COUNT * number, first + COUNT * (number + 1)))
+            assert seen == expected
+            began = time.monotonic()
+            sink.wait()
+            longest = max(longest, time.monotonic() - began)
+            stats = sink.stats()
+            assert (stats.samples_sent, stats.in_flight) == (COUNT * (number + 1), 0)
+        del batches
+        exits = (workers or 1) if persistent or not workers else workers * EPOCHS
+        sink.close()
+        stats = sink.stats()
+    expected = Counter(range(first, first + COUNT * EPOCHS))
+    got = came(server, expected)
+    repeated = got.total() - expected.total()
+    assert repeated <= SERVER_QUEUE * exits
+    assert (stats.samples_acked, stats.maybe_lost) == (COUNT * EPOCHS, 0)
+    assert repeated <= stats.maybe_duplicated <= SERVER_QUEUE * exits
+    record_property(
+        "loaders",
+        {
+            "method": method if workers else "none",
+            "persistent": persistent,
+            "kind": kind,
+            "workers": workers,
+            "learner": speed,
+            "samples": expected.total(),
+            "lost": len(expected - got),
+            "duplicates per exit": f"{repeated / exits:.1f}",
+            "longest wait (s)": f"{longest:.2f}",
+        },
+    )
+
+
+# What is sent, and by whom.
+
+
+def test_iterable_datasets_send_what_they_make(fast: DigitLearner) -> None:
+    """And need not hand it on."""
+    first = new_numbers(COUNT)
+    made = Stream(Map(COUNT, first, torch.zeros(1, dtype=torch.int64)))
+    with sink_to(fast) as sink:
+        tokens = list(loader(list, SinkDataset(made, sink, forward=False), 2))
+        assert [token for batch in tokens for token in batch] == [Sent(1)] * COUNT
+        sink.wait()
+        assert sink.stats().samples_acked == COUNT
+        came(fast, Counter(range(first, first + COUNT)))
+
+
+def test_a_batch_that_is_not_handed_on_is_counted_all_the_same(fast: DigitLearner) -> None:
+    first = new_numbers(COUNT)
+    with sink_to(fast) as sink:
+        tokens = list(loader(sink.collate(forward=False), Digits(COUNT, first), 2))
+        assert tokens == [Sent(BATCH)] * (COUNT // BATCH)
+        sink.wait()
+        came(fast, Counter(range(first, first + COUNT)))
+
+
+def test_two_loaders_two_sinks_and_the_main_process_at_once(fast: DigitLearner) -> None:
+    """One sink is connected before its workers are forked. Each waits for its own."""
+    first = new_numbers(4 * COUNT)
+    with sink_to(fast).connect() as one, sink_to(fast) as two:
+        sinks = (one, one, two)
+        loaders = [
+            loader(sink.collate(), Digits(COUNT, first + COUNT * number), 2) for number, sink in enumerate(sinks)
+        ]
+        own = loader(None, Digits(COUNT, first + COUNT * 3), 0)
+        for *_, mine in zip(*loaders, own, strict=True):
+            one.send(mine)
+        one.wait()
+        assert (one.stats().samples_acked, one.stats().in_flight) == (3 * COUNT, 0)
+        two.wait()
+        assert (two.stats().samples_acked, two.stats().in_flight) == (COUNT, 0)
+        came(fast, Counter(range(first, first + 4 * COUNT)))
+
+
+class Busy:
+    """A collate function that sends from threads of a worker, and from a process that the worker forks."""
+
+    def __init__(self, sink: EchoSink) -> None:
+        self.sink = sink
+
+    def __call__(self, samples: list[Item]) -> Item:
+        batch = default_collate(samples)
+        parts = [{name: leaf[row::4] for name, leaf in batch.items()} for row in range(4)]
+        threads = [threading.Thread(target=self.sink.send, args=(part,)) for part in parts[:3]]
+        for thread in threads:
+            thread.start()
+        pid = os.fork()
+        if not pid:
+            self.sink.send(parts[3])
+            self.sink.close()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        for thread in threads:
+            thread.join()
+        return batch
+
+
+def test_threads_and_children_of_workers_send(fast: DigitLearner) -> None:
+    first = new_numbers(COUNT)
+    with sink_to(fast) as sink:
+        assert numbers_of(loader(Busy(sink), Digits(COUNT, first), 2)) == Counter(range(first, first + COUNT))
+        sink.wait()
+        assert (sink.stats().samples_acked, sink.stats().in_flight) == (COUNT, 0)
+        came(fast, Counter(range(first, first + COUNT)))
+
+
+def _rank(sink: EchoSink, first: int, told: Any) -> None:
+    """Sends by itself and by two workers, as a rank of a distributed job does."""
+    batches = numbers_of(loader(sink.collate(), Digits(COUNT, first), 2))
+    sink.send({name: leaf[None] for name, leaf in digit(first + COUNT).items()})
+    sink.wait()
+    told.put((batches.total(), sink.stats().samples_acked, sink.stats().in_flight))
+
+
+def test_ranks_each_wait_for_their_own_workers(fast: DigitLearner) -> None:
+    first = new_numbers(2 * (COUNT + 1))
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+    with sink_to(fast) as sink:
+        ranks = [context.Process(target=_rank, args=(sink, first + number * (COUNT + 1), told)) for number in range(2)]
+        for rank in ranks:
+            rank.start()
+        assert [told.get() for _ in ranks] == [(COUNT, COUNT + 1, 0)] * 2
+        for rank in ranks:
+            rank.join()
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+        sink.wait()
+        assert sink.stats().samples_acked == 2, "those that the ranks sent themselves"
+        came(fast, Counter(range(first, first + 2 * (COUNT + 1))))
+    told.close()
+
+
+def test_the_pickle_of_a_sink_that_ray_makes_sends(fast: DigitLearner) -> None:
+    """With what is defined where nobody can import it."""
+    first = new_numbers(COUNT)
+    with sink_to(fast).connect() as sink:
+        collate = SinkCollate(sink, lambda samples: default_collate(samples), select=lambda batch: batch)
+        copy = cloudpickle.loads(cloudpickle.dumps(collate))
+        assert numbers_of(loader(copy, Digits(COUNT, first), 2)) == Counter(range(first, first + COUNT))
+        sink.wait()
+        assert sink.stats().samples_acked == COUNT
+        came(fast, Counter(range(first, first + COUNT)))
+
+
+def test_workers_send_through_another_client(fast: DigitLearner) -> None:
+    """It does not repeat its last samples, so others of main push them out of the server's queue."""
+    first = new_numbers(COUNT)
+    with sink_to(fast, client=echo.TcpClient) as sink:
+        batches = loader(sink.collate(), Digits(COUNT, first), 2, persistent_workers=True)
+        assert numbers_of(batches) == Counter(range(first, first + COUNT))
+        sink.wait()
+        assert (sink.stats().samples_acked, sink.stats().in_flight) == (COUNT, 0)
+        came(fast, Counter(range(first, first + COUNT)))
+
+
+def test_a_worker_has_a_smaller_buffer() -> None:
+    """16 MiB, of 64: what it holds while the server acks nothing."""
+    sample = {"x": torch.zeros(1 << 16, dtype=torch.uint8)}
+    go = Gate()
+
+    def silent(line: Line) -> None:
+        line.greet({"x": sample["x"].numpy()})
+        go.wait()
+        line.reset()
+
+    with Peer(silent) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, sample, reconnect=0)
+        batches = iter(loader(Flood(sink), [sample], 1))
+        assert next(batches) == sink.stats().in_flight == (16 << 20) // (1 << 16) - SERVER_QUEUE
+        go.open()
+        with pytest.raises(ConnectionClosedError, match="248 samples un-acked"):
+            sink.wait()
+        del batches
+        sink.close()
+
+
+class Flood:
+    """Sends the same sample until there is no room; gives how many are un-acked then."""
+
+    def __init__(self, sink: EchoSink) -> None:
+        self.sink = sink
+
+    def __call__(self, samples: list[Item]) -> int:
+        with contextlib.suppress(DeliveryTimeoutError):
+            while True:
+                self.sink.send(samples[0], timeout=0.5)
+        return self.sink.stats().in_flight
+
+
+# What goes wrong.
+
+
+def test_an_early_break_has_sent_what_was_read_ahead(fast: DigitLearner) -> None:
+    first = new_numbers(TOO_MANY)
+    with sink_to(fast) as sink:
+        batches = loader(sink.collate(), Digits(TOO_MANY, first), 2, prefetch_factor=3)
+        seen = numbers_of(itertools.islice(batches, 2))
+        sink.wait()
+        sent = sink.stats().samples_sent
+        assert sink.stats().in_flight == 0
+    assert seen.total() == 2 * BATCH
+    assert seen.total() < sent <= seen.total() + 2 * 3 * BATCH
+    got = arrived(fast, 1)
+    assert sum(first <= number < first + TOO_MANY for number in got) == sent
+
+
+def test_batches_out_of_order_are_all_sent(fast: DigitLearner) -> None:
+    first = new_numbers(COUNT)
+    with sink_to(fast) as sink:
+        assert numbers_of(loader(sink.collate(), Digits(COUNT, first), 3, in_order=False)) == Counter(
+            range(first, first + COUNT)
+        )
+        sink.wait()
+        came(fast, Counter(range(first, first + COUNT)))
+
+
+def failure(batches: Iterable[Any]) -> BaseException:
+    """What a loop over ``batches`` ends in, without the frames, which would keep workers alive."""
+    try:
+        for _ in batches:
+            pass
+    except Exception as error:
+        return error.with_traceback(None)
+    raise AssertionError("nothing was raised")
+
+
+class Fail:
+    def __call__(self, samples: list[Item]) -> Item:
+        raise LookupError("the user's own")
+
+
+def without_labels(samples: list[Item]) -> Item:
+    batch = default_collate(samples)
+    del batch["labels"]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("collate", "kind", "text"),
+    [(Fail(), LookupError, "the user's own"), (without_labels, SpecMismatchError, r"batch\['labels'\].*missing")],
+)
+def test_what_fails_in_a_worker_is_raised_in_the_loop(
+    fast: DigitLearner, collate: Any, kind: type[Exception], text: str
+) -> None:
+    with sink_to(fast) as sink:
+        error = failure(loader(sink.collate(collate), Digits(COUNT), 2))
+        assert type(error) is kind
+        assert re.search(text, str(error), re.DOTALL)
+        sink.wait()
+
+
+def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner) -> None:
+    """By torch at any moment, and by the next wait, once."""
+    first = new_numbers(TOO_MANY + 1)
+    others = multiprocessing.active_children()
+    with sink_to(fast) as sink:
+        fast.pause()
+        batches = iter(loader(sink.collate(), Digits(TOO_MANY, first), 2, prefetch_factor=20))
+        next(batches)
+        victim = next(child for child in multiprocessing.active_children() if child not in others)
+        eventually(lambda: sink.stats().samples_sent > 2 * STALLING)
+        began = time.monotonic()
+
+        def struck() -> Iterator[None]:
+            victim.kill()
+            while True:
+                yield time.sleep(0.01)
+
+        assert f"(pid {victim.pid}) is killed by signal" in str(failure(struck()))
+        with pytest.raises(ConnectionClosedError, match=f"process {victim.pid}: died with") as error:
+            sink.wait(10)
+        assert time.monotonic() - began < 3
+        fast.resume()
+        lost: int = error.value.unacked
+        assert lost > 0
+        sink.wait()
+        assert sink.stats().in_flight == lost
+        assert lost <= sink.stats().maybe_lost <= lost + SERVER_QUEUE
+        assert "exited unexpectedly" in str(failure(batches))
+        del batches
+        sent = sink.stats().samples_sent
+        sink.send(digit(first + TOO_MANY))
+        sink.wait()
+        assert sink.stats().samples_sent == sent + 1
+        got = arrived(fast, 1)
+        assert sent - lost <= sum(first <= number < first + TOO_MANY for number in got) <= sent
+
+
+def test_a_learner_that_is_stalled_while_workers_end_is_told_of() -> None:
+    """They may take 4 seconds, and the loader kills them after 5."""
+    with learner() as server:
+        sink = sink_to(server)
+        server.pause()
+        others = multiprocessing.active_children()
+        assert numbers_of(loader(sink.collate(), Digits(TOO_MANY), 2)).total() == TOO_MANY
+        assert multiprocessing.active_children() == others
+        left = sink.stats().in_flight
+        assert left > TOO_MANY - STALLING
+        with pytest.raises(DeliveryTimeoutError, match=r"close\(\) not done within 4 s; .* samples un-acked") as error:
+            sink.wait(10)
+        assert error.value.unacked == left
+        sink.wait(10)
+        sink.close()
+        assert sink.stats().maybe_lost >= left
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_learner_that_dies_in_mid_epoch(on_error: Any, caplog: pytest.LogCaptureFixture) -> None:
+    count = 1_000_000 if on_error == "raise" else 100 * BATCH
+    with learner() as server:
+        sink = sink_to(server, on_error=on_error)
+        batches = iter(loader(sink.collate(), Digits(count), 2))
+        seen = numbers_of(itertools.islice(batches, 2))
+        server.kill()
+        if on_error == "raise":
+            began = time.monotonic()
+            error = failure(batches)
+            assert time.monotonic() - began < 4
+            assert type(error) is ConnectionClosedError
+            assert "not open again after" in str(error)
+        else:
+            seen += numbers_of(batches)
+            assert seen.total() == count
+            assert sink.stats().samples_sent + sink.stats().dropped == count
+        del batches
+        with pytest.raises(ConnectionClosedError) if on_error == "raise" else contextlib.nullcontext():
+            sink.wait()
+        sink.wait()
+        sink.close()
+        stats = sink.stats()
+        assert stats.maybe_lost >= stats.in_flight > 0
+        assert ("un-acked" in caplog.text) == (on_error == "warn")
+
+
+def test_workers_that_find_no_learner_tell_what_they_dropped() -> None:
+    with full_queue() as listener:
+        port = listener.getsockname()[1]
+        sink = EchoSink("127.0.0.1", port, digit(0), on_error="warn", connect_timeout=0.1)
+        assert numbers_of(loader(sink.collate(), Digits(COUNT), 2)).total() == COUNT
+        sink.wait()
+        assert (sink.stats().dropped, sink.stats().samples_sent) == (COUNT, 0)
+        sink.close()
+
+
+def test_workers_are_told_to_end_by_close(fast: DigitLearner) -> None:
+    first = new_numbers(COUNT)
+    with sink_to(fast) as sink:
+        batches = loader(sink.collate(), Digits(COUNT, first), 2, persistent_workers=True)
+        assert numbers_of(batches).total() == COUNT
+        sink.close()
+        stats = sink.stats()
+        assert (stats.samples_acked, stats.maybe_lost) == (COUNT, 0)
+        came(fast, Counter(range(first, first + COUNT)))
+        with pytest.raises(ConnectionClosedError, match="this sink was closed"):
+            list(batches)
+
+
+def test_epochs_leave_nothing(fast: DigitLearner, home: Path, request: pytest.FixtureRequest) -> None:
+    """No file, no descriptor, and no memory; with ``--loaders``, 200 of them."""
+    epochs = 200 if request.config.getoption("loaders") else 12
+    first = new_numbers(COUNT)
+    with sink_to(fast) as sink:
+        batches = loader(sink.collate(forward=False), Digits(COUNT, first), 2)
+        for epoch in range(epochs):
+            assert len(list(batches)) == COUNT // BATCH
+            if epoch % 2:
+                sink.wait()
+                assert len(ledgers(home)) == 1, "the folder"
+            if epoch == 3:
+                gc.collect()
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                before = open_descriptors()
+        gc.collect()
+        eventually(lambda: len(open_descriptors()) <= len(before))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 16 * 1024, "KiB"
+        assert sink.stats().samples_acked == epochs * COUNT
