@@ -12,6 +12,9 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -549,3 +552,98 @@ def test_epochs_leave_nothing(fast: DigitLearner, home: Path, request: pytest.Fi
         eventually(lambda: len(open_descriptors()) <= len(before))
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 16 * 1024, "KiB"
         assert sink.stats().samples_acked == epochs * COUNT
+
+
+# How main ends.
+
+
+class Program:
+    """``loading.py``, with a temporary folder of its own, in a process group of its own; a context manager."""
+
+    def __init__(self, port: int, folder: Path, how: str) -> None:
+        self.temporary = folder / "temporary"
+        self.records = folder / "records"
+        for path in (self.temporary, self.records):
+            path.mkdir(exist_ok=True)
+        program = str(Path(__file__).with_name("loading.py"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", program, str(port), str(self.records), how],
+            env={**os.environ, "TMPDIR": str(self.temporary)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ready(self) -> None:
+        assert self.process.stdout
+        assert self.process.stdout.readline() == "ready\n"
+
+    def end(self) -> tuple[int, str]:
+        """Wait for it; its exit code, and the last line that it said on stderr. No worker outlives it."""
+        _, errors = self.process.communicate(timeout=60)
+        eventually(lambda: not any(map(lives, self.workers())))
+        return self.process.returncode, (errors.strip().splitlines() or [""])[-1]
+
+    def workers(self) -> list[int]:
+        return [int(path.name.removeprefix("pid-")) for path in self.records.glob("pid-*")]
+
+    def sent(self) -> Counter[int]:
+        return Counter(int(line) for path in self.records.glob("sent-*") for line in path.read_text().split())
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+def lives(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def check_arrived(server: DigitLearner, program: Program) -> None:
+    """All that was sent, with the tail of each worker at the most once more."""
+    sent = program.sent()
+    assert sent.total() >= 6 * BATCH
+    eventually(lambda: not sent - arrived(server, 1))
+    assert len(program.workers()) == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "last"),
+    [("end", 0, ""), ("error", 1, "LookupError: the user's own"), ("exit", 3, "")],
+)
+def test_main_ends_with_live_workers(tmp_path: Path, how: str, code: int, last: str) -> None:
+    with learner() as server, Program(server.port, tmp_path, how) as program:
+        assert program.end() == (code, last)
+        assert not ledgers(program.temporary)
+        check_arrived(server, program)
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["main", "group"])
+def test_main_is_interrupted_with_live_workers(tmp_path: Path, whole_group: bool) -> None:
+    with learner() as server, Program(server.port, tmp_path, "wait") as program:
+        program.ready()
+        (os.killpg if whole_group else os.kill)(program.process.pid, signal.SIGINT)
+        assert program.end() == (-signal.SIGINT, "KeyboardInterrupt")
+        assert not ledgers(program.temporary)
+        check_arrived(server, program)
+
+
+def test_main_is_killed_and_the_next_run_removes_what_it_left(tmp_path: Path) -> None:
+    """Its workers notice within 5 seconds, and deliver."""
+    with learner() as server:
+        with Program(server.port, tmp_path, "wait") as program:
+            program.ready()
+            program.process.kill()
+            assert program.end()[0] == -signal.SIGKILL
+            assert len(ledgers(program.temporary)) == 3
+            check_arrived(server, program)
+        with Program(server.port, tmp_path, "end") as program:
+            assert program.end() == (0, "")
+            assert not ledgers(program.temporary)
