@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
+import time
 from typing import TYPE_CHECKING
 
 import torch
 
+from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 # Seconds by which the last rank may come later to `wait` than the first, on top of what the waiting itself may take.
 SKEW_S = 60.0
 # The longest that a rank waits for the others where the waiting itself has no limit: as torch.distributed's own.
 LONGEST_S = 1800.0
+# Seconds between two looks at whether all ranks have come.
+LOOK_S = 0.005
 
 _VERDICTS = ("acked everything", "ran out of time", "lost the connection", "failed")
 
@@ -69,13 +72,13 @@ def agree(
     import torch.distributed as dist
 
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    table = torch.zeros(2, size, dtype=torch.int64)
-    table[:, rank] = torch.tensor([_verdict(problem), unacked])
+    table = torch.zeros(2, size, dtype=torch.int64, device="cpu")  # whatever the default device is
+    table[0, rank], table[1, rank] = _verdict(problem), unacked
     limit = (LONGEST_S if waited_at_most is None else waited_at_most) + SKEW_S
     try:
         work = dist.all_reduce(table, group=group, async_op=True)
         assert work is not None
-        work.wait(datetime.timedelta(seconds=limit))
+        _wait(work, limit)
     except RuntimeError as error:
         if problem is not None:
             raise problem from None
@@ -92,6 +95,16 @@ def agree(
     problem = kind(f"{peer}: wait() on other ranks: {told}; here, on rank {rank}, everything is acked")
     problem.unacked = sum(counts)
     raise problem
+
+
+def _wait(work: Work, seconds: float) -> None:
+    """As ``work.wait``, which lets no Ctrl-C through, however."""
+    deadline = Deadline(seconds)
+    while not work.is_completed():
+        if deadline.expired:
+            raise RuntimeError("time is up")
+        time.sleep(LOOK_S)
+    work.wait()
 
 
 def _verdict(problem: Exception | None) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -159,6 +161,27 @@ def one_comes_late(side: Side) -> None:
     side.agrees()
 
 
+def ctrl_c_comes_out(side: Side) -> None:
+    """While the others are waited for; who find later what was told to them."""
+    meeting = dist.new_group(backend="gloo")
+    side.send()
+    side.sink.wait()
+    if side.rank == 0:
+        threading.Timer(SHORT_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            side.sink.wait(group=side.world)
+    dist.barrier(meeting)
+    if side.rank != 0:
+        assert side.met() is None
+    side.agrees()
+
+
+def another_device_is_the_default(side: Side) -> None:
+    side.send()
+    with torch.device("meta"):
+        assert side.met() is None
+
+
 def some_agree_among_themselves(side: Side) -> None:
     """In a smaller group. Who is not in it is told so before anything is waited for."""
     group = dist.new_group([0, 2], backend="gloo")
@@ -191,6 +214,8 @@ CASES = [
     two_stall,
     one_is_left_alone,
     one_comes_late,
+    ctrl_c_comes_out,
+    another_device_is_the_default,
     some_agree_among_themselves,
     a_group_for_no_cpu_tensors,
 ]
