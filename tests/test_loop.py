@@ -394,6 +394,29 @@ def test_a_stalled_learner_is_named_and_the_training_goes_on(caplog: pytest.LogC
             assert arrived(server, sent + 8).total() == sent + 8
 
 
+def test_a_learner_that_stalls_with_room_left_is_waited_for_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That batches still find room does not mean that it takes them."""
+    monkeypatch.setattr(loop, "STALLED_FLUSH_S", SHORT_S)
+    with learner() as server:
+        server.pause()
+        with sink_to(server) as sink, SinkCallback(sink, flush_timeout=1.0) as callback:
+            began = time.monotonic()
+            for _ in range(4):
+                for batch in batches(STALLING, 16):
+                    callback.on_batch_end(batch)
+                callback.on_epoch_end()
+            assert time.monotonic() - began < 3.0
+            assert ["at the end of the epoch" in text for text in warnings_of(caplog)] == [True] * 4
+            stalled_at = sink.stats().samples_acked
+            server.resume()
+            eventually(lambda: sink.stats().samples_acked > stalled_at)
+            callback.on_train_end()
+            assert "takes samples again" in warnings_of(caplog)[-1]
+            assert (callback.skipped, sink.stats().samples_acked) == (0, 4 * STALLING)
+
+
 def test_a_learner_that_stalls_on_another_rank_is_not_taken_for_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a group, all ranks hear of it; those whose samples are all acked go on to wait for room."""
     timeouts: list[float | None] = []

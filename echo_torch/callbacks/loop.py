@@ -238,7 +238,8 @@ class SinkCallback:
         self._stalled_at = stats.samples_acked if stats.in_flight else None  # with a group, others may have stalled
 
     def _moves(self) -> None:
-        if self._stalled_at is not None:
+        """There was room, or all is acked; but room may have been left."""
+        if self._stalled_at is not None and self.sink.stats().samples_acked != self._stalled_at:
             _log.warning("%s: takes samples again; %d batches skipped so far", self.sink.peer, self.skipped)
             self._stalled_at = None
 
