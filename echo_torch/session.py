@@ -70,10 +70,10 @@ class Session:
             raise self.ended("this sink was closed")
         return route
 
-    def accepted(self, step: int, route: Route) -> None:
-        """Note that ``route`` took all of ``step``."""
+    def accepted(self, watermark: Watermark, step: int, route: Route) -> None:
+        """Note that ``route`` took all of ``step``; in the watermark in which it began, if another was loaded since."""
         sent, acked = route.progress()
-        self.watermark.sent(step, sent, acked)
+        watermark.sent(step, sent, acked)
         self.tell_sent()
 
     def tell_sent(self) -> None:

@@ -195,29 +195,28 @@ class EchoSink:
         and acks nothing still does.
         """
         check_timeout("timeout", timeout)
-        step = None if step is None else check_count("step", step, least=0)
         session = self._session()
         watermark = session.watermark
         if is_mine(watermark.lock):
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
-        if self._select is not None:
-            batch = self._select(batch)
-        match = self._spec.match(batch, batched)
-        if skip_last:
-            match = match.without_last(check_count("skip_last", skip_last, least=0))
-        if not session.told:
-            self._tell_how_read(session, match.rows, match.batched)
-        step = watermark.begin(step)
+        if step is not None:
+            step = watermark.begin(check_count("step", step, least=0))
         try:
+            match = self._matched(batch, batched, skip_last)
+            if not session.told:
+                self._tell_how_read(session, match.rows, match.batched)
+            if step is None:  # so that a batch that is refused takes no number
+                step = watermark.begin(None)
             accepted = self._deliver(session, match, timeout)
         except BaseException:
-            watermark.failed(step)
+            if step is not None:
+                watermark.failed(step)
             session.tell_sent()
             raise
         if accepted is None:
             watermark.failed(step)
         else:
-            session.accepted(step, accepted)
+            session.accepted(watermark, step, accepted)
 
     def wait(self, timeout: float | None = None, group: ProcessGroup | None = None) -> None:
         """Block until everything sent so far, by this process and by its DataLoader workers, is acked.
@@ -275,6 +274,10 @@ class EchoSink:
             TypeError, ValueError: ``state`` is not what `state_dict` gives. Nothing was changed.
         """
         self._session().load_state_dict(state)
+
+    def _matched(self, batch: Any, batched: bool | None, skip_last: int) -> Match:
+        match = self._spec.match(batch if self._select is None else self._select(batch), batched)
+        return match.without_last(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
     def _deliver(self, session: Session, match: Match, timeout: float | None) -> Route | None:
         """Gives the route that took all of it; None if the learner is gone and it was dropped."""

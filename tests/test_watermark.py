@@ -421,6 +421,26 @@ def test_a_batch_that_is_refused_takes_no_number() -> None:
         assert sink.stats().samples_sent == BATCH
 
 
+@pytest.mark.parametrize(
+    ("bad", "kind"), [({**digits(0), "image": torch.zeros(BATCH, 3)}, SpecMismatchError), ({}, KeyError)]
+)
+def test_a_batch_that_is_refused_holds_down_the_number_that_it_was_given(bad: Any, kind: type[Exception]) -> None:
+    """By the sink, or by ``select``."""
+    with (
+        learner() as server,
+        sink_to(server, select=lambda batch: {**batch, "id": batch["id"]}, replay_tail=False) as sink,
+    ):
+        sink.send(digits(0), step=0)
+        with pytest.raises(kind):
+            sink.send(bad, step=1)
+        sink.send(digits(2 * BATCH), step=2)
+        sink.wait()
+        assert sink.acked_through == 0
+        sink.send(digits(BATCH), step=1)
+        sink.wait()
+        assert sink.acked_through == 2
+
+
 def test_the_last_samples_are_skipped() -> None:
     """Of a batch, of one sample, and all of them."""
     with learner() as server:
@@ -464,6 +484,21 @@ def test_a_sink_goes_on_from_a_saved_state() -> None:
             assert sink.acked_through == 9
             assert sink.stats().samples_sent == 4 * BATCH
         assert arrived(server, 5 * BATCH) == Counter(range(5 * BATCH))
+
+
+def test_a_state_that_is_loaded_while_a_batch_is_sent_knows_nothing_of_it() -> None:
+    sinks: list[EchoSink] = []
+
+    def select(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        sinks[0].load_state_dict(GOOD)
+        return batch
+
+    with learner() as server, sink_to(server, select=select, replay_tail=False) as sink:
+        sinks.append(sink)
+        sink.send(digits(0), step=9)
+        sink.wait()
+        assert sink.acked_through == GOOD["acked_through"]
+        assert sink.stats().samples_acked == GOOD["samples_acked"] + BATCH
 
 
 def test_what_was_in_flight_when_it_was_saved_may_be_lost() -> None:
