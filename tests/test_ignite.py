@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import signal
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -465,13 +464,3 @@ def test_bad_arguments_are_refused() -> None:
         SinkHandler(sink, send="loss")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="on_stall: got 'hang'"):
         SinkHandler(sink, on_stall="hang")
-
-
-def test_without_ignite_the_import_says_which_extra_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("ignite", "echo_torch.callbacks.ignite"))]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "ignite", None)
-    with pytest.raises(
-        ImportError, match=r"^echo_torch\.callbacks\.ignite needs .*: pip install 'echo-torch\[ignite\]'$"
-    ):
-        import echo_torch.callbacks.ignite  # noqa: F401

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -469,13 +468,3 @@ def test_arguments_are_checked() -> None:
         SinkCallback(sink, stages=["train", "val"])
     with pytest.raises(ValueError, match="on_stall: got 'ignore'"):
         SinkCallback(sink, on_stall="ignore")
-
-
-def test_without_lightning_the_import_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "lightning"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.delitem(sys.modules, (name := "echo_torch.callbacks.lightning"))
-    with pytest.raises(ImportError) as caught:
-        importlib.import_module(name)
-    assert str(caught.value) == f"{name} needs the package lightning: pip install 'echo-torch[lightning]'"

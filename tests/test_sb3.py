@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -475,11 +474,3 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="on_stall: got 'hang'"):
         SinkCallback(sink, on_stall="hang")
     assert SinkCallback(sink, verbose=2).verbose == 2
-
-
-def test_without_stable_baselines3_the_import_says_which_extra_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("stable_baselines3", "echo_torch.callbacks.sb3"))]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
-    with pytest.raises(ImportError, match=r"^echo_torch\.callbacks\.sb3 needs .*: pip install 'echo-torch\[sb3\]'$"):
-        import echo_torch.callbacks.sb3  # noqa: F401

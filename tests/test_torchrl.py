@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -427,13 +426,3 @@ def test_a_worker_that_fails_has_sent_what_it_collected() -> None:
         collector.shutdown()
         got = arrived(server, 3 * BATCH)
         assert got.keys() >= {*range(2 * BATCH), *range(900, 900 + BATCH)}
-
-
-def test_without_torchrl_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchrl" or name == SinkHook.__module__]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(
-        ImportError, match=r"^echo_torch\.callbacks\.torchrl needs the package torchrl: .*\[torchrl\]'$"
-    ):
-        import echo_torch.callbacks.torchrl  # noqa: F401

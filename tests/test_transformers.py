@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import os
 import signal
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -550,15 +548,6 @@ def test_a_callback_flushes_what_others_send_beside_the_mixin(server: Learner, s
             assert watched.epochs == [(MANY, 0), (2 * MANY, 0)]
         exactly_arrived(server, sink, trainer.model.numbers)
         exactly_arrived(slow, other, trainer.model.numbers)
-
-
-def test_without_transformers_the_import_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "echo_torch.callbacks.transformers"
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError) as caught:
-        importlib.import_module(name)
-    assert str(caught.value) == f"{name} needs the package transformers: pip install 'echo-torch[transformers]'"
 
 
 class Rank(Spawned):
