@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import threading
 import time
@@ -67,6 +68,12 @@ def open_descriptors() -> dict[str, str]:
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as the listing's own
             found[descriptor] = os.readlink(f"/proc/self/fd/{descriptor}")
     return found
+
+
+@pytest.fixture(autouse=True)
+def _default_start_method() -> None:
+    """Has processes started as by default: importing torchrl, for its own tests, has all of them spawned."""
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
