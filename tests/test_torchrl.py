@@ -396,7 +396,8 @@ def test_workers_of_a_collector_send_what_they_collect() -> None:
         given = Counter(number for batch in collector for number in batch["id"].reshape(-1).tolist())
         collector.shutdown()
         assert given == Counter([*range(many), *range(900, 900 + many)])
-        assert sink.stats().samples_sent == 0
+        sink.wait()
+        assert sink.stats().samples_sent == 2 * many
         got = arrived(server, 2 * many)
         assert got.keys() >= given.keys()
 
