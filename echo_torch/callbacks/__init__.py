@@ -5,8 +5,7 @@ its events. Each needs the trainer's package, and none is imported by ``import e
 
 Whatever the trainer: the sink stays the caller's, unless ``close=True``. In a distributed job every rank sends what it
 trains on, through a connection of its own. A distributed sampler repeats samples to give each rank as many, so these
-may be sent twice; `loop.padding` counts them. A sample that was sent is not thereby trained on, nor the reverse: a
-batch is sent when its step is done.
+may be sent twice; `loop.padding` counts them. A batch is sent when its step is done, unless an adapter says otherwise.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class SinkHandler(loop.SinkCallback):
     For checkpoints amid an epoch attach `on_checkpoint` to their event, before them. A ``Checkpoint`` may have this
     handler in ``to_save``, for a resumed run to go on counting. One handler may serve a trainer and its evaluators, but
     with ``close`` a single engine. In a distributed job every rank sends its own shard; a distributed sampler pads it,
-    so that a sample may be sent twice.
+    so that a sample may be sent twice. Attached on all ranks, give it `ranks.cpu_group` as ``group``.
 
     Args:
         sink: stays the caller's.
