@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from echo_torch.callbacks import needed_for
 from echo_torch.callbacks.loop import SinkCallback
 
-with needed_for("echo_torch.callbacks.torchrl", "torchrl"):
+with needed_for(__name__, "torchrl"):
     from torchrl.trainers.trainers import TrainerHookBase
 
 if TYPE_CHECKING:
