@@ -302,6 +302,20 @@ def test_an_error_waits_for_a_stalled_learner_for_a_bounded_time(
         assert arrived(server, STALLING).total() >= STALLING
 
 
+def test_an_error_of_another_sink_is_an_error_as_any() -> None:
+    """A stall that ends the training for one sink does not make those of others close with samples un-acked."""
+    with learner(busy=0.2) as server:
+        sink = sink_to(server, replay_tail=False)
+        callback = SinkCallback(sink, close=True)
+        callback.setup()
+        for batch in batches(STALLING):
+            callback.on_batch_end(batch)
+        assert sink.stats().in_flight > 0
+        callback.on_exception(DeliveryTimeoutError("another learner stalls"))
+        assert sink.stats().in_flight == 0
+        assert arrived(server, STALLING) == Counter(range(STALLING))
+
+
 def test_after_an_error_nothing_waits_any_more_until_the_next_setup(server: Learner) -> None:
     """Trainers go on telling: of the exception once more, of a checkpoint that is written because of it, of the end."""
     with sink_to(server) as sink:
@@ -506,6 +520,11 @@ def test_state_goes_on_in_another_run() -> None:
         resumed.on_epoch_end()
         assert (other.acked_through, other.stats().samples_acked) == (4, 20)
         assert server.take(20)["id"].tolist()[8:] == [*range(4), *range(8, 12), *range(16, 20)]
+
+
+def test_a_state_that_is_no_mapping_is_refused() -> None:
+    with pytest.raises(TypeError, match="state: got None, expected what state_dict"):
+        SinkCallback(EchoSink("127.0.0.1", 1, Digits(1)[0])).load_state_dict(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("change", [{"batches": None}, {"skipped": -1}, {"sink": None}, {"sink": {"acked_through": 1}}])

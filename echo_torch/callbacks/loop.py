@@ -22,7 +22,7 @@ import optree
 import torch
 
 from echo_torch.checks import check_count, check_timeout
-from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
+from echo_torch.errors import DeliveryTimeoutError
 from echo_torch.sink import EchoSink
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class SinkCallback:
             is no room (``skipped`` counts them), and hardly waits again until the learner acks something; or
             ``"raise"``.
         close: whether to close the sink when the training has ended.
-        group: for distributed training, where flushes then end the same way on all ranks; see `EchoSink.wait`.
+        group: for distributed training, where flushes then end the same way on all ranks; see `EchoSink.wait`. They
+            take up to ``flush_timeout`` each time then. A pickled callback has none.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -98,7 +99,7 @@ class SinkCallback:
         self._batches = 0
         self._connected_in: int | None = None  # the process
         self._stalled_at: int | None = None  # how many samples were acked when the learner was found to be stalled
-        self._failed = False
+        self._over = False  # by an error, or closed: nothing is waited for
 
     def setup(self) -> None:
         """Before the first step: connect, so that a wrong address is an error here.
@@ -106,7 +107,7 @@ class SinkCallback:
         Raises:
             OSError, TimeoutError, HandshakeError, SpecMismatchError: as `EchoSink.connect`.
         """
-        self._failed = False
+        self._over = False
         if self._connected_in != os.getpid():
             self.sink.connect()
             self._connected_in = os.getpid()
@@ -137,7 +138,7 @@ class SinkCallback:
             self.sink.send(chosen, timeout=self._patience(0.0), skip_last=padding)
         except DeliveryTimeoutError as error:
             self.skipped += 1
-            self._stalled("no room for a batch, which is not sent", error)
+            self._stalled("no room for a batch, which is not sent", error, once=True)
         else:
             self._moves()
 
@@ -154,13 +155,12 @@ class SinkCallback:
     def on_exception(self, error: BaseException) -> None:
         """When the training fails, or is interrupted: deliver for up to 5 seconds, and log what is left.
 
-        Never raises, so that ``error`` is the one that is seen. Later events do nothing until the next `setup`.
+        Never raises, so that ``error`` is the one that is seen. Until the next `setup`, nothing is waited for any more.
         """
-        if self._failed:
+        if self._over:
             return
-        self._failed = True
-        ours = isinstance(error, (ConnectionClosedError, DeliveryTimeoutError))
-        seconds = 0.0 if ours else EXCEPTION_FLUSH_S
+        self._over = True
+        seconds = 0.0 if self._stalls() else EXCEPTION_FLUSH_S
         try:
             if self._closes:
                 self._connected_in = None
@@ -172,13 +172,13 @@ class SinkCallback:
 
     def on_train_end(self) -> None:
         """Wait until everything sent is acked, whatever ``flush`` says, and close if ``close``; raises likewise."""
-        if self._failed:
+        if self._over:
             return
         try:
             self._flush("the end of the training")
         finally:
             if self._closes:
-                self._failed = True  # a later end, of a `with` block for one, finds nothing left to do
+                self._over = True  # a later end, of a `with` block for one, finds nothing left to do
                 self._close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,6 +187,8 @@ class SinkCallback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; raises as `EchoSink.load_state_dict`."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: got {state!r}, expected what state_dict() gives")
         batches = check_count("state['batches']", state.get("batches"), least=0)  # type: ignore[arg-type]
         skipped = check_count("state['skipped']", state.get("skipped"), least=0)  # type: ignore[arg-type]
         self.sink.load_state_dict(state.get("sink") or {})
@@ -206,7 +208,7 @@ class SinkCallback:
         return {**self.__dict__, "group": None}  # no process group can be pickled
 
     def _flush(self, when: str) -> None:
-        if self._failed:
+        if self._over:
             return
         try:
             # With a group, all ranks have the same patience, or the first to lose it would not wait for the others.
@@ -225,17 +227,23 @@ class SinkCallback:
 
     def _patience(self, stalled: float) -> float | None:
         """How long to wait for the learner: at most ``stalled`` seconds, once that was in vain, until it acks again."""
-        if self._stalled_at is None or self.sink.stats().samples_acked != self._stalled_at:
+        if self._raises or not self._stalls():
             return self._timeout
         return stalled if self._timeout is None else min(stalled, self._timeout)
 
-    def _stalled(self, when: str, error: DeliveryTimeoutError) -> None:
-        if self._raises:
-            raise error
-        if self._stalled_at is None or not when.startswith("no room"):
-            _log.warning("%s: %s; the training goes on; %d batches skipped so far", when, error, self.skipped)
+    def _stalls(self) -> bool:
+        """Whether the learner was waited for in vain, and has acked nothing since."""
+        return self._stalled_at is not None and self.sink.stats().samples_acked == self._stalled_at
+
+    def _stalled(self, when: str, error: DeliveryTimeoutError, *, once: bool = False) -> None:
+        """Raise, or warn; if ``once``, not again while the learner is known to be stalled."""
+        known = self._stalled_at is not None
         stats = self.sink.stats()
         self._stalled_at = stats.samples_acked if stats.in_flight else None  # with a group, others may have stalled
+        if self._raises:
+            raise error
+        if not (once and known):
+            _log.warning("%s: %s; the training goes on; %d batches skipped so far", when, error, self.skipped)
 
     def _moves(self) -> None:
         """There was room, or all is acked; but room may have been left."""
