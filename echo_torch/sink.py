@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
-import optree
-import torch
 from torch.utils.data import default_collate
 
 from .checks import check_count, check_seconds, check_timeout
@@ -23,17 +20,15 @@ from .client import SERVER_QUEUE, Client, TcpClient, close_after
 from .deadline import Deadline
 from .dial import check_address, peer_name
 from .errors import ConnectionClosedError
-from .leaves import dtypes_of
 from .ledger import new_token
 from .locks import is_mine
 from .opener import Opener
 from .ranks import agree, check_group
 from .routes import Route
 from .session import Session
-from .spec import Match, SampleSpec
+from .spec import Match, SampleSpec, example_of
 from .stats import SinkStats
 from .tee import Tee
-from .trees import flatten
 from .workers import SinkCollate
 
 if TYPE_CHECKING:
@@ -143,12 +138,7 @@ class EchoSink:
             TypeError: a leaf is no dense array of numbers.
         """
         select = options.get("select")
-        leaves, treespec = flatten(batch if select is None else select(batch))
-        for leaf, accessor in zip(leaves, treespec.accessors(), strict=True):
-            dtypes_of(leaf, accessor.codify("batch"))
-            if np.ndim(leaf) == 0:
-                raise ValueError(f"{accessor.codify('batch')}: got a scalar, expected [B, ...]")
-        return cls(host, port, optree.tree_unflatten(treespec, map(_one_of, leaves)), **options)
+        return cls(host, port, example_of(batch if select is None else select(batch)), **options)
 
     def connect(self: _Sink) -> _Sink:
         """Connect now rather than at the first `send`; gives the sink itself.
@@ -399,10 +389,3 @@ class EchoSink:
         session.told = True
         what = f"{rows} samples" if batched else "one sample"
         _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
-
-
-def _one_of(leaf: Any) -> Any:
-    """An example of one item of a stacked leaf, which may have none."""
-    if isinstance(leaf, torch.Tensor):
-        return torch.empty(leaf.shape[1:], dtype=leaf.dtype, device="cpu")  # whatever the default device is
-    return np.zeros(np.shape(leaf)[1:], np.asarray(leaf).dtype)

@@ -240,6 +240,23 @@ def numpy_example(example: Any) -> Any:
     return SampleSpec(example).numpy_sample()
 
 
+def example_of(batch: Any) -> Any:
+    """An example of one sample of ``batch``, leaves ``(B, *shape)``; raises ValueError for one without a B."""
+    leaves, treespec = flatten(batch)
+    for leaf, accessor in zip(leaves, treespec.accessors(), strict=True):
+        dtypes_of(leaf, accessor.codify("batch"))
+        if np.ndim(leaf) == 0:
+            raise ValueError(f"{accessor.codify('batch')}: got a scalar, expected [B, ...]")
+    return optree.tree_unflatten(treespec, map(_one_of, leaves))
+
+
+def _one_of(leaf: Any) -> Any:
+    """An example of one item of a stacked leaf, which may have none."""
+    if isinstance(leaf, torch.Tensor):
+        return torch.empty(leaf.shape[1:], dtype=leaf.dtype, device="cpu")  # whatever the default device is
+    return np.zeros(np.shape(leaf)[1:], np.asarray(leaf).dtype)
+
+
 def check_numpy(data_sample: Any) -> None:
     """Raise TypeError unless every leaf is a numpy array, as the stock client demands of its ``data_sample``."""
     leaves, treespec = flatten(data_sample)
