@@ -384,7 +384,7 @@ def test_a_stalled_learner_is_named_and_the_training_goes_on(caplog: pytest.LogC
             for batch in batches(400):
                 callback.on_batch_end(batch, step(batch))
             callback.on_epoch_end()
-            assert time.monotonic() - began < 50 * SHORT_S
+            assert time.monotonic() - began < LONG_S / 2
             assert len(record) == 100
             sent = sink.stats().samples_sent
             assert 0 < sent < STALLING
@@ -454,7 +454,7 @@ def test_a_stalled_learner_ends_the_training_if_told_to() -> None:
         callback = SinkCallback(sink, flush_timeout=SHORT_S, on_stall="raise")
         with pytest.raises(DeliveryTimeoutError, match="samples un-acked") as raised:
             fail(callback, trained([]), BrokenError("it went on for too long"), at=STALLING // 4 - 1)
-        assert time.monotonic() - began < 10 * SHORT_S
+        assert time.monotonic() - began < LONG_S / 2
         assert raised.value.unacked > 0
         assert callback.skipped == 1
         server.resume()
