@@ -247,7 +247,7 @@ class SinkCallback:
 
     def _moves(self) -> None:
         """There was room, or all is acked; but room may have been left."""
-        if self._stalled_at is not None and self.sink.stats().samples_acked != self._stalled_at:
+        if self._stalled_at is not None and not self._stalls():
             _log.warning("%s: takes samples again; %d batches skipped so far", self.sink.peer, self.skipped)
             self._stalled_at = None
 
