@@ -1,7 +1,7 @@
 """Callbacks that put an `EchoSink` into the training loops people use.
 
 `loop.SinkCallback` holds the policy, and serves hand-written loops; the other modules, one for each trainer, translate
-its events. Each needs the trainer's package, and none is imported by ``import echo_torch``.
+its events. Each but `fabric` needs the trainer's package, and none is imported by ``import echo_torch``.
 
 Whatever the trainer: the sink stays the caller's, unless ``close=True``. In a distributed job every rank sends what it
 trains on, through a connection of its own. A distributed sampler repeats samples to give each rank as many, so these

@@ -30,7 +30,7 @@ class SinkCallback(Stateful, Callback):
     Args:
         sink: stays the caller's.
         stages: whose batches to send: ``"train"``, ``"validate"`` (of a fit, too), ``"test"``, ``"predict"``.
-        skip_padding: does not send the samples of a train batch that a ``DistributedSampler`` repeated.
+        skip_padding: leaves out what a ``DistributedSampler`` repeats: the last samples of what ``select`` made.
         policy: the other keyword arguments of `loop.SinkCallback`; ``group`` is all ranks by default.
 
     Raises:

@@ -118,7 +118,8 @@ class SinkCallback:
         Args:
             batch: what the loader gave.
             outputs: what the step made of it; for ``select``.
-            padding: how many samples at the batch's end are repeated ones, not to be sent; see `padding`.
+            padding: how many samples at the end, of what ``select`` made if it is given, are repeated ones, not to be
+                sent; see `padding`.
 
         Raises:
             SpecMismatchError, TypeError: what is sent differs from the sink's example.
