@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -32,7 +33,8 @@ def test_the_trainer_delivers_to_the_learner(trainer: str) -> None:
             assert process.stdout is not None
             port = process.stdout.readline().strip()
             command = [sys.executable, "-W", "error", "-c", with_port(trainer, port)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # more would wait for each other, in steps this small
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=one_thread)
             assert (done.returncode, done.stderr) == (0, "")
             batches = [process.stdout.readline() for _ in range(30_000 // 256)]
             assert set(batches) == {"(256, 4) (256,)\n"}
