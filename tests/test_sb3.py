@@ -18,7 +18,7 @@ from gymnasium import spaces
 from learner import Learner
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, StopTrainingOnMaxEpisodes
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, numpy_example
 from echo_torch.callbacks.sb3 import SinkCallback, example
@@ -104,6 +104,50 @@ class AsFromProcesses(VecEnvWrapper):
     def step_wait(self) -> Any:
         obs, rewards, *rest = self.venv.step_wait()
         return (obs, rewards.astype(np.float64), *rest)
+
+
+class Steps(gymnasium.Env[Any, int]):
+    """Adds up the actions, in integers, and ends after 100 steps."""
+
+    action_space = spaces.Discrete(9)
+
+    def __init__(self, in_a_dict: bool) -> None:
+        numbers = spaces.Box(0, 900, (1,), np.int64)
+        self.observation_space = spaces.Dict({"sum": numbers, "time": numbers}) if in_a_dict else numbers
+
+    def reset(self, **_: Any) -> tuple[Any, Tree]:
+        self._sum = self._time = 0
+        return self._seen(), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, Tree]:
+        self._sum += int(action)
+        self._time += 1
+        return self._seen(), 1.0, self._time == 100, False, {}
+
+    def _seen(self) -> Any:
+        total = np.array([self._sum])
+        return (
+            {"sum": total, "time": np.array([self._time])} if isinstance(self.observation_space, spaces.Dict) else total
+        )
+
+
+class Given(VecEnvWrapper):
+    """Keeps the observations that it gives, of one environment."""
+
+    def __init__(self, venv: Any) -> None:
+        super().__init__(venv)
+        self.given: list[Any] = []
+
+    def reset(self) -> Any:
+        return self._kept(self.venv.reset())
+
+    def step_wait(self) -> Any:
+        obs, *rest = self.venv.step_wait()
+        return (self._kept(obs), *rest)
+
+    def _kept(self, obs: Any) -> Any:
+        self.given.append(optree.tree_map(lambda leaf: leaf[0].copy(), obs))
+        return obs
 
 
 def cart_pole() -> gymnasium.Env[Any, Any]:
@@ -266,6 +310,22 @@ def test_rollouts_arrive_as_they_are_trained_on(env: Callable[[], gymnasium.Env[
         ]
     assert same(got, stacked(expected, example(model, "rollout")))
     assert np.ptp(got["advantages"]) > 0
+
+
+@pytest.mark.parametrize("in_a_dict", [False, True])
+def test_normalised_observations_are_no_integers(in_a_dict: bool) -> None:
+    """Though the space says so."""
+    env = Given(VecNormalize(DummyVecEnv([lambda: Steps(in_a_dict)]), norm_obs_keys=["sum"] if in_a_dict else None))
+    model = DQN("MultiInputPolicy" if in_a_dict else "MlpPolicy", env, learning_starts=10, buffer_size=50, device="cpu")
+    with Learner(numpy_example(example(model)), BATCH) as server, sink_for(model, server) as sink:
+        model.learn(BATCH, callback=SinkCallback(sink))
+        got = take(server, BATCH)
+    *before, _ = env.given
+    assert same(got["obs"], stacked(before, example(model)["obs"]))
+    normalised = got["obs"]["sum"] if in_a_dict else got["obs"]
+    assert len(np.unique(normalised)) > BATCH // 2
+    if in_a_dict:
+        assert got["obs"]["time"].dtype == np.int64
 
 
 def test_algorithms_without_rollouts_say_so_before_the_first_step() -> None:

@@ -1,6 +1,7 @@
 """What models of stable-baselines3 collect, as samples: transitions, and rollouts.
 
-Names are gymnasium's and the rollout buffer's; dtypes are those of the spaces, as in the algorithms' own buffers.
+Names are gymnasium's and the rollout buffer's; dtypes are those of the spaces, as in the algorithms' own buffers, but
+float32 for observations that a ``VecNormalize`` gives.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def example(model: BaseAlgorithm, on: Literal["step", "rollout"] = "step") -> di
         fresh = copy.copy(model.rollout_buffer)
         fresh.reset()  # after training, some of its arrays have other shapes
         return _each(lambda array: array[0], _flattened(fresh))
-    obs = copy.deepcopy(model.observation_space).sample()  # of a copy, for it draws from the space's random numbers
+    # Of copies, for they draw from the spaces' random numbers.
+    obs = _normalized(model, copy.deepcopy(model.observation_space).sample())
     action = copy.deepcopy(model.action_space).sample()
     ends = {"terminated": np.False_, "truncated": np.False_}
     return {"obs": obs, "action": action, "reward": np.float32(0), "next_obs": obs, **ends}
@@ -68,6 +70,16 @@ def transitions(model: BaseAlgorithm, step: Mapping[str, Any], like: dict[str, A
 def rollout(model: BaseAlgorithm) -> dict[str, Any]:
     """What an on-policy algorithm is about to train on, leaves ``(n_steps * n_envs, *shape)``: steps in order."""
     return _flattened(model.rollout_buffer)
+
+
+def _normalized(model: BaseAlgorithm, obs: Any) -> Any:
+    """With the dtype of what is normalised, which may be integers by its space."""
+    wrapper = model.get_vec_normalize_env()
+    if wrapper is None or not wrapper.norm_obs:
+        return obs
+    if isinstance(obs, dict):
+        return {name: np.float32(leaf) if name in wrapper.norm_obs_keys else leaf for name, leaf in obs.items()}
+    return np.float32(obs)
 
 
 def _flattened(buffer: Any) -> dict[str, Any]:
