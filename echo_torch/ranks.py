@@ -78,14 +78,17 @@ def agree(
     try:
         work = dist.all_reduce(table, group=group, async_op=True)
         assert work is not None
-        _wait(work, limit)
-    except RuntimeError as error:
+        come = _come(work, limit)
+    except RuntimeError as error:  # a rank is gone, for one
         if problem is not None:
             raise problem from None
-        what = f"not all {size} ranks came to wait() within {limit:g} s ({error})"
+        what = f"the {size} ranks could not tell each other how wait() ended ({error})"
         raise DeliveryTimeoutError(f"{peer}: {what}; here, on rank {rank}, everything is acked") from error
     if problem is not None:
         raise problem
+    if not come:
+        what = f"not all {size} ranks came to wait() within {limit:g} s"
+        raise DeliveryTimeoutError(f"{peer}: {what}; here, on rank {rank}, everything is acked")
     verdicts, counts = table.tolist()
     if not any(verdicts):
         return
@@ -97,14 +100,15 @@ def agree(
     raise problem
 
 
-def _wait(work: Work, seconds: float) -> None:
-    """As ``work.wait``, which lets no Ctrl-C through, however."""
+def _come(work: Work, seconds: float) -> bool:
+    """Whether all ranks come within that time. As ``work.wait``, which lets no Ctrl-C through, however."""
     deadline = Deadline(seconds)
     while not work.is_completed():
         if deadline.expired:
-            raise RuntimeError("time is up")
+            return False
         time.sleep(LOOK_S)
     work.wait()
+    return True
 
 
 def _verdict(problem: Exception | None) -> int:
