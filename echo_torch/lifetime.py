@@ -65,6 +65,7 @@ def end(connection: Mortal) -> None:
 
 def tell(user: User) -> None:
     """Have ``user`` told of the end of this process, unless it is gone by then."""
+    expect_end_of_child()
     _users.add(user)
 
 

@@ -80,7 +80,6 @@ class Report:
         self._thread = threading.Thread(target=self._run, name=f"echo_torch report to {parent}", daemon=True)
 
     def start(self) -> None:
-        lifetime.expect_end_of_child()
         lifetime.tell(self)
         self._thread.start()
 

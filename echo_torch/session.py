@@ -115,12 +115,9 @@ class Session:
 
     def end(self) -> None:
         """After that: wait for it, and leave no file, even where `close` was interrupted, or children came later."""
-        try:
-            self._await_children(Deadline(lifetime.FAREWELL_S))
-        finally:
-            self.children.forget()
-            # Children that are no daemons are waited for by multiprocessing: after that there is nobody to make files.
-            multiprocessing.util.Finalize(None, ledger.forget, (self._token, os.getpid()), exitpriority=-1)
+        # Children that are no daemons are waited for by multiprocessing: after that there is nobody to make files.
+        multiprocessing.util.Finalize(None, ledger.forget, (self._token, os.getpid()), exitpriority=-1)
+        self._await_children(Deadline(lifetime.FAREWELL_S))
 
     def finish(self) -> None:
         """As the parent asks."""

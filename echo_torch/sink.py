@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing.util
 import os
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -123,7 +124,7 @@ class EchoSink:
         self._token = new_token()
         self._origin = os.getpid()
         self._sessions: dict[int, Session] = {}
-        self._session()  # is told of the end of the process, even if only children send
+        self._see_to_children()
 
     @classmethod
     def from_batch(cls: type[_Sink], host: str, port: int, batch: Any, **options: Any) -> _Sink:
@@ -368,7 +369,7 @@ class EchoSink:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._session()
+        self._see_to_children()
 
     def __repr__(self) -> str:
         return f"<EchoSink {self.peer} {self._spec.describe()}>"
@@ -381,6 +382,14 @@ class EchoSink:
             new = Session(self.peer, self._spec.payload_size, self._token, self._origin, self._opener.at_risk)
             session = self._sessions.setdefault(pid, new)
         return session
+
+    def _see_to_children(self) -> None:
+        """Have a session that is told of the end of this process, even if only its children send.
+
+        And in each that multiprocessing forks, such as the ranks of a job, each with workers.
+        """
+        self._session()
+        multiprocessing.util.register_after_fork(self, EchoSink._session)
 
     def _open(self, timeout: float | None) -> Route:
         return self._opener.open(self._spec, timeout)

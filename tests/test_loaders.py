@@ -282,6 +282,25 @@ def test_threads_and_children_of_workers_send(fast: DigitLearner) -> None:
         came(fast, Counter(range(first, first + COUNT)))
 
 
+def _rank_of_few_words(sink: EchoSink, first: int) -> None:
+    """Leaves everything to its workers, which it has still when it ends."""
+    batches = loader(sink.collate(forward=False), Digits(COUNT, first), 2, persistent_workers=True)
+    assert len(list(batches)) == COUNT // BATCH
+
+
+def test_ranks_that_end_with_live_workers_lose_nothing(fast: DigitLearner) -> None:
+    first = new_numbers(2 * COUNT)
+    context = multiprocessing.get_context("fork")
+    with sink_to(fast, max_inflight_msgs=1) as sink:
+        ranks = [context.Process(target=_rank_of_few_words, args=(sink, first + COUNT * i)) for i in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+        came(fast, Counter(range(first, first + 2 * COUNT)))
+
+
 def _rank(sink: EchoSink, first: int, told: Any) -> None:
     """Sends by itself and by two workers, as a rank of a distributed job does."""
     batches = numbers_of(loader(sink.collate(), Digits(COUNT, first), 2))
@@ -607,11 +626,14 @@ def lives(pid: int) -> bool:
 
 
 def check_arrived(server: DigitLearner, program: Program) -> None:
-    """All that was sent, with the tail of each worker at the most once more."""
+    """All that was sent, and the tail of each worker once more."""
     sent = program.sent()
     assert sent.total() >= 6 * BATCH
-    eventually(lambda: not sent - arrived(server, 1))
     assert len(program.workers()) == 2
+    eventually(lambda: arrived(server, 1).total() >= sent.total() + 2 * SERVER_QUEUE)
+    got = arrived(server, 1)
+    assert not sent - got
+    assert got.total() - len(got) == 2 * SERVER_QUEUE
 
 
 @pytest.mark.parametrize(
