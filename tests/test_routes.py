@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import running
 from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
@@ -50,6 +51,19 @@ def route_to(client: Any) -> RowRoute:
 def send(route: RowRoute, *indexes: int) -> None:
     spec = SampleSpec(EXAMPLE)
     route.send(spec.match({"index": np.array(indexes, np.int64)}), None)
+
+
+def test_who_closes_what_another_thread_is_closing_waits_for_the_end() -> None:
+    client = Scripted(waits=1)
+    route = route_to(client)
+    send(route, 1)
+    with running(lambda: route.close(None)):
+        assert client.began[0].wait(PATIENCE_S)
+        with running(lambda: route.close(None)) as outcomes:
+            threading.Timer(SHORT_S, client.go_on[0].set).start()
+        assert route.counts().unacked == 0
+    assert outcomes == [None]
+    assert (client.waits, client.closes) == (1, 1)
 
 
 def test_a_wait_that_began_earlier_and_ends_later_un_acks_nothing() -> None:
