@@ -90,11 +90,15 @@ class Stream(IterableDataset[Item]):
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The temporary folder, in which no file of a ledger may be left."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    yield tmp_path
-    eventually(lambda: not ledgers(tmp_path))
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder, in which no file of a ledger may be left.
+
+    Its name is short, for multiprocessing has sockets there.
+    """
+    path = tmp_path_factory.mktemp("t")
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    yield path
+    eventually(lambda: not ledgers(path))
 
 
 def ledgers(home: Path) -> list[Path]:
@@ -577,17 +581,15 @@ def test_epochs_leave_nothing(fast: DigitLearner, home: Path, request: pytest.Fi
 
 
 class Program:
-    """``loading.py``, with a temporary folder of its own, in a process group of its own; a context manager."""
+    """``loading.py``, in a process group of its own, with ``home`` as the temporary folder; a context manager."""
 
-    def __init__(self, port: int, folder: Path, how: str) -> None:
-        self.temporary = folder / "temporary"
-        self.records = folder / "records"
-        for path in (self.temporary, self.records):
-            path.mkdir(exist_ok=True)
+    def __init__(self, port: int, home: Path, how: str) -> None:
+        self.records = home / how
+        self.records.mkdir()
         program = str(Path(__file__).with_name("loading.py"))
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", program, str(port), str(self.records), how],
-            env={**os.environ, "TMPDIR": str(self.temporary)},
+            env={**os.environ, "TMPDIR": str(home)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -640,32 +642,32 @@ def check_arrived(server: DigitLearner, program: Program) -> None:
     ("how", "code", "last"),
     [("end", 0, ""), ("error", 1, "LookupError: the user's own"), ("exit", 3, "")],
 )
-def test_main_ends_with_live_workers(tmp_path: Path, how: str, code: int, last: str) -> None:
-    with learner() as server, Program(server.port, tmp_path, how) as program:
+def test_main_ends_with_live_workers(home: Path, how: str, code: int, last: str) -> None:
+    with learner() as server, Program(server.port, home, how) as program:
         assert program.end() == (code, last)
-        assert not ledgers(program.temporary)
+        assert not ledgers(home)
         check_arrived(server, program)
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["main", "group"])
-def test_main_is_interrupted_with_live_workers(tmp_path: Path, whole_group: bool) -> None:
-    with learner() as server, Program(server.port, tmp_path, "wait") as program:
+def test_main_is_interrupted_with_live_workers(home: Path, whole_group: bool) -> None:
+    with learner() as server, Program(server.port, home, "wait") as program:
         program.ready()
         (os.killpg if whole_group else os.kill)(program.process.pid, signal.SIGINT)
         assert program.end() == (-signal.SIGINT, "KeyboardInterrupt")
-        assert not ledgers(program.temporary)
+        assert not ledgers(home)
         check_arrived(server, program)
 
 
-def test_main_is_killed_and_the_next_run_removes_what_it_left(tmp_path: Path) -> None:
+def test_main_is_killed_and_the_next_run_removes_what_it_left(home: Path) -> None:
     """Its workers notice within 5 seconds, and deliver."""
     with learner() as server:
-        with Program(server.port, tmp_path, "wait") as program:
+        with Program(server.port, home, "wait") as program:
             program.ready()
             program.process.kill()
             assert program.end()[0] == -signal.SIGKILL
-            assert len(ledgers(program.temporary)) == 3
+            assert len(ledgers(home)) == 3
             check_arrived(server, program)
-        with Program(server.port, tmp_path, "end") as program:
+        with Program(server.port, home, "end") as program:
             assert program.end() == (0, "")
-            assert not ledgers(program.temporary)
+            assert not ledgers(home)
