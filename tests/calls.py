@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,21 @@ def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "condition never held"
         time.sleep(0.002)
+
+
+@contextmanager
+def alarms(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Have ``handler`` called at alarms; after the block, for none any more.
+
+    One that is late shall not strike whoever handles them otherwise, which is what bounds the time of the tests.
+    """
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        time.sleep(0.02)
+        signal.signal(signal.SIGALRM, before)
 
 
 def says(error: Any, kind: type[BaseException], peer: str, unacked: int) -> None:

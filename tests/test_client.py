@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import SOON_S, Gate, eventually, running, says, until
+from calls import SOON_S, Gate, alarms, eventually, running, says, until
 from conftest import our_threads
 from learner import Learner
 from peers import Line, Peer
@@ -769,22 +769,17 @@ def test_close_that_was_interrupted_still_tells_of_the_loss(descriptors: None) -
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with Peer(silent) as peer:
-            client = connect(peer)
-            client.send(sample(0))
-            client.send(sample(1))
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
-            with pytest.raises(KeyboardInterrupt):
-                client.close(SOON_S)
-            with pytest.raises(DeliveryTimeoutError, match="2 samples un-acked") as caught:
-                client.close(0.2)
-            assert caught.value.unacked == 2
-            client.close()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with alarms(interrupt), Peer(silent) as peer:
+        client = connect(peer)
+        client.send(sample(0))
+        client.send(sample(1))
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            client.close(SOON_S)
+        with pytest.raises(DeliveryTimeoutError, match="2 samples un-acked") as caught:
+            client.close(0.2)
+        assert caught.value.unacked == 2
+        client.close()
 
 
 def test_where_no_thread_can_be_had_nothing_stays_open(monkeypatch: pytest.MonkeyPatch, descriptors: None) -> None:

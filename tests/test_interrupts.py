@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import alarms
 from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
@@ -54,11 +55,9 @@ def interrupts() -> Iterator[Interrupts]:
     """Without the garbage collector: whoever has it call back, as Hypothesis does, can be struck there, which warns."""
     made = Interrupts()
     gc.disable()
-    before = signal.signal(signal.SIGALRM, made.strike)
-    yield made
-    made.disarm()
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    with alarms(made.strike):
+        yield made
+        made.disarm()
     gc.enable()
 
 
@@ -221,27 +220,22 @@ def test_an_interrupt_that_follows_another_at_once_leaves_no_lock_held() -> None
             strikes += 1
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, strike)
     chance = random.Random(0)
-    try:
-        with Peer(checker) as peer, TcpClient("127.0.0.1", peer.port, checker.sample) as client:
-            while strikes < 2000:
-                with suppress(KeyboardInterrupt):
-                    try:
-                        left = 2
-                        signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 3e-4), 2e-5)
-                        while left == 2:
-                            client.send(checker.sample)
-                            client.wait(SOON_S)
-                    finally:
-                        while left:
-                            pass
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                client.send(checker.sample)
-                client.wait(SOON_S)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with alarms(strike), Peer(checker) as peer, TcpClient("127.0.0.1", peer.port, checker.sample) as client:
+        while strikes < 2000:
+            with suppress(KeyboardInterrupt):
+                try:
+                    left = 2
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 3e-4), 2e-5)
+                    while left == 2:
+                        client.send(checker.sample)
+                        client.wait(SOON_S)
+                finally:
+                    while left:
+                        pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            client.send(checker.sample)
+            client.wait(SOON_S)
 
 
 def test_interrupted_waits(interrupts: Interrupts) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import eventually, running, says
+from calls import alarms, eventually, running, says
 from conftest import open_descriptors
 from peers import Line, Peer
 
@@ -446,9 +446,8 @@ def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
             strikes += 1
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGALRM, strike)
     total = 0
-    try:
+    with alarms(strike):
         for _ in range(60):
             with ExitStack() as stack:
                 both = [stack.enter_context(Child(token)) for _ in range(2)]
@@ -466,9 +465,6 @@ def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
                             assert children.counts()["sent"] == total
                         finally:
                             armed = False
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
     assert strikes > 50
     with running(children.counts) as outcomes:
         pass
