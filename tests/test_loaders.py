@@ -31,6 +31,7 @@ from calls import Gate, eventually
 from conftest import open_descriptors
 from peers import Line, Peer, full_queue
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 from training import STALLING, DigitLearner, Digits, Item, arrived, digit, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
@@ -413,6 +414,56 @@ def test_batches_out_of_order_are_all_sent(fast: DigitLearner) -> None:
         )
         sink.wait()
         came(fast, Counter(range(first, first + COUNT)))
+
+
+class Counting(Stream):
+    """With a state, which its loader saves: how many it gave."""
+
+    given = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in list(super().__iter__())[self.given :]:
+            self.given += 1
+            yield item
+        self.given = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated:UserWarning")  # torchdata calls it
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_is_resumed_sends_the_rest(fast: DigitLearner, kind: str, workers: int) -> None:
+    """What was read ahead of the state is sent by both."""
+    first = new_numbers(COUNT)
+    items = Map(COUNT, first, torch.zeros(1, dtype=torch.int64))
+    seen: Counter[int] = Counter()
+
+    def loader(sink: EchoSink) -> StatefulDataLoader[Any]:
+        made: Any = items if kind == "map" else SinkDataset(Counting(items), sink)
+        collate = sink.collate() if kind == "map" else default_collate
+        return StatefulDataLoader(made, BATCH, num_workers=workers, collate_fn=collate)
+
+    with sink_to(fast) as sink:
+        batches = loader(sink)
+        iterator = iter(batches)
+        for _ in range(3):
+            seen += numbers_of([next(iterator)])
+        state = batches.state_dict()
+        del batches, iterator
+    with sink_to(fast) as sink:
+        batches = loader(sink)
+        batches.load_state_dict(state)
+        seen += numbers_of(batches)
+        sink.wait()
+        assert sink.stats().in_flight == 0
+    expected = Counter(range(first, first + COUNT))
+    assert seen == expected
+    came(fast, expected)
 
 
 def failure(batches: Iterable[Any]) -> BaseException:
