@@ -12,6 +12,7 @@ and augments does, and so is what the loop waits for. Compared with the same loo
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -30,8 +31,9 @@ from echo_torch import EchoSink, numpy_example
 WORKERS = 4
 # Seconds of computing per sample: little, where decoding one JPEG takes milliseconds.
 COMPUTE_S = 200e-6
-# Batches of an epoch and worker: so that what an epoch's beginning and end take is little beside it.
-BATCHES_PER_WORKER = 8
+# Batches of an epoch and worker, for each second that a round is to take: after a quarter of one, what an epoch's
+# beginning and end take is little beside it.
+BATCHES_PER_SECOND = 32
 
 Epoch = Callable[[], int]
 """Iterates once; gives how many samples it saw."""
@@ -68,34 +70,31 @@ class SendsStock:
 
 
 def samples_of(case: Case) -> list[dict[str, torch.Tensor]]:
+    return [{name: leaf[row] for name, leaf in case.batch.items()} for row in range(case.size)]
+
+
+def loader(case: Case, seconds: float, collate: Any) -> DataLoader[Any]:
     """One batch's samples over and over, for a whole epoch."""
-    rows = [{name: leaf[row] for name, leaf in case.batch.items()} for row in range(case.size)]
-    return rows * (WORKERS * BATCHES_PER_WORKER)
-
-
-def loader(case: Case, collate: Any) -> DataLoader[Any]:
-    samples: Any = samples_of(case)
-    with warnings.catch_warnings():  # that there are more workers than processors, on a small machine
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        return DataLoader(samples, case.size, num_workers=WORKERS, persistent_workers=True, collate_fn=collate)
+    samples: Any = samples_of(case) * (WORKERS * max(1, round(BATCHES_PER_SECOND * seconds)))
+    return DataLoader(samples, case.size, num_workers=WORKERS, persistent_workers=True, collate_fn=collate)
 
 
 @contextmanager
-def without(port: int, case: Case) -> Iterator[Epoch]:
-    batches = loader(case, Computes())
+def without(port: int, case: Case, seconds: float) -> Iterator[Epoch]:
+    batches = loader(case, seconds, Computes())
     yield lambda: sum(len(batch["reward"]) for batch in batches)
 
 
 @contextmanager
-def stock(port: int, case: Case) -> Iterator[Epoch]:
-    batches = loader(case, SendsStock(port))
+def stock(port: int, case: Case, seconds: float) -> Iterator[Epoch]:
+    batches = loader(case, seconds, SendsStock(port))
     yield lambda: sum(len(batch["reward"]) for batch in batches)
 
 
 @contextmanager
-def with_sink(port: int, case: Case, forward: bool) -> Iterator[Epoch]:
+def with_sink(port: int, case: Case, seconds: float, forward: bool) -> Iterator[Epoch]:
     with EchoSink(HOST, port, samples_of(case)[0]) as sink:
-        batches = loader(case, sink.collate(Computes(), forward=forward))
+        batches = loader(case, seconds, sink.collate(Computes(), forward=forward))
 
         def epoch() -> int:
             seen = sum(len(batch["reward"]) if forward else batch.samples for batch in batches)
@@ -105,10 +104,10 @@ def with_sink(port: int, case: Case, forward: bool) -> Iterator[Epoch]:
         yield epoch
 
 
-SENDERS: dict[str, Callable[[int, Case], Any]] = {
+SENDERS: dict[str, Callable[[int, Case, float], Any]] = {
     "no sending": without,
-    "sink": lambda port, case: with_sink(port, case, True),
-    "sink, not forwarded": lambda port, case: with_sink(port, case, False),
+    "sink": functools.partial(with_sink, forward=True),
+    "sink, not forwarded": functools.partial(with_sink, forward=False),
     "stock": stock,
 }
 
@@ -123,17 +122,20 @@ def loader_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     Senders take turns; each is compared with the loops without one just before and after.
     """
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than a small machine has cores
     for name in ("1KB",) if options.quick else ("1KB", "28KB"):
         case = cases()[name]
         with PeerProcess("real", case) as peer, ExitStack() as stack:
-            epochs = {sender: stack.enter_context(make(peer.port, case)) for sender, make in SENDERS.items()}
+            epochs = {
+                sender: stack.enter_context(make(peer.port, case, options.seconds)) for sender, make in SENDERS.items()
+            }
             alone = epochs.pop("no sending")
             for epoch in (alone, *epochs.values()):
                 epoch()  # starts the workers
             rates: dict[str, list[float]] = {sender: [] for sender in epochs}
             kept: dict[str, list[float]] = {sender: [] for sender in epochs}
             before = rate(alone)
-            for _ in range(max(3, options.rounds)):
+            for _ in range(options.rounds):
                 for sender, epoch in epochs.items():
                     found, after = rate(epoch), rate(alone)
                     rates[sender].append(found)

@@ -115,6 +115,8 @@ def test_what_is_trained_on_arrives_and_each_epoch_ends_with_everything_acked(wo
     assert seen == [0, 0, 0]
     assert line.arrived() == numbers_of(training.record) == Counter(dict.fromkeys(range(COUNT), 3))
     line.sink.send(Digits(1)[0])  # it stays open
+    line.sink.wait()
+    assert line.arrived() - numbers_of(training.record) == Counter([0])
 
 
 def test_outputs_are_sent_detached_or_what_select_makes_of_both() -> None:

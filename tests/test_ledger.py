@@ -448,7 +448,7 @@ def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
 
     total = 0
     with alarms(strike):
-        for _ in range(60):
+        for _ in range(30):
             with ExitStack() as stack:
                 both = [stack.enter_context(Child(token)) for _ in range(2)]
                 for child in both:
@@ -465,7 +465,7 @@ def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
                             assert children.counts()["sent"] == total
                         finally:
                             armed = False
-    assert strikes > 50
+    assert strikes > 25
     with running(children.counts) as outcomes:
         pass
     assert outcomes == [None]

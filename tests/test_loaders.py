@@ -609,7 +609,7 @@ def test_workers_are_told_to_end_by_close(fast: DigitLearner) -> None:
 
 def test_epochs_leave_nothing(fast: DigitLearner, home: Path, request: pytest.FixtureRequest) -> None:
     """No file, no descriptor, and no memory; with ``--loaders``, 200 of them."""
-    epochs = 200 if request.config.getoption("loaders") else 12
+    epochs = 200 if request.config.getoption("loaders") else 8
     first = new_numbers(COUNT)
     with sink_to(fast) as sink:
         batches = loader(sink.collate(forward=False), Digits(COUNT, first), 2)
