@@ -23,7 +23,9 @@ from .stats import Counts, SinkStats
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two looks at the acks while some are out, and at what the parent asks for otherwise.
+# Seconds between two looks at the acks while some are out, first and later, and at what the parent asks for otherwise.
+# They come soon after the last write, or the learner is busy.
+FIRST_S = 0.001
 BUSY_S = 0.02
 IDLE_S = 0.1
 # Seconds that a child may take at its end to deliver: a DataLoader kills workers that take longer than 5.
@@ -122,10 +124,12 @@ class Report:
                 pass
 
     def _run(self) -> None:
-        busy = False
+        busy, pause, sent = False, FIRST_S, 0
         while not self._ended:
             if not busy:
                 self._asleep.acquire(timeout=IDLE_S)
+            pause = min(2 * pause, BUSY_S) if sent == self._entry["sent"] else FIRST_S
+            sent = self._entry["sent"]
             try:
                 busy = self._look()
             except Exception as problem:  # of a client that is not ours
@@ -134,7 +138,7 @@ class Report:
                 _log.warning("%s", problem, exc_info=problem)
                 return
             if busy:
-                time.sleep(BUSY_S)
+                time.sleep(pause)
 
     def _look(self) -> bool:
         """Tell how things are, and do what is asked; gives whether acks are out."""

@@ -31,9 +31,9 @@ from echo_torch import EchoSink, numpy_example
 WORKERS = 4
 # Seconds of computing per sample: little, where decoding one JPEG takes milliseconds.
 COMPUTE_S = 200e-6
-# Batches of an epoch and worker, for each second that a round is to take: after a quarter of one, what an epoch's
-# beginning and end take is little beside it.
-BATCHES_PER_SECOND = 32
+# Batches of an epoch and worker, for each second that a round of other tables is to take. With a quarter of one, an
+# epoch takes about a second, beside which its beginning and end are little.
+BATCHES_PER_SECOND = 128
 
 Epoch = Callable[[], int]
 """Iterates once; gives how many samples it saw."""
