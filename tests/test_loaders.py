@@ -31,6 +31,7 @@ from calls import Gate, eventually
 from conftest import open_descriptors
 from peers import Line, Peer, full_queue
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 from training import STALLING, DigitLearner, Digits, Item, arrived, digit, learner, numbers_of, sink_to
 
@@ -501,12 +502,22 @@ def test_what_fails_in_a_worker_is_raised_in_the_loop(
         sink.wait()
 
 
-def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner) -> None:
+@pytest.fixture
+def told_of_deaths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has torch set its handler of SIGCHLD anew, which it does once; trainers put others in its place."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner, told_of_deaths: None) -> None:
     """By torch at any moment, and by the next wait, once."""
     first = new_numbers(TOO_MANY + 1)
     others = multiprocessing.active_children()
-    with sink_to(fast) as sink:
+    with sink_to(fast) as sink, contextlib.ExitStack() as stack:
         fast.pause()
+        stack.callback(fast.resume)
         batches = iter(loader(sink.collate(), Digits(TOO_MANY, first), 2, prefetch_factor=20))
         next(batches)
         victim = next(child for child in multiprocessing.active_children() if child not in others)
@@ -515,7 +526,7 @@ def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner)
 
         def struck() -> Iterator[None]:
             victim.kill()
-            while True:
+            while time.monotonic() - began < 10:
                 yield time.sleep(0.01)
 
         assert f"(pid {victim.pid}) is killed by signal" in str(failure(struck()))
