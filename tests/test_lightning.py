@@ -279,7 +279,8 @@ def test_a_learner_that_is_gone_leaves_a_checkpoint(tmp_path: Path, flush: Any) 
         running.save_checkpoint(tmp_path / "by hand")
         assert running.global_step > BATCHES
         assert [state["global_step"] for state in states] == [BATCHES, running.global_step]
-        assert states[1]["callbacks"][callback.state_key]["sink"]["acked_through"] >= BATCHES - 1
+        if flush == "epoch":
+            assert states[1]["callbacks"][callback.state_key]["sink"]["acked_through"] >= BATCHES - 1
 
 
 # Checkpoints.
