@@ -29,22 +29,25 @@ from torch.utils.data import DataLoader, default_collate
 from echo_torch import EchoSink, numpy_example
 
 WORKERS = 4
-# Seconds of computing per sample: little, where decoding one JPEG takes milliseconds.
-COMPUTE_S = 200e-6
-# Batches of an epoch and worker, for each second that a round of other tables is to take. With a quarter of one, an
+# Seconds of computing per sample, and samples of which size: 200 us is little, decoding one JPEG takes milliseconds.
+COMPUTED = ((200e-6, "1KB"), (200e-6, "28KB"), (1e-3, "28KB"))
+# Seconds of computing in an epoch, for each second that a round of other tables is to take. With a quarter of one, an
 # epoch takes about a second, beside which its beginning and end are little.
-BATCHES_PER_SECOND = 128
+EPOCH = 6.4
 
 Epoch = Callable[[], int]
 """Iterates once; gives how many samples it saw."""
 
 
 class Computes:
-    """A collate function that uses the processor for `COMPUTE_S` per sample."""
+    """A collate function that uses the processor for so many seconds per sample."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
 
     def __call__(self, samples: list[Any]) -> Any:
         batch = default_collate(samples)
-        until = time.process_time() + COMPUTE_S * len(samples)
+        until = time.process_time() + self._seconds * len(samples)
         while time.process_time() < until:
             pass
         return batch
@@ -53,9 +56,9 @@ class Computes:
 class SendsStock:
     """Another collate function, whose samples are sent by a stock client of each worker's own."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, collate: Computes) -> None:
         self._port = port
-        self._collate = Computes()
+        self._collate = collate
         self._clients: dict[int, Any] = {}
 
     def __call__(self, samples: list[Any]) -> Any:
@@ -73,38 +76,38 @@ def samples_of(case: Case) -> list[dict[str, torch.Tensor]]:
     return [{name: leaf[row] for name, leaf in case.batch.items()} for row in range(case.size)]
 
 
-def loader(case: Case, seconds: float, collate: Any) -> DataLoader[Any]:
+def loader(case: Case, batches: int, collate: Any) -> DataLoader[Any]:
     """One batch's samples over and over, for a whole epoch."""
-    samples: Any = samples_of(case) * (WORKERS * max(1, round(BATCHES_PER_SECOND * seconds)))
+    samples: Any = samples_of(case) * batches
     return DataLoader(samples, case.size, num_workers=WORKERS, persistent_workers=True, collate_fn=collate)
 
 
 @contextmanager
-def without(port: int, case: Case, seconds: float) -> Iterator[Epoch]:
-    batches = loader(case, seconds, Computes())
-    yield lambda: sum(len(batch["reward"]) for batch in batches)
+def without(port: int, case: Case, batches: int, computes: Computes) -> Iterator[Epoch]:
+    made = loader(case, batches, computes)
+    yield lambda: sum(len(batch["reward"]) for batch in made)
 
 
 @contextmanager
-def stock(port: int, case: Case, seconds: float) -> Iterator[Epoch]:
-    batches = loader(case, seconds, SendsStock(port))
-    yield lambda: sum(len(batch["reward"]) for batch in batches)
+def stock(port: int, case: Case, batches: int, computes: Computes) -> Iterator[Epoch]:
+    made = loader(case, batches, SendsStock(port, computes))
+    yield lambda: sum(len(batch["reward"]) for batch in made)
 
 
 @contextmanager
-def with_sink(port: int, case: Case, seconds: float, forward: bool) -> Iterator[Epoch]:
+def with_sink(port: int, case: Case, batches: int, computes: Computes, forward: bool) -> Iterator[Epoch]:
     with EchoSink(HOST, port, samples_of(case)[0]) as sink:
-        batches = loader(case, seconds, sink.collate(Computes(), forward=forward))
+        made = loader(case, batches, sink.collate(computes, forward=forward))
 
         def epoch() -> int:
-            seen = sum(len(batch["reward"]) if forward else batch.samples for batch in batches)
+            seen = sum(len(batch["reward"]) if forward else batch.samples for batch in made)
             sink.wait()
             return seen
 
         yield epoch
 
 
-SENDERS: dict[str, Callable[[int, Case, float], Any]] = {
+SENDERS: dict[str, Callable[..., Any]] = {
     "no sending": without,
     "sink": functools.partial(with_sink, forward=True),
     "sink, not forwarded": functools.partial(with_sink, forward=False),
@@ -123,11 +126,13 @@ def loader_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     Senders take turns; each is compared with the loops without one just before and after.
     """
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than a small machine has cores
-    for name in ("1KB",) if options.quick else ("1KB", "28KB"):
+    for compute, name in COMPUTED[:1] if options.quick else COMPUTED:
         case = cases()[name]
+        batches = WORKERS * max(1, round(EPOCH * options.seconds / (compute * case.size * WORKERS)))
         with PeerProcess("real", case) as peer, ExitStack() as stack:
             epochs = {
-                sender: stack.enter_context(make(peer.port, case, options.seconds)) for sender, make in SENDERS.items()
+                sender: stack.enter_context(make(peer.port, case, batches, Computes(compute)))
+                for sender, make in SENDERS.items()
             }
             alone = epochs.pop("no sending")
             for epoch in (alone, *epochs.values()):
@@ -142,5 +147,8 @@ def loader_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     kept[sender].append(found / ((before + after) / 2))
                     before = after
             for sender in epochs:
-                middle = statistics.median(rates[sender])
-                yield {"case": name, "sender": sender, "samples_s": middle, "kept": statistics.median(kept[sender])}
+                figures = {
+                    "samples_s": statistics.median(rates[sender]),
+                    "kept": statistics.median(kept[sender]),
+                }
+                yield {"case": name, "compute_us": compute * 1e6, "sender": sender, **figures}
