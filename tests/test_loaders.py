@@ -690,14 +690,13 @@ def lives(pid: int) -> bool:
 
 
 def check_arrived(server: DigitLearner, program: Program) -> None:
-    """All that was sent, and the tail of each worker once more."""
+    """All that was sent, and of the tail of each worker once more what the server did not discard."""
     sent = program.sent()
     assert sent.total() >= 6 * BATCH
     assert len(program.workers()) == 2
-    eventually(lambda: arrived(server, 1).total() >= sent.total() + 2 * SERVER_QUEUE)
+    eventually(lambda: not sent - arrived(server, 1))
     got = arrived(server, 1)
-    assert not sent - got
-    assert got.total() - len(got) == 2 * SERVER_QUEUE
+    assert got.total() - len(got) <= 2 * SERVER_QUEUE
 
 
 @pytest.mark.parametrize(
