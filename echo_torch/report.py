@@ -19,7 +19,7 @@ from .children import KINDS
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .ledger import begin
 from .routes import Route
-from .stats import Counts, SinkStats
+from .stats import Counts
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def parent_of(origin: int) -> int | None:
 class Reporter(Protocol):
     """What has a connection to report of: a sink's session."""
 
-    def counted(self) -> SinkStats:
-        """What became of the samples of this process."""
+    dropped: int
+    """Samples that were given to it after the learner was gone."""
 
     def finish(self) -> None:
         """Deliver everything and close, as the parent asks."""
@@ -181,9 +181,9 @@ class Report:
         entry, session = self._entry, self._session()
         counts = Counts() if self.route is None else self.route.counts()
         if session is not None:
-            stats = session.counted()
-            entry["dropped"] = stats.dropped
-            entry["blocked_us"] = int(stats.blocked_seconds * 1e6)
+            entry["dropped"] = session.dropped
+        if self.route is not None:
+            entry["blocked_us"] = int(self.route.blocked_seconds * 1e6)
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)

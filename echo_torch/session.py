@@ -53,7 +53,7 @@ class Session:
         self._report: Report | None = None
         self._lock = threading.RLock()
         self._payload_size = payload_size
-        self._dropped = 0
+        self.dropped = 0
         self._before: dict[str, Any] = dict.fromkeys(_COUNTED, 0)  # what was counted before, in another process or run
         lifetime.tell(self)
 
@@ -136,7 +136,7 @@ class Session:
         """Count samples as dropped; with the first ``error``, log why."""
         with self._lock:
             self._begin_report()
-            self._dropped += rows
+            self.dropped += rows
             if error is None or self.gone:
                 return
             self.gone = True
@@ -219,7 +219,7 @@ class Session:
         self.watermark = Watermark(through)
 
     def _with_children(self) -> SinkStats:
-        counted, theirs = self.counted(), self.children.counts()
+        counted, theirs = self._counted(), self.children.counts()
         sent, acked = counted.samples_sent + theirs["sent"], counted.samples_acked + theirs["acked"]
         return SinkStats(
             samples_sent=sent,
@@ -235,7 +235,7 @@ class Session:
             maybe_lost=counted.maybe_lost + theirs["maybe_lost"],
         )
 
-    def counted(self) -> SinkStats:
+    def _counted(self) -> SinkStats:
         """Here, since the sink connected."""
         counts = Counts() if self.route is None else self.route.counts()
         acked = counts.sent - counts.unacked
@@ -245,7 +245,7 @@ class Session:
             samples_acked=acked,
             bytes_acked=acked * self._payload_size,
             in_flight=counts.unacked,
-            dropped=self._dropped,
+            dropped=self.dropped,
             blocked_seconds=0.0 if self.route is None else self.route.blocked_seconds,
             reconnects=counts.reconnects,
             resent=counts.resent,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import SOON_S, eventually
+from calls import SOON_S, Gate, eventually
 from conftest import our_threads
 from peers import Line, Peer, Script
 from torch.utils.data import DataLoader
@@ -61,6 +61,16 @@ def hears(count: int, acked: int = 0, more_bytes: int = 0, end: Script = Line.ha
         end(line)
 
     return script
+
+
+def leaves_at(go: Gate) -> Script:
+    """Stays until it is told to go."""
+
+    def end(line: Line) -> None:
+        go.wait()
+        line.hang_up()
+
+    return end
 
 
 def acks_all(line: Line) -> None:
@@ -592,19 +602,12 @@ def test_close_does_not_wait_long_for_nothing_but_the_tail(
 @pytest.mark.parametrize("reconnect", [0.0, SHORT_S])
 def test_a_loss_that_nobody_waits_for_is_logged(reconnect: float, caplog: pytest.LogCaptureFixture) -> None:
     """There may be no call any more: the program may end, or drop the client, without a word."""
-    go = threading.Event()
-
-    def ends(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(3 * SIZE)
-        assert go.wait(SOON_S)
-        line.hang_up()
-
-    with peer_of(ends) as peer:
+    go = Gate()
+    with peer_of(hears(3, end=leaves_at(go))) as peer:
         client = connect(peer, reconnect=reconnect)
         peer.refuse()
         send(client, 0, 1, 2)
-        go.set()
+        go.open()
         eventually(lambda: not our_threads())
         assert "3 samples un-acked" in caplog.messages[-1]
         with pytest.raises(ConnectionClosedError, match="3 samples un-acked"):  # and the next call says so all the same
@@ -792,21 +795,14 @@ class SendingCollate:
 
 def test_a_worker_of_a_loader_gives_up_before_the_loader_does() -> None:
     """The loader waits for 5 s at its end; and what the worker raised is raised in the loop."""
-    go = threading.Event()
-
-    def ends(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(4 * SIZE)
-        assert go.wait(SOON_S)
-        line.hang_up()
-
-    with peer_of(ends) as peer:
+    go = Gate()
+    with peer_of(hears(4, end=leaves_at(go))) as peer:
         sink = EchoSink("127.0.0.1", peer.port, SAMPLE)
         loader = DataLoader(list(np.arange(8)), batch_size=4, num_workers=1, collate_fn=SendingCollate(sink))
         batches = iter(loader)
         eventually(lambda: len(peer.lines) == 1)
         peer.refuse()
-        go.set()
+        go.open()
         with (
             ends_within(2 + SOON_S),
             pytest.raises(ConnectionClosedError, match=r"not open again after 2\.\d s.*4 samp"),
