@@ -7,8 +7,10 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +67,17 @@ def our_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("echo_torch")]
 
 
+def threads_end() -> None:
+    """Fails unless all threads of echo_torch end soon, and then says where they are."""
+    deadline = time.monotonic() + LEFT_OVER_S
+    while our_threads() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    left, frames = {thread.ident: thread.name for thread in our_threads()}, sys._current_frames()
+    assert not left, "".join(
+        f"{name}\n{''.join(traceback.format_stack(frames[ident]))}" for ident, name in left.items() if ident in frames
+    )
+
+
 def open_descriptors() -> dict[str, str]:
     """This process's open file descriptors, and what each is."""
     found = {}
@@ -86,10 +99,7 @@ def _nothing_left() -> Iterator[None]:
     yield
     if our_threads():
         gc.collect()
-    deadline = time.monotonic() + LEFT_OVER_S
-    while our_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not our_threads()
+    threads_end()
 
 
 @pytest.fixture

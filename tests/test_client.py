@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import SOON_S, Gate, alarms, eventually, running, says, until
-from conftest import our_threads
+from calls import SOON_S, Gate, alarms, running, says, until
+from conftest import threads_end
 from learner import Learner
 from peers import Line, Peer
 
@@ -749,7 +749,7 @@ def test_close_ends_when_the_peer_leaves_just_before_the_tail_is_packed(
 
     def pack_late(tail: Tail) -> int:
         closing.open()
-        eventually(lambda: not our_threads())
+        threads_end()
         return pack(tail)
 
     with Peer(leave) as peer:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from calls import SOON_S, Gate, eventually
-from conftest import our_threads
+from conftest import our_threads, threads_end
 from peers import Line, Peer, Script
 from torch.utils.data import DataLoader
 
@@ -608,7 +608,7 @@ def test_a_loss_that_nobody_waits_for_is_logged(reconnect: float, caplog: pytest
         peer.refuse()
         send(client, 0, 1, 2)
         go.open()
-        eventually(lambda: not our_threads())
+        threads_end()
         assert "3 samples un-acked" in caplog.messages[-1]
         with pytest.raises(ConnectionClosedError, match="3 samples un-acked"):  # and the next call says so all the same
             client.close()
@@ -677,7 +677,7 @@ def test_a_logging_handler_may_close() -> None:
     with handling(handler), peer_of(hears(3), acks_all) as peer:
         client = connect(peer, replay_tail=True, replay_acked=2)
         send(client, 0, 1, 2)
-        eventually(lambda: not our_threads())
+        threads_end()
         assert numbers(peer.lines[1]) == [0, 1, 2, 1, 2]
         assert client.closed
         client.close()
@@ -694,7 +694,7 @@ def test_a_client_dropped_without_a_connection_ends_and_says_so(
         send(client, 0, 1, 2)
         del client
         with ends_within(SOON_S):
-            eventually(lambda: not our_threads())
+            threads_end()
     said = caplog.messages[-1]
     assert said.startswith(f"127.0.0.1:{peer.port}: connection lost: the peer closed the connection; not open again")
     assert said.endswith("; ended with 3 samples un-acked")
@@ -708,7 +708,7 @@ def test_a_client_dropped_without_a_connection_delivers_when_there_is_one() -> N
         del client
         time.sleep(0.1)
         peer.listen()
-        eventually(lambda: not our_threads())
+        threads_end()
         assert numbers(peer.lines[1]) == [0, 1, 2, 1, 2]
 
 
