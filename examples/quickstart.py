@@ -24,7 +24,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from time import perf_counter
 from typing import Any
@@ -48,7 +48,7 @@ Columns = dict[str, Any]
 
 
 def learn(pipe: Connection, example: Columns, expected: int) -> None:
-    """The learner process: receives samples until the trainer asks for them, ends when the trainer does."""
+    """The learner process: tells its port, receives samples until the trainer asks for them, and ends when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is seen below
     server = echo.Server(example, batch_size=LEARNER_BATCH, transport=echo.TcpTransport(port=0))
     server.start()
@@ -72,11 +72,11 @@ def learn(pipe: Connection, example: Columns, expected: int) -> None:
 
 
 @contextlib.contextmanager
-def learner_process(example: Columns, expected: int) -> Iterator[Connection]:
-    """A learner that runs, and a pipe to it: it tells its port, and answers anything with what it received."""
+def child_process(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """A learner that runs as ``target(pipe, *arguments)``, and this end of its pipe."""
     context = multiprocessing.get_context("spawn")
     pipe, its_end = context.Pipe()
-    process = context.Process(target=learn, args=(its_end, example, expected), daemon=True)
+    process = context.Process(target=target, args=(its_end, *arguments), daemon=True)
     process.start()
     its_end.close()
     try:
@@ -154,7 +154,7 @@ def main() -> None:
     example = {"epoch": 0, "index": 0, "image": images[0], "label": labels[0], "logits": torch.zeros(10)}
     expected = {(epoch, index) for epoch in range(epochs) for index in training_set.indices}
     sent_logits = torch.zeros(epochs, len(digits), 10)
-    with learner_process(numpy_example(example), len(expected)) as learner:
+    with child_process(learn, numpy_example(example), len(expected)) as learner:
         port = learner.recv()
         print(f"learner    listens on port {port}", flush=True)
         with EchoSink("127.0.0.1", port, example) as sink:

@@ -75,8 +75,21 @@ def trainer(path: Path, *callbacks: Callback, **options: Any) -> Trainer:
     )
 
 
-def loader(count: int, first: int = 0, *, size: int = 64, workers: int = 0) -> DataLoader[Item]:
-    return DataLoader(Digits(count, first), size, shuffle=first == 0, num_workers=workers)
+def loader(count: int, first: int = 0, *, size: int = 64, workers: int = 0, **options: Any) -> DataLoader[Item]:
+    return DataLoader(Digits(count, first), size, shuffle=first == 0, num_workers=workers, **options)
+
+
+class WaitsForWorkers(Callback):
+    """Has each rank wait at the end of an epoch, and look whether that covered what its loader's workers sent."""
+
+    def __init__(self, sink: EchoSink) -> None:
+        self._sink = sink
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Model) -> None:
+        self._sink.wait(OTHER_S)
+        stats = self._sink.stats()
+        trained = sum(len(batch["id"]) for batch in pl_module.trained)
+        assert (stats.samples_sent, stats.samples_acked) == (trained, trained), (stats, trained)
 
 
 class ReportingSink(SinkCallback):

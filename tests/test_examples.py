@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from echo_torch import EchoSink, numpy_example
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICKSTART = EXAMPLES / "quickstart.py"
@@ -127,6 +130,38 @@ def test_quickstart_check_fails_when_it_should(
     expectation = pytest.raises(SystemExit, match=re.escape(says)) if says else contextlib.nullcontext()
     with expectation:
         quickstart["check_received"](received, {(0, 0), (0, 1), (0, 2)}, {"logits": sent})
+
+
+def test_workers_deliver_every_sample() -> None:
+    with running(EXAMPLES / "workers.py", "--epochs", "2", "--samples", "100") as process:
+        report, errors = process.communicate(timeout=RUN_S)
+        assert (process.returncode, errors) == (0, "")
+        assert_all_gone(process.pid)
+    samples = 4 * 32  # rounded up
+    assert figures(r"sent +([\d,]+) samples", report) == [2 * samples]
+    assert figures(r"received +every one of ([\d,]+) samples (\d+) times", report) == [samples, 2]
+    (accuracy,) = figures(r"accuracy +([\d.]+)%", report)
+    assert 60 < accuracy <= 100
+
+
+def test_the_learner_of_workers_misses_what_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample of 32 once instead of twice, and another three times; then it comes after all."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    child_process = importlib.import_module("quickstart").child_process
+    workers = importlib.import_module("workers")
+    dataset = workers.Pieces(32)
+    with (
+        child_process(workers.learn, numpy_example(dataset[0]), 32, 2) as learner,
+        EchoSink("127.0.0.1", learner.recv(), dataset[0]) as sink,
+    ):
+        for index in [*range(32), 6, 6, *(index for index in range(32) if index not in (5, 6))]:
+            sink.send({**dataset[index], "index": index})
+        sink.wait(RUN_S)
+        assert not learner.poll(1.0)
+        for _ in range(32):
+            sink.send({**dataset[5], "index": 5})
+        assert learner.poll(RUN_S)
+        assert 0 <= learner.recv() <= 1
 
 
 SMALLEST = ("--cases", "29B", "--rounds", "1", "--seconds", "0.02")

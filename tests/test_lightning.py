@@ -22,9 +22,9 @@ from learner import Learner
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning_digits import ODD, Model, ReportingSink, loader, trainer
+from lightning_digits import ODD, Model, ReportingSink, WaitsForWorkers, loader, trainer
 from torch.multiprocessing import ProcessRaisedException
-from training import Classifier, Digits, Item, arrived, learner, numbers_of, sink_to
+from training import Classifier, Digits, Item, arrived, came, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.callbacks.lightning import FabricSinkCallback, SinkCallback
@@ -381,6 +381,18 @@ def test_all_ranks_end_when_the_learner_of_one_stalls(tmp_path: Path) -> None:
         stalls.resume()
         got = arrived(stalls, 50)
         assert Counter(ended[1]["trained"][:50]) <= got <= Counter(ended[1]["trained"])
+
+
+@pytest.mark.parametrize(("strategy", "persistent"), [("ddp_spawn", True), ("ddp_fork", True), ("ddp_fork", False)])
+def test_ranks_that_lightning_starts_wait_for_their_workers(tmp_path: Path, strategy: str, persistent: bool) -> None:
+    """Two ranks of two workers each, which send what they collate; no two samples of an epoch are the same."""
+    with learner() as received, sink_to(received) as sink:
+        ranks = trainer(tmp_path, WaitsForWorkers(sink), strategy=strategy, devices=2)
+        sending = loader(SAMPLES, size=16, workers=2, collate_fn=sink.collate(), persistent_workers=persistent)
+        ranks.fit(Model(), sending)
+        expected = Counter(dict.fromkeys(range(SAMPLES), 2))
+        exits = 2 * 2 * (1 if persistent else 2)
+        assert expected <= came(received, expected) <= Counter(dict.fromkeys(range(SAMPLES), 2 + exits))
 
 
 # Fabric.

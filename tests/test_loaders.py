@@ -33,7 +33,7 @@ from peers import Line, Peer, full_queue
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
-from training import STALLING, DigitLearner, Digits, Item, arrived, digit, learner, numbers_of, sink_to
+from training import STALLING, DigitLearner, Digits, Item, arrived, came, digit, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.client import SERVER_QUEUE
@@ -122,13 +122,6 @@ def busy() -> Iterator[DigitLearner]:
 def loader(collate: Any, items: Any, workers: int, method: str | None = "fork", **options: Any) -> DataLoader[Any]:
     context = multiprocessing.get_context(method) if workers else None
     return DataLoader(items, BATCH, num_workers=workers, collate_fn=collate, multiprocessing_context=context, **options)
-
-
-def came(server: DigitLearner, expected: Counter[int]) -> Counter[int]:
-    """Wait until all of ``expected`` arrived; how often each of these numbers did."""
-    eventually(lambda: not expected - arrived(server, 1))
-    got = arrived(server, 1)
-    return Counter({number: got[number] for number in expected})
 
 
 # The matrix.

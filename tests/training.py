@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from calls import eventually
 from learner import Learner
 from sklearn.datasets import load_digits
 from torch import nn
@@ -105,6 +106,13 @@ def arrived(learner: Learner, count: int) -> Counter[int]:
     assert torch.equal(torch.from_numpy(got["image"]), IMAGES[digits])
     assert torch.equal(torch.from_numpy(got["labels"]), LABELS[digits])
     return Counter(numbers.tolist())
+
+
+def came(learner: Learner, expected: Counter[int]) -> Counter[int]:
+    """Wait until all of ``expected`` arrived; how often each of these numbers did."""
+    eventually(lambda: not expected - arrived(learner, 1))
+    got = arrived(learner, 1)
+    return Counter({number: got[number] for number in expected})
 
 
 def numbers_of(batches: Iterable[Item]) -> Counter[int]:
