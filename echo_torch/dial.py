@@ -7,6 +7,7 @@ in pieces, so that a deadline that can be revoked is looked at often enough.
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401  # or the first lookup would, and a child forked meanwhile could not
 import errno
 import ipaddress
 import os

@@ -196,6 +196,35 @@ def test_a_forked_child_cannot_use_its_parents_client_and_leaves_it_alone() -> N
         assert numbers(peer.lines[0]) == list(range(100))
 
 
+def test_fork_while_a_thread_connects_never_hangs_the_child() -> None:
+    """The first lookup in a process may import what a child could then never import."""
+    with Peer(acking) as peer:
+        out = run(
+            """
+            importing, go = threading.Event(), threading.Event()
+            class Late:
+                def find_spec(self, name, path=None, target=None):
+                    importing.set()
+                    go.wait()
+            sys.meta_path.insert(0, Late())
+            thread = threading.Thread(target=lambda: TcpClient("127.0.0.1", port, SAMPLE).close())
+            thread.start()
+            importing.wait(0.5)
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(10)
+                sys.meta_path.pop(0)
+                TcpClient("127.0.0.1", port, SAMPLE).close()
+                os._exit(0)
+            print(os.waitpid(pid, 0)[1])
+            go.set()
+            thread.join()
+            """,
+            peer.port,
+        )
+        assert out == "0\n"
+
+
 def test_fork_while_threads_send_never_hangs_the_child() -> None:
     """Forks at random moments, with locks held by threads that the child does not have."""
     with Peer(acking) as peer:
