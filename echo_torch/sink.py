@@ -291,6 +291,10 @@ class EchoSink:
             session.drop(match.rows - error.rows_accepted, error)
             return None
 
+    def _drop_rest(self, batch: Any, skip_last: int, accepted: int) -> None:
+        """Count as dropped what `send` did not accept of ``batch``, for which there was no room."""
+        self._session().drop(self._matched(batch, None, skip_last).rows - accepted)
+
     def _wait(self, session: Session, timeout: float | None) -> None:
         deadline = Deadline(timeout)
         try:

@@ -75,7 +75,10 @@ def test_a_sample_that_does_not_fit_is_the_loaders_error() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stalled_learner_is_waited_for_as_long_as_the_policy_says(workers: int) -> None:
-    """It goes on when all batches are made, so that the workers need not wait for it once more when they end."""
+    """It goes on when all batches are made, so that the workers need not wait for it once more when they end.
+
+    What is not sent is counted where the loader is.
+    """
     with learner() as server, sink_to(server, buffer_bytes=FULL_SOON, max_inflight_msgs=4) as sink:
         server.pause()
         patient = loader(SinkCollate(SinkCallback(sink, flush_timeout=0.1)), workers, count=TOO_MANY)
@@ -86,9 +89,12 @@ def test_a_stalled_learner_is_waited_for_as_long_as_the_policy_says(workers: int
                 server.resume()
         assert numbers_of(seen) == Counter(range(TOO_MANY))
         assert server.received() < TOO_MANY - BATCH, "it never stalled"
+        counted = sink.stats()
+        assert counted.samples_sent + counted.dropped == TOO_MANY
         server.pause()
         policy = SinkCallback(sink, flush_timeout=0.1, on_stall="raise")
         strict = loader(SinkCollate(policy), workers, count=TOO_MANY)
         with pytest.raises(DeliveryTimeoutError, match="un-acked"):
             list(strict)
+        assert sink.stats().dropped == counted.dropped, "that was raised"
         server.resume()

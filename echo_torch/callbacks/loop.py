@@ -56,8 +56,8 @@ class SinkCallback:
         flush_timeout: most seconds that the loop is held up at a time, by a flush, or by a send for which there is no
             room; None for as long as the sink's ``stall_timeout``.
         on_stall: what to do after that: ``"warn"`` logs what is left and goes on, without the batches for which there
-            is no room (``skipped`` counts them), and hardly waits again until the learner acks something; or
-            ``"raise"``.
+            is no room (``skipped`` counts them, and ``dropped`` of `EchoSink.stats` their samples, also those of
+            workers), and hardly waits again until the learner acks something; or ``"raise"``.
         close: whether to close the sink when the training has ended.
         group: for distributed training, where flushes then end the same way on all ranks; see `EchoSink.wait`. They
             take up to ``flush_timeout`` each time then. A pickled callback has none.
@@ -89,7 +89,7 @@ class SinkCallback:
         self.sink = sink
         self.group = group
         self.skipped = 0
-        """Batches that were not sent, or not in full, because there was no room for them."""
+        """Batches that this process did not send, or not in full, because there was no room for them."""
         self._select = select
         self._every = check_count("every_n_batches", every_n_batches, least=1)
         self._each_epoch = flush == "epoch"
@@ -140,6 +140,7 @@ class SinkCallback:
         except DeliveryTimeoutError as error:
             self.skipped += 1
             self._stalled("no room for a batch, which is not sent", error, once=True)
+            self.sink._drop_rest(chosen, padding, error.rows_accepted)
         else:
             self._moves()
 
