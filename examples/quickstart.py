@@ -41,7 +41,7 @@ from echo_torch import EchoSink, numpy_example
 
 LEARNER_BATCH = 32  # the learner gets full batches only, so what is sent in all has to be a multiple of this
 TRAIN_SAMPLES = 47 * LEARNER_BATCH  # of 1,797 digits; the others are held out
-LEARNER_S = 10.0  # that the learner may take to receive what is under way, and to end
+LEARNER_S = 10.0  # that the learner may take to receive what is under way
 
 Columns = dict[str, Any]
 """Arrays or tensors by name, each with one row per sample."""
@@ -84,9 +84,9 @@ def child_process(target: Callable[..., None], *arguments: Any) -> Iterator[Conn
     except (EOFError, ConnectionError) as error:
         sys.exit(f"FAILED: the learner is gone: {error!r}")
     finally:
+        process.kill()  # closing the pipe is not enough: forked children may hold it open
+        process.join()
         pipe.close()
-        process.join(LEARNER_S)
-        process.kill()
 
 
 def small_cnn() -> nn.Module:
