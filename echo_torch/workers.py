@@ -6,10 +6,15 @@ read ahead: a batch that was sent is not thereby trained on, and a loop that is 
 
 Workers that are not persistent end with each epoch, and each sends its last samples once more for that; with
 ``persistent_workers=True`` they do so only at the end, and need not connect again.
+
+A loader that resumes by fast-forwarding makes again what it skips, and so sends it again: torchdata's
+``StatefulDataLoader`` skips all of the epoch so far if neither an iterable dataset nor its iterator has a state, and
+what came after its last snapshot otherwise.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,27 +24,32 @@ if TYPE_CHECKING:
     from .callbacks.loop import SinkCallback
     from .sink import EchoSink
 
+_STATE = ("state_dict", "load_state_dict")
+
 
 class Sent(NamedTuple):
     """What comes out of a loader in place of a batch that was sent and is not handed on."""
 
     samples: int
-    """How many were collated."""
+    """How many items of the dataset: the list that was collated, or 1 where there is none (``batch_size=None``)."""
 
 
 class SinkCollate:
     """A ``collate_fn`` that sends each batch it makes, in whatever process it runs, before it hands it on.
 
-    It pickles for workers that are not forked, if its functions do. Each worker has a connection of its own.
+    It pickles for workers that are not forked, if its functions do. Each worker has a connection of its own. A loader
+    that resumes by fast-forwarding has what it skips sent again.
 
     Args:
         sink: stays the caller's. Or a `SinkCallback`, whose policy each process then has for itself: which batches it
-            sends, and what if the learner is slow.
-        collate_fn: makes a batch of a list of samples.
+            sends, and what if the learner is slow. `EchoSink.stats` counts as dropped what found no room.
+        collate_fn: makes a batch of a list of samples. With ``batch_size=None`` there is no list, but what the dataset
+            gives: for that, ``torch.utils.data.default_convert``.
         select: makes what is sent of a batch, or None to send nothing of it. By default the batch is sent.
         forward: whether the loader hands the batch on; or else a `Sent`, which costs next to nothing.
 
     Raises:
+        TypeError: an argument has the wrong type.
         Exception: whatever ``collate_fn``, ``select`` and the sending raise; the loader raises it again.
     """
 
@@ -51,15 +61,16 @@ class SinkCollate:
         select: Callable[[Any], Any] | None = None,
         forward: bool = True,
     ) -> None:
-        self._send = _sender(sink)
+        if not callable(collate_fn):
+            raise TypeError(f"collate_fn: got {collate_fn!r}, expected something to call")
+        self._send = _sender(sink, select)
         self._collate_fn = collate_fn
-        self._select = select
         self._forward = forward
 
-    def __call__(self, samples: list[Any]) -> Any:
+    def __call__(self, samples: Any) -> Any:
         batch = self._collate_fn(samples)
-        _send(self._send, self._select, batch)
-        return batch if self._forward else Sent(len(samples))
+        self._send(batch)
+        return batch if self._forward else Sent(len(samples) if isinstance(samples, list) else 1)
 
 
 class SinkDataset(IterableDataset[Any]):
@@ -68,11 +79,17 @@ class SinkDataset(IterableDataset[Any]):
     An item that was handed on may be changed. With a ``batch_size``, prefer `SinkCollate`, unless what is sent differs
     from what is collated: it sends a batch at once.
 
+    It has a length, ``set_epoch`` and a state if ``dataset`` has them, and its iterator a state if that of ``dataset``
+    has one. Without any, a loader that resumes by fast-forwarding has what it skips sent again.
+
     Args:
         dataset: what to iterate over; each worker gets its own copy, which has to shard itself as usual.
         sink: stays the caller's; or a `SinkCallback`, as for `SinkCollate`.
         select: makes what is sent of an item, or None to send nothing of it. By default the item is sent.
         forward: whether the item is handed on; or else a `Sent`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -84,24 +101,52 @@ class SinkDataset(IterableDataset[Any]):
         forward: bool = True,
     ) -> None:
         self.dataset = dataset
-        self._send = _sender(sink)
-        self._select = select
+        self._send = _sender(sink, select)
         self._forward = forward
+        _lend(dataset, self, (*_STATE, "set_epoch"))
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self.dataset:
-            _send(self._send, self._select, item)
-            yield item if self._forward else Sent(1)
+        return _Sending(iter(self.dataset), self._hand_on)
 
-    def __getattr__(self, name: str) -> Any:
-        """The state of ``dataset``, if it has one, for loaders that save it."""
-        if name in ("state_dict", "load_state_dict"):
-            return getattr(self.dataset, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # raises as the dataset does
+
+    def _hand_on(self, item: Any) -> Any:
+        self._send(item)
+        return item if self._forward else Sent(1)
 
 
-def _sender(sink: EchoSink | SinkCallback) -> Callable[[Any], None]:
-    return sink.on_batch_end if hasattr(sink, "on_batch_end") else sink.send
+class _Sending(Iterator[Any]):
+    """What a `SinkDataset` gives: each of ``items`` when it was handed on."""
+
+    def __init__(self, items: Iterator[Any], hand_on: Callable[[Any], Any]) -> None:
+        self._items = items
+        self._hand_on = hand_on
+        _lend(items, self, _STATE)
+
+    def __next__(self) -> Any:
+        return self._hand_on(next(self._items))
+
+
+def _lend(owner: object, wrapper: object, methods: Iterable[str]) -> None:
+    """Give ``wrapper`` those ``methods`` that ``owner`` has, for loaders that look which there are.
+
+    As attributes of its own: from Python 3.12 on, ``isinstance`` of a protocol does not ask ``__getattr__``.
+    """
+    for name in methods:
+        if hasattr(owner, name):
+            setattr(wrapper, name, getattr(owner, name))
+
+
+def _sender(sink: EchoSink | SinkCallback, select: Callable[[Any], Any] | None) -> Callable[[Any], None]:
+    from .callbacks.loop import SinkCallback  # here, for these modules import this one
+    from .sink import EchoSink
+
+    if not isinstance(sink, (EchoSink, SinkCallback)):
+        raise TypeError(f"sink: got {sink!r}, expected an EchoSink or an echo_torch.callbacks.loop.SinkCallback")
+    if select is not None and not callable(select):
+        raise TypeError(f"select: got {select!r}, expected something to call, or None")
+    return functools.partial(_send, sink.send if isinstance(sink, EchoSink) else sink.on_batch_end, select)
 
 
 def _send(send: Callable[[Any], None], select: Callable[[Any], Any] | None, what: Any) -> None:

@@ -725,3 +725,57 @@ def test_main_is_killed_and_the_next_run_removes_what_it_left(home: Path) -> Non
         with Program(server.port, home, "end") as program:
             assert program.end() == (0, "")
             assert not ledgers(home)
+
+
+# A state that the iterator has.
+
+
+class Turn(Iterator[Item]):
+    """The items of a worker's share, one after another; with a state."""
+
+    def __init__(self, items: list[Item]) -> None:
+        self.items = items
+        self.given = 0
+
+    def __next__(self) -> Item:
+        if self.given == len(self.items):
+            raise StopIteration
+        self.given += 1
+        return self.items[self.given - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+class Turns(Stream):
+    def __iter__(self) -> Iterator[Item]:
+        return Turn(list(super().__iter__()))
+
+
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated:UserWarning")  # torchdata calls it
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_is_resumed_by_the_state_of_an_iterator_sends_the_rest(
+    fast: DigitLearner, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nothing once more that the loop had seen."""
+    first = new_numbers(COUNT)
+    items = Turns(Map(COUNT, first, torch.zeros(1, dtype=torch.int64)))
+    with sink_to(fast) as sink:
+        batches = StatefulDataLoader(SinkDataset(items, sink), BATCH, num_workers=workers)
+        iterator = iter(batches)
+        seen = numbers_of(itertools.islice(iterator, 3))
+        state = batches.state_dict()
+        del batches, iterator
+    with sink_to(fast) as sink:
+        batches = StatefulDataLoader(SinkDataset(items, sink), BATCH, num_workers=workers)
+        batches.load_state_dict(state)
+        rest = numbers_of(batches)
+        sink.wait()
+        assert sink.stats().samples_sent == rest.total()
+    expected = Counter(range(first, first + COUNT))
+    assert seen + rest == expected
+    came(fast, expected)
+    assert "fast-forwarding" not in caplog.text

@@ -1,19 +1,24 @@
-"""`SinkCollate` in real loaders: what they yield is sent, by whatever process makes it."""
+"""`SinkCollate` and `SinkDataset` in real loaders: what they yield is sent, by whatever process makes it."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import multiprocessing
+import pickle
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, default_collate
-from training import Digits, Item, arrived, learner, numbers_of, sink_to
+from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
+from training import Digits, Item, arrived, digit, learner, numbers_of, sink_to
 
-from echo_torch import DeliveryTimeoutError, SpecMismatchError
+from echo_torch import DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.callbacks.loop import SinkCallback
 from echo_torch.client import SERVER_QUEUE
-from echo_torch.workers import SinkCollate
+from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
 COUNT = 36
 BATCH = 8
@@ -98,3 +103,91 @@ def test_a_stalled_learner_is_waited_for_as_long_as_the_policy_says(workers: int
             list(strict)
         assert sink.stats().dropped == counted.dropped, "that was raised"
         server.resume()
+
+
+# Loaders that do not batch.
+
+
+def test_a_batch_that_the_dataset_made_is_one_item() -> None:
+    made = default_collate([digit(number) for number in range(BATCH)])
+    with learner() as server, sink_to(server) as sink:
+        collate = sink.collate(default_convert, forward=False)
+        assert list(DataLoader([made], batch_size=None, collate_fn=collate)) == [Sent(1)]
+        assert list(DataLoader(SinkDataset([made], sink, forward=False), batch_size=None)) == [Sent(1)]
+        assert sink.stats().samples_sent == 2 * BATCH
+
+
+# What a dataset has besides its items.
+
+
+class Plain(IterableDataset[Item]):
+    def __iter__(self) -> Iterator[Item]:
+        return map(digit, range(COUNT))
+
+
+class Rich(Plain):
+    """With all that a loader, or a trainer, may ask for."""
+
+    epoch = given = 0
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+def nowhere() -> EchoSink:
+    return EchoSink("127.0.0.1", 1, digit(0))
+
+
+def test_a_dataset_that_sends_has_what_the_dataset_has() -> None:
+    """And its pickle, which a worker gets, has that of its own."""
+    original = SinkDataset(Rich(), nowhere())
+    copy = pickle.loads(pickle.dumps(original))
+    assert len(DataLoader(copy, BATCH)) == len(DataLoader(Rich(), BATCH)) == 5
+    copy.set_epoch(3)
+    copy.load_state_dict({"given": 7})
+    assert (copy.dataset.epoch, copy.state_dict()) == (3, {"given": 7})
+    assert (original.dataset.epoch, original.state_dict()) == (0, {"given": 0})
+
+
+METHODS = ("set_epoch", "state_dict", "load_state_dict")
+
+
+def test_a_dataset_that_sends_has_nothing_that_the_dataset_lacks() -> None:
+    """Whether it is asked by `hasattr`, or as protocols of newer versions of Python ask."""
+    for dataset, has in ((Rich(), True), (Plain(), False)):
+        sending = SinkDataset(dataset, nowhere())
+        for name in METHODS:
+            assert hasattr(sending, name) is has
+            assert (inspect.getattr_static(sending, name, None) is not None) is has
+    for name in METHODS:
+        assert not hasattr(iter(sending), name)
+    with pytest.raises(TypeError, match="'Plain' has no len"):
+        len(DataLoader(sending, BATCH))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("sink", ["x", None, SinkCallback])
+def test_what_is_no_sink_is_refused(sink: Any) -> None:
+    for make in (SinkCollate, functools.partial(SinkDataset, Plain())):
+        with pytest.raises(TypeError, match=r"sink: got .*, expected an EchoSink or an .*loop.SinkCallback"):
+            make(sink)
+
+
+def test_what_cannot_be_called_is_refused() -> None:
+    sink = nowhere()
+    with pytest.raises(TypeError, match="collate_fn: got None, expected something to call"):
+        sink.collate(None)
+    for make in (sink.collate, functools.partial(SinkDataset, Plain(), sink)):
+        with pytest.raises(TypeError, match="select: got 3, expected something to call, or None"):
+            make(select=3)
