@@ -36,7 +36,8 @@ class SinkStats:
     in_flight: int
     """Samples accepted and not acknowledged; after a connection was lost, those it took with it, maybe stored."""
     dropped: int
-    """Samples given to ``send`` after the learner was gone, with ``on_error="warn"``."""
+    """Samples given to ``send`` after the learner was gone, with ``on_error="warn"``, and those that a `SinkCallback`
+    skipped for want of room."""
     blocked_seconds: float
     """Seconds that ``send`` waited for room."""
     reconnects: int = 0
