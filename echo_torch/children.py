@@ -163,8 +163,9 @@ class Children:
         self, left: list[tuple[Entry, int]], deadline: Deadline, stall_timeout: float | None
     ) -> DeliveryTimeoutError:
         unacked = sum(goal - entry["acked"] for entry, goal in left)
-        what = f"not done within {deadline.timeout:g} s"
-        if not deadline.expired:
+        if deadline.expired:
+            what = f"not done within {deadline.timeout:g} s"
+        else:
             what = f"nothing was acked for {stall_timeout:g} s (stall_timeout)"
         who = ", ".join(str(entry.child) for entry, _ in left)
         error = DeliveryTimeoutError(

@@ -280,6 +280,7 @@ def test_wait_that_is_not_done_in_time_names_the_processes_and_goes_on(token: st
         for deadline, stall, what in [
             (Deadline(0.05), None, "not done within 0.05 s"),
             (Deadline(LONG_S), 0.05, "nothing was acked for 0.05 s"),
+            (Deadline(None), 0.05, "nothing was acked for 0.05 s"),
         ]:
             with pytest.raises(DeliveryTimeoutError, match=what) as error:
                 children.wait(deadline, stall)
