@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 from . import lifetime
@@ -78,6 +79,8 @@ class Report:
         self._asleep = threading.Lock()  # released to wake the thread
         self._asleep.acquire()
         self._ended = False
+        self._broken = False  # whether the client fails in a way of its own
+        self._closer: threading.Thread | None = None
         self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._run, name=f"echo_torch report to {parent}", daemon=True)
 
@@ -112,7 +115,7 @@ class Report:
             self._entry["closed"] = 1
             self._ended = True
         self._wake()
-        if threading.current_thread() is not self._thread and self._thread.is_alive():
+        if threading.current_thread() not in (self._thread, self._closer) and self._thread.is_alive():
             self._thread.join(JOIN_S)
         self._entry.close()
 
@@ -130,31 +133,44 @@ class Report:
                 self._asleep.acquire(timeout=IDLE_S)
             pause = min(2 * pause, BUSY_S) if sent == self._entry["sent"] else FIRST_S
             sent = self._entry["sent"]
-            try:
-                busy = self._look()
-            except Exception as problem:  # of a client that is not ours
-                with self._lock:
-                    self._say(problem)
-                _log.warning("%s", problem, exc_info=problem)
-                return
-            if busy:
+            busy = self._look()
+            close = self._due()
+            if close is not None:
+                self._end_by(close)
+            elif busy:
                 time.sleep(pause)
 
     def _look(self) -> bool:
-        """Tell how things are, and do what is asked; gives whether acks are out."""
-        failure = self._failure()
+        """Tell how things are; gives whether acks are out that may come."""
+        failure = None if self._broken else self._failure()
         with self._lock:
             if self._ended:
                 return False
             if failure is not None:
                 self._say(failure)
-            busy = self._publish()
+            return self._publish() and not self._broken
+
+    def _due(self) -> Callable[[], None] | None:
+        """What is to end the connection, if that is to be."""
         session = self._session()
         if session is None:
-            self._close()
-        elif self._entry["finish"]:
-            session.finish()
-        return busy
+            return self._close
+        return session.finish if self._entry["finish"] else None
+
+    def _end_by(self, close: Callable[[], None]) -> None:
+        """Have the connection closed, on another thread, and go on telling what comes of it."""
+        self._closer = threading.Thread(target=close, name=f"echo_torch end of {os.getpid()}", daemon=True)
+        try:
+            self._closer.start()
+        except RuntimeError:  # the interpreter is ending, and starts none any more
+            close()
+        else:
+            while self._closer.is_alive():
+                self._closer.join(BUSY_S)
+                with self._lock:
+                    if not self._ended:
+                        self._publish()
+        self.over()
 
     def _close(self) -> None:
         """For a session that was dropped."""
@@ -174,6 +190,10 @@ class Report:
                 self.route.check()
         except ConnectionError as error:
             return error
+        except Exception as problem:  # of a client that is not ours
+            self._broken = True
+            _log.warning("%s", problem, exc_info=problem)
+            return problem
         return None
 
     def _publish(self) -> bool:

@@ -123,7 +123,7 @@ class Session:
         """As the parent asks."""
         try:
             self.close(CHILD_CLOSE_S)
-        except OSError as error:
+        except Exception as error:
             _log.warning("%s", error)
 
     def ended(self, how: str) -> ConnectionClosedError:

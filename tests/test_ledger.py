@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import alarms, eventually, running, says
+from calls import Gate, alarms, eventually, running, says
 from conftest import open_descriptors
 from peers import Line, Peer
 
@@ -538,6 +538,42 @@ def _drop_and_end(sinks: list[EchoSink]) -> None:
     sinks.pop().send(samples(0, 5000))
 
 
+def test_what_is_acked_while_a_child_ends_its_connection_is_told() -> None:
+    """By a learner that takes its time."""
+    closing, go, done = FORK.Event(), Gate(), FORK.Event()
+
+    def slow(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(8 * 10)
+        assert closing.wait(LONG_S)
+        line.ack(6)
+        go.wait()
+        line.ack(4)
+        line.hear_all()
+
+    def work() -> None:
+        sink.send(samples(0, 10))
+        with suppress(ConnectionClosedError):
+            while True:
+                sink.send(samples(0, 0))
+                time.sleep(0.001)
+        closing.set()
+        done.wait()
+
+    with Peer(slow) as peer:
+        sink = sink_to(peer)
+        process = FORK.Process(target=work, daemon=True)
+        process.start()
+        eventually(lambda: sink.stats().samples_sent == 10)
+        with running(sink.close) as outcomes:
+            eventually(lambda: sink.stats().samples_acked == 6)
+            go.open()
+        assert outcomes == [None]
+        assert sink.stats().samples_acked == 10
+        done.set()
+        process.join()
+
+
 def test_what_a_send_took_is_known_when_it_ends() -> None:
     """Well or badly, even if the child dies just then."""
 
@@ -582,19 +618,22 @@ def test_a_client_that_fails_in_its_own_way_is_told_of(caplog: pytest.LogCapture
             pass
 
     sink = EchoSink("nobody", 1, SAMPLE, client=Odd)
+    done = FORK.Event()
 
     def use() -> None:
         sink.send(samples(0, 1))
-        time.sleep(0.5)
-        os._exit(0)
+        done.wait()
 
-    process = FORK.Process(target=use)
+    process = FORK.Process(target=use, daemon=True)
     process.start()
     eventually(lambda: sink.stats().samples_sent == 1)
     with pytest.raises(ConnectionClosedError, match="odd"):
         sink.wait(10)
+    with running(lambda: sink.close(LONG_S)) as outcomes:
+        pass
+    assert outcomes == [None]
+    done.set()
     process.join()
-    sink.close()
 
 
 def test_a_sink_without_a_place_for_the_ledger_fails_in_children_only(
