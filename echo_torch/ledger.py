@@ -190,7 +190,7 @@ def sweep(home: Path) -> None:
 
 def _sweep(path: Path) -> None:
     parent, child = map(int, path.name.lstrip(".").split(".")[:2])
-    if child == os.getpid() or _lives(parent):
+    if child == os.getpid() or lives(parent):
         return
     _claim(path, path.unlink)
 
@@ -227,7 +227,8 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether there is such a process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

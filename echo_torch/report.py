@@ -17,8 +17,9 @@ from typing import Protocol
 
 from . import lifetime
 from .children import KINDS
+from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
-from .ledger import begin
+from .ledger import begin, lives
 from .routes import Route
 from .stats import Counts
 
@@ -49,6 +50,14 @@ def parent_of(origin: int) -> int | None:
     return origin if os.getppid() == origin else None
 
 
+def death_of(parent: int) -> Callable[[], bool]:
+    """Gives what tells whether the process to report to has died."""
+    if os.getppid() == parent:
+        return lambda: os.getppid() != parent
+    process = multiprocessing.parent_process()  # by a pipe, whose other end processes may have that it forked
+    return lambda: process is None or not process.is_alive() or not lives(parent)
+
+
 class Reporter(Protocol):
     """What has a connection to report of: a sink's session."""
 
@@ -62,7 +71,8 @@ class Reporter(Protocol):
 class Report:
     """Tells the parent, from a thread of its own, what became of the samples of this process.
 
-    If the session is dropped without having been closed, the thread closes the connection.
+    If the session is dropped without having been closed, the thread closes the connection; and if the parent dies that
+    this process, being daemonic, ends with: a `send` that blocks would not let it.
 
     Args:
         token: the sink's.
@@ -73,6 +83,7 @@ class Report:
     def __init__(self, token: str, parent: int, session: Reporter) -> None:
         self._entry = begin(token, parent)
         self._entry["daemon"] = int(multiprocessing.current_process().daemon)
+        self._orphaned = death_of(parent)
         self._session = weakref.ref(session)
         self.route: Route | None = None
         """Its connection, once there is one."""
@@ -80,6 +91,7 @@ class Report:
         self._asleep.acquire()
         self._ended = False
         self._broken = False  # whether the client fails in a way of its own
+        self._next_look = Deadline(0.0)  # at the parent
         self._closer: threading.Thread | None = None
         self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._run, name=f"echo_torch report to {parent}", daemon=True)
@@ -155,7 +167,14 @@ class Report:
         session = self._session()
         if session is None:
             return self._close
-        return session.finish if self._entry["finish"] else None
+        return session.finish if self._entry["finish"] or self._is_abandoned() else None
+
+    def _is_abandoned(self) -> bool:
+        """Whether the parent has died that a daemonic child ends with, and which would have asked it to finish."""
+        if not self._entry["daemon"] or not self._next_look.expired:
+            return False
+        self._next_look = Deadline(IDLE_S)
+        return self._orphaned()
 
     def _end_by(self, close: Callable[[], None]) -> None:
         """Have the connection closed, on another thread, and go on telling what comes of it."""

@@ -11,7 +11,10 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -536,6 +539,38 @@ def test_a_child_that_drops_its_sink_and_ends_has_told_of_everything(
 
 def _drop_and_end(sinks: list[EchoSink]) -> None:
     sinks.pop().send(samples(0, 5000))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_child_that_ends_with_its_parent_does_not_block_when_that_was_killed(method: str, home: Path) -> None:
+    heard = Gate()
+
+    def silent(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(8)
+        heard.open()
+        line.hear_all()
+
+    program = str(Path(__file__).with_name("orphan.py"))
+    with Peer(silent) as peer:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", program, method, str(peer.port)],
+            env={**os.environ, "TMPDIR": str(home)},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            heard.wait()
+            process.kill()
+            said, _ = process.communicate(timeout=LONG_S)  # until all have ended that it started
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "send() on a client that was closed" in said or "the client was closed; send() with" in said
+    for folder in home.glob("pymp-*"):  # the fork server's, which nobody removes
+        shutil.rmtree(folder)
+    ledger.sweep(home)
 
 
 def test_what_is_acked_while_a_child_ends_its_connection_is_told() -> None:
