@@ -138,11 +138,13 @@ class Children:
 
     def _bury(self, entry: Entry) -> None:
         name = entry.path.name
+        died = entry.dead and not entry["closed"]
         entry.path.unlink(missing_ok=True)
         entries, ended = self._state
         total = {field: ended[field] + entry[field] for field in COUNTED}
-        if not entry["closed"] and entry.dead:
-            total["maybe_lost"] += entry["sent"] - entry["acked"] + min(entry["acked"], self._at_risk)
+        if died:  # it may have counted by itself what it lost with its connection
+            lost = entry["sent"] - entry["acked"] + min(entry["acked"], self._at_risk)
+            total["maybe_lost"] = ended["maybe_lost"] + max(lost, entry["maybe_lost"])
         self._state = {other: theirs for other, theirs in entries.items() if other != name}, total
         entry.close()
         self._told.discard(name)

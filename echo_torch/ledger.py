@@ -3,7 +3,7 @@
 Each child that sends for a sink keeps one small file, in a folder of the sink in the temporary folder that the sink was
 made with, and its parent reads it::
 
-    echo_torch-<token of the sink>/<pid of the parent>.<pid of the child>.<number>
+    echo_torch-<token of the sink>/<pid of the parent>.<pid of the child>.<random>
 
 * The file holds `FIELDS`, numbers of 8 bytes, each stored at once, then an error's text. The child maps and writes it,
   but for ``finish``, by which the parent asks the child to deliver everything and end its connection. That is for
@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
-import itertools
 import mmap
 import os
 import secrets
@@ -49,7 +48,6 @@ COUNTED = FIELDS[:8]
 _SIZE = 4096
 _TEXT_AT = 8 * len(FIELDS)
 _PREFIX = "echo_torch-"
-_numbers = itertools.count()
 
 
 class Entry:
@@ -97,8 +95,8 @@ class Entry:
         """In the parent: whether the child has ended, in whatever way, or closed the file."""
         try:
             return self._closed or _claim(self.path, lambda: None)
-        except FileNotFoundError:
-            return True
+        except FileNotFoundError:  # somebody has removed it, such as a cleaner of old files; it is still mapped
+            return _has_ended(self.child)
 
     def close(self) -> None:
         """Let go of the file, and of the lock; idempotent. Other threads may still read the numbers, as they are now.
@@ -133,7 +131,7 @@ def folder_of(token: str) -> Path:
 def begin(token: str, parent: int) -> Entry:
     """In a child: a new file of its own, locked; raises OSError if none can be made."""
     folder = folder_of(token)
-    name = f"{parent}.{os.getpid()}.{next(_numbers)}"
+    name = f"{parent}.{os.getpid()}.{secrets.token_hex(8)}"  # process ids come again
     path = folder / f".{name}"
     while True:
         try:
@@ -145,7 +143,11 @@ def begin(token: str, parent: int) -> Entry:
                 raise
     try:
         os.write(descriptor, bytes(_SIZE))  # a file with a hole would end who writes there on a full disk
-        _lock(descriptor)
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            what = f"{error.strerror}; {folder.parent} does not support locks, set TMPDIR to a folder that does"
+            raise OSError(error.errno, what) from error
         return Entry(path.rename(folder / name), descriptor)
     except BaseException:
         os.close(descriptor)
@@ -220,11 +222,20 @@ def _claim(path: Path, then: Callable[[], object]) -> bool:
 
 
 def _lock(descriptor: int) -> bool:
+    """Gives whether nobody else holds the lock; raises OSError where there are none."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
         return False
     return True
+
+
+def _has_ended(child: int) -> bool:
+    """Whether a process has, waited for by its parent or not yet."""
+    if hasattr(os, "waitid"):
+        with contextlib.suppress(ChildProcessError):  # not of this one, which may be only the parent in name
+            return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return not lives(child)
 
 
 def lives(pid: int) -> bool:

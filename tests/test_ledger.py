@@ -5,6 +5,8 @@ The children of the first tests write by hand what a sink's report would, and do
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -224,6 +226,36 @@ def test_children_find_the_folder_of_their_parent_whatever_theirs_is(token: str,
     assert in_child(elsewhere) == token
 
 
+def test_a_child_with_the_number_of_one_that_died_has_a_file_of_its_own(token: str) -> None:
+    parent = os.getpid()
+
+    def begin() -> None:
+        os.getpid = lambda: 4711
+        ledger.begin(token, parent)
+
+    for _ in range(2):
+        in_child(begin)
+    assert [ledger.Entry(path).child for path in ledger.entries_of(token, parent)] == [4711, 4711]
+
+
+def test_where_there_are_no_locks_no_child_begins_and_none_is_taken_to_live(
+    token: str, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with Child(token) as child:
+        child.set(sent=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "lockf", refuse)
+            said = in_child(lambda: ledger.begin(token, os.getppid()))
+            assert said.startswith("OSError: ")
+            assert "does not support locks, set TMPDIR" in said
+            assert ledger.entries_of(token, os.getpid()) == [child.path]
+            with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
+                children.wait(Deadline(LONG_S), None)
+
+
 def test_what_crashed_runs_left_is_removed_by_the_next_and_nothing_else(home: Path) -> None:
     dead = in_child(os.getpid)
     tokens = [ledger.new_token() for _ in range(4)]
@@ -314,6 +346,42 @@ def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, childre
         children.wait(Deadline(LONG_S), None)
         assert children.counts() == {**counts, "maybe_lost": counts["maybe_lost"] + 2}
         assert not two.path.parent.exists() or not list(two.path.parent.iterdir())
+
+
+def test_what_one_may_have_lost_that_had_lost_its_connection_is_counted_once(token: str, children: Children) -> None:
+    for acked, told, expected in [(0, 20, 20), (10, 18, 18), (10, 10, 18)]:
+        with Child(token) as one:
+            before = children.counts()["maybe_lost"]
+            one.set(sent=20, acked=acked, maybe_lost=told)
+            one.fail(KINDS.index(ConnectionClosedError), "the reason")
+            with pytest.raises(ConnectionClosedError):
+                children.wait(Deadline(LONG_S), None)
+            assert children.counts()["maybe_lost"] == before + told
+            one.kill()
+            assert children.counts()["maybe_lost"] == before + expected
+
+
+def test_one_that_lives_when_it_is_forgotten_has_lost_nothing(token: str, children: Children) -> None:
+    with Child(token) as one:
+        one.set(sent=20, acked=20)
+        children.forget()
+        assert children.counts()["maybe_lost"] == 0
+
+
+def test_one_whose_file_somebody_removed_is_counted_until_it_ends(token: str, children: Children) -> None:
+    with Child(token) as one:
+        one.set(sent=5, acked=5)
+        assert children.counts()["sent"] == 5
+        one.path.unlink()
+        one.set(sent=30)
+        with pytest.raises(DeliveryTimeoutError, match="25 samples un-acked"):
+            children.wait(Deadline(0.0), None)
+        one.set(acked=20)
+        os.kill(one.pid, signal.SIGKILL)  # it is a zombie for some time
+        with pytest.raises(ConnectionClosedError, match="died with 10 samples un-acked"):
+            children.wait(Deadline(LONG_S), None)
+        counts = children.counts()
+        assert (counts["sent"], counts["acked"], counts["maybe_lost"]) == (30, 20, 10 + AT_RISK)
 
 
 @pytest.mark.parametrize("kind", [DeliveryTimeoutError, ConnectionClosedError, ProtocolError])
