@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.util
 import os
 import threading
 import time
@@ -28,6 +29,7 @@ FIRST_LOOK_S = 0.0005
 KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 """What an entry's ``error_kind`` stands for."""
 
+_seen: set[tuple[int, str]] = set()  # the processes and tokens whose files are removed at the end of the process
 _shared: weakref.WeakValueDictionary[tuple[int, str], Children] = weakref.WeakValueDictionary()
 
 
@@ -54,6 +56,9 @@ class Children:
     def of(cls, peer: str, token: str, at_risk: int) -> Children:
         """The same for all copies of a sink in this process: each child is counted, and told of, once."""
         key = os.getpid(), token
+        if key not in _seen:  # who drops the sink that it gave to a child is asked to remove the child's file later
+            _seen.add(key)
+            multiprocessing.util.Finalize(None, ledger.forget, (token, key[0]), exitpriority=-1)
         return _shared.get(key) or _shared.setdefault(key, cls(peer, token, at_risk))
 
     def counts(self) -> dict[str, int]:
@@ -111,7 +116,6 @@ class Children:
         with self._lock:
             for entry in self._look():
                 self._bury(entry)
-            ledger.forget(self._token, self._parent)
 
     def _look(self) -> list[Entry]:
         """Those that are not counted as ended, with those that are new."""

@@ -13,6 +13,7 @@ made with, and its parent reads it::
 * An interrupt may break off whatever a parent does here: its descriptors belong to objects that C code closes.
 * A file appears under its name when it is locked. It goes when its parent has counted it, or when parent and child are
   dead and another sink's folder is made.
+* A parent's empty file for no child, ``<pid of the parent>.0.<mark>``, tells those that come later what has happened.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from .errors import ConnectionClosedError
 
 FIELDS = (
     "sent",
@@ -47,6 +50,8 @@ COUNTED = FIELDS[:8]
 """Those that add up over children."""
 _SIZE = 4096
 _TEXT_AT = 8 * len(FIELDS)
+CLOSED = "closed"
+"""The mark of a parent that has closed the sink, which ends it for daemonic children."""
 _PREFIX = "echo_torch-"
 
 
@@ -128,8 +133,13 @@ def folder_of(token: str) -> Path:
     return folder if folder.parent.is_dir() else Path(tempfile.gettempdir(), folder.name)
 
 
-def begin(token: str, parent: int) -> Entry:
-    """In a child: a new file of its own, locked; raises OSError if none can be made."""
+def begin(token: str, parent: int, daemon: bool = False) -> Entry:
+    """In a child: a new file of its own, locked.
+
+    Raises:
+        ConnectionClosedError: the child is daemonic, and its parent has closed the sink.
+        OSError: none can be made.
+    """
     folder = folder_of(token)
     name = f"{parent}.{os.getpid()}.{secrets.token_hex(8)}"  # process ids come again
     path = folder / f".{name}"
@@ -148,11 +158,19 @@ def begin(token: str, parent: int) -> Entry:
         except OSError as error:
             what = f"{error.strerror}; {folder.parent} does not support locks, set TMPDIR to a folder that does"
             raise OSError(error.errno, what) from error
-        return Entry(path.rename(folder / name), descriptor)
+        entry = Entry(path, descriptor)
+        entry["daemon"] = int(daemon)
+        entry.path = path.rename(folder / name)
     except BaseException:
         os.close(descriptor)
         path.unlink(missing_ok=True)
         raise
+    if daemon and is_marked(token, parent, CLOSED):  # looked at only now, since the parent marks before it looks
+        entry["closed"] = 1
+        entry.path.unlink(missing_ok=True)
+        entry.close()
+        raise ConnectionClosedError("this sink was closed")
+    return entry
 
 
 def entries_of(token: str, parent: int) -> list[Path]:
@@ -163,21 +181,44 @@ def entries_of(token: str, parent: int) -> list[Path]:
         _check_mine(folder)
     except FileNotFoundError:  # none was made, or it was removed just now, being empty
         return []
-    paths = (folder / name for name in names if name.startswith(f"{parent}."))
+    mine, marks = f"{parent}.", f"{parent}.0."
+    paths = (folder / name for name in names if name.startswith(mine) and not name.startswith(marks))
     return [path for path in paths if not path.is_symlink()]
 
 
+def mark(token: str, parent: int, what: str) -> None:
+    """Tell children of ``parent`` that come later, if there is a place for it."""
+    folder = folder_of(token)
+    with contextlib.suppress(OSError):
+        _make(folder)
+        (folder / f"{parent}.0.{what}").touch(0o600)
+
+
+def unmark(token: str, parent: int, what: str) -> None:
+    with contextlib.suppress(OSError):
+        (folder_of(token) / f"{parent}.0.{what}").unlink()
+
+
+def is_marked(token: str, parent: int, what: str) -> bool:
+    return (folder_of(token) / f"{parent}.0.{what}").exists()
+
+
 def forget(token: str, parent: int) -> None:
-    """Remove the files of this process's children, whatever they hold, and the folder if nobody has a file in it.
+    """Remove the files of this process, of its children, whatever they hold, and the folder if nobody has a file in it.
 
     Does nothing if this is not ``parent``, but a forked copy of it.
     """
     if os.getpid() != parent:
         return
-    with contextlib.suppress(OSError):
-        for path in entries_of(token, parent):
-            path.unlink(missing_ok=True)
-        folder_of(token).rmdir()
+    folder = folder_of(token)
+    with contextlib.suppress(OSError, ValueError):
+        _check_mine(folder)
+        for path in folder.iterdir():
+            if path.name.startswith(f"{parent}."):
+                path.unlink(missing_ok=True)
+            else:  # of a child that was a parent itself
+                _sweep(path)
+        folder.rmdir()
 
 
 def sweep(home: Path) -> None:
@@ -194,7 +235,8 @@ def _sweep(path: Path) -> None:
     parent, child = map(int, path.name.lstrip(".").split(".")[:2])
     if child == os.getpid() or lives(parent):
         return
-    _claim(path, path.unlink)
+    with contextlib.suppress(FileNotFoundError):
+        _claim(path, path.unlink)
 
 
 def _make(folder: Path) -> None:

@@ -78,11 +78,14 @@ class Report:
         token: the sink's.
         parent: to whom to report.
         session: of whom to report; not kept alive.
+
+    Raises:
+        ConnectionClosedError: the parent has closed the sink, and this process ends with it.
+        OSError: there is no place for the report.
     """
 
     def __init__(self, token: str, parent: int, session: Reporter) -> None:
-        self._entry = begin(token, parent)
-        self._entry["daemon"] = int(multiprocessing.current_process().daemon)
+        self._entry = begin(token, parent, multiprocessing.current_process().daemon)
         self._orphaned = death_of(parent)
         self._session = weakref.ref(session)
         self.route: Route | None = None

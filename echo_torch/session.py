@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import multiprocessing.util
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -87,6 +87,8 @@ class Session:
         self.closed = True  # whoever is connecting just now will see it
         deadline = Deadline(timeout)
         problems = []
+        if not multiprocessing.current_process().daemon:  # which has no children that end with it
+            ledger.mark(self._token, os.getpid(), ledger.CLOSED)
         self.children.ask()
         for step in (functools.partial(self._close_route, timeout), functools.partial(self._await_children, deadline)):
             try:
@@ -114,9 +116,7 @@ class Session:
         self.children.ask()
 
     def end(self) -> None:
-        """After that: wait for it, and leave no file, even where `close` was interrupted, or children came later."""
-        # Children that are no daemons are waited for by multiprocessing: after that there is nobody to make files.
-        multiprocessing.util.Finalize(None, ledger.forget, (self._token, os.getpid()), exitpriority=-1)
+        """After that: wait for it."""
         self._await_children(Deadline(lifetime.FAREWELL_S))
 
     def finish(self) -> None:
@@ -151,6 +151,7 @@ class Session:
             if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
             if self.route is None and not self.closed:
+                self._heed_parent()
                 route = open(None if deadline.timeout is None else deadline.remaining())
                 try:
                     self._begin_report()
@@ -171,13 +172,23 @@ class Session:
             self.route.close(0)
         return self.route
 
+    def _heed_parent(self) -> None:
+        """Before connecting for nothing."""
+        parent = parent_of(self._origin) if multiprocessing.current_process().daemon else None
+        if parent is not None and ledger.is_marked(self._token, parent, ledger.CLOSED):
+            self.closed = True
+            raise self.ended("this sink was closed")
+
     def _begin_report(self) -> None:
-        """In a child, unless it was begun before, and is not over."""
+        """In a child, unless it was begun before."""
         parent = parent_of(self._origin)
         if parent is None or self._report is not None:
             return
         try:
             report = Report(self._token, parent, self)
+        except ConnectionClosedError:
+            self.closed = True
+            raise self.ended("this sink was closed") from None
         except OSError as error:
             me = f"process {os.getpid()}"
             raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -50,6 +51,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The temporary folder, in which nothing may be left."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield tmp_path
+    gc.collect()  # of sinks, which exceptions may hold in cycles, the last files go
     eventually(lambda: not list(tmp_path.iterdir()))
 
 
@@ -751,6 +753,72 @@ def test_a_sink_without_a_place_for_the_ledger_fails_in_children_only(
         assert f"cannot tell process {os.getpid()} what it sends" in told
         assert "missing" in told
     assert numbers(peer) == list(range(10))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["started", "not started"])
+def test_a_daemonic_child_that_comes_after_its_parents_sink_was_closed_is_told_so(before: bool) -> None:
+    go, (ours, theirs) = FORK.Event(), FORK.Pipe()
+
+    def work() -> None:
+        go.wait()
+        for _ in range(2):
+            try:
+                sink.send(samples(0, 10))
+            except Exception as error:
+                theirs.send(f"{type(error).__name__}: {error}")
+
+    with Peer(acking) as peer:
+        sink = sink_to(peer, on_error="warn")
+        process = FORK.Process(target=work, daemon=True)
+        if before:
+            process.start()
+        sink.close()
+        if not before:
+            process.start()
+        go.set()
+        process.join()
+        assert [ours.recv(), ours.recv()] == [
+            f"ConnectionClosedError: {sink.peer}: this sink was closed; 0 samples un-acked"
+        ] * 2
+        assert not peer.lines
+        assert sink.stats().samples_sent == 0
+    ours.close()
+    theirs.close()
+
+
+def test_a_child_that_begins_while_its_parent_closes_is_asked_or_told(token: str) -> None:
+    """A file that its parent may not have seen is none any more."""
+    ledger.mark(token, os.getpid(), ledger.CLOSED)
+    assert in_child(lambda: ledger.begin(token, os.getppid(), daemon=True)) == (
+        "ConnectionClosedError: this sink was closed"
+    )
+    assert ledger.entries_of(token, os.getpid()) == []
+    with Child(token) as child:
+        assert ledger.entries_of(token, os.getpid()) == [child.path], "it is no daemon"
+
+
+def test_files_of_children_do_not_outlive_who_dropped_the_sink(home: Path) -> None:
+    """As multiprocessing does with the arguments of a process, when that has started."""
+
+    def rank(port: int) -> None:
+        go = FORK.Event()
+        process = FORK.Process(target=_send_when_told, args=(EchoSink("127.0.0.1", port, SAMPLE), go))
+        process.start()
+        go.set()
+        process.join()
+        assert list(home.iterdir())
+
+    with Peer(acking) as peer:
+        process = FORK.Process(target=rank, args=(peer.port,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    assert not list(home.iterdir())
+
+
+def _send_when_told(sink: EchoSink, go: Any) -> None:
+    go.wait()
+    sink.send(samples(0, 10))
 
 
 def test_a_child_that_is_no_daemon_goes_on_when_its_parents_sink_is_closed() -> None:

@@ -100,6 +100,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     path = tmp_path_factory.mktemp("t")
     monkeypatch.setattr(tempfile, "tempdir", str(path))
     yield path
+    gc.collect()  # of sinks, which exceptions may hold in cycles, the last files go
     eventually(lambda: not ledgers(path))
 
 
@@ -549,7 +550,7 @@ def test_a_learner_that_is_stalled_while_workers_end_is_told_of() -> None:
         server.pause()
         others = multiprocessing.active_children()
         assert numbers_of(loader(sink.collate(), Digits(TOO_MANY), 2)).total() == TOO_MANY
-        assert multiprocessing.active_children() == others
+        assert set(multiprocessing.active_children()) == set(others)
         left = sink.stats().in_flight
         assert left > TOO_MANY - STALLING
         with pytest.raises(DeliveryTimeoutError, match=r"close\(\) not done within 4 s; .* samples un-acked") as error:
@@ -586,6 +587,7 @@ def test_a_learner_that_dies_in_mid_epoch(on_error: Any, caplog: pytest.LogCaptu
         stats = sink.stats()
         assert stats.maybe_lost >= stats.in_flight > 0
         assert ("un-acked" in caplog.text) == (on_error == "warn")
+    caplog.clear()  # its records hold errors, and these the sink
 
 
 def test_workers_that_find_no_learner_tell_what_they_dropped() -> None:
