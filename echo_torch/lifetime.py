@@ -7,11 +7,13 @@ they close their copies of the descriptors before anything else happens there.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import multiprocessing
 import multiprocessing.util
 import os
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from .deadline import Deadline
@@ -79,18 +81,32 @@ def expect_end_of_child() -> None:
 
 def _end_all() -> None:
     users = list(_users)
-    for step in [user.prepare_end for user in users] + [user.end for user in users]:
+    try:
+        _each([user.prepare_end for user in users] + [user.end for user in users])
+    finally:
+        deadline = Deadline(FAREWELL_S + _GRACE_S)
+        connections = list(_living)
+        farewells = [connection.say_farewell for connection in connections]
+        _each(farewells + [functools.partial(_await, connection, deadline) for connection in connections])
+
+
+def _each(steps: Sequence[Callable[[], None]]) -> None:
+    """Take all the steps; what interrupts one, such as Ctrl-C, breaks off that one, and is raised at the end."""
+    interrupt: BaseException | None = None
+    for step in steps:
         try:
             step()
         except Exception as error:
             _log.warning("at the end of the process: %s", error)
-    deadline = Deadline(FAREWELL_S + _GRACE_S)
-    connections = list(_living)
-    for connection in connections:
-        connection.say_farewell()
-    for connection in connections:
-        if not connection.join(deadline):
-            _log.warning("%s: not ended within %g s", connection.peer, FAREWELL_S + _GRACE_S)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _await(connection: Mortal, deadline: Deadline) -> None:
+    if not connection.join(deadline):
+        _log.warning("%s: not ended within %g s", connection.peer, FAREWELL_S + _GRACE_S)
 
 
 def _disown_all() -> None:

@@ -115,9 +115,16 @@ class Report:
         self._wake()
 
     def end(self) -> None:
-        """At the end of the process, after `prepare_end`."""
+        """At the end of the process, after `prepare_end`; one interrupt does not keep the rest from being told."""
+        deadline = Deadline(CHILD_CLOSE_S + JOIN_S / 2)
+        try:
+            self._await(deadline)
+        finally:
+            self._await(deadline)
+
+    def _await(self, deadline: Deadline) -> None:
         if self._thread.is_alive():
-            self._thread.join(CHILD_CLOSE_S + JOIN_S / 2)
+            self._thread.join(deadline.remaining())
 
     def over(self, error: Exception | None = None) -> None:
         """The connection has ended, maybe in ``error``: say so, and free everything."""

@@ -708,6 +708,42 @@ def test_what_a_send_took_is_known_when_it_ends() -> None:
         sink.close()
 
 
+def test_a_child_that_is_interrupted_while_it_delivers_at_its_end_goes_on(home: Path) -> None:
+    struck, go = FORK.Event(), Gate()
+
+    def slow(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(8 * 10)
+        go.wait()
+        line.ack(10)
+        line.hear_all()
+
+    def strike(*_: object) -> None:
+        struck.set()
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, strike)
+        sink.send(samples(0, 10))
+
+    with Peer(slow) as peer, sink_to(peer) as sink:
+        process = FORK.Process(target=work)
+        process.start()
+        eventually(lambda: sink.stats().samples_sent == 10)
+        (path,) = home.glob(f"echo_torch-*/*.{process.pid}.*")
+        entry = ledger.Entry(path)
+        eventually(lambda: entry["finish"] == 1)
+        entry.close()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        assert struck.wait(LONG_S)
+        process.join(0.2)  # as it would, if it ended
+        go.open()
+        process.join()
+        sink.wait()
+        assert sink.stats().samples_acked == 10
+
+
 def test_a_client_that_fails_in_its_own_way_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     class Odd:
         def __init__(self, *_: Any) -> None:
