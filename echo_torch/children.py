@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 LOOK_S = 0.005
 FIRST_LOOK_S = 0.0005
 
+# Seconds in which a child that is asked to end its connection has done so, or does nothing: it takes 4 at the most.
+ANSWER_S = 6.0
+
 KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 """What an entry's ``error_kind`` stands for."""
 
@@ -66,7 +69,10 @@ class Children:
         with self._lock:
             self._look()
             entries, ended = self._state
-            return {field: ended[field] + sum(entry[field] for entry in entries.values()) for field in COUNTED}
+            # What is acked before what is sent, which is at least as much by then.
+            return {
+                field: ended[field] + sum(entry[field] for entry in entries.values()) for field in reversed(COUNTED)
+            }
 
     def wait(self, deadline: Deadline, stall_timeout: float | None) -> None:
         """Wait until all that they sent so far is acked.
@@ -106,9 +112,13 @@ class Children:
             entry["finish"] = entry["daemon"]
 
     def finish(self, deadline: Deadline) -> None:
-        """Wait for those who were asked to."""
-        asked = [entry for entry in self._look() if entry["finish"]]
-        while not all(entry["closed"] or entry.dead for entry in asked) and not deadline.expired:
+        """Wait for those who were asked to, as long as they may take if they do anything at all."""
+        asked, soon = [entry for entry in self._look() if entry["finish"]], deadline.within(ANSWER_S)
+        while asked := [entry for entry in asked if not (entry["closed"] or entry.dead)]:
+            if soon.expired:
+                who = ", ".join(str(entry.child) for entry in asked)
+                _log.warning("%s: processes %s did not answer for %g s", self._peer, who, soon.timeout)
+                return
             time.sleep(LOOK_S)
 
     def forget(self) -> None:
@@ -131,6 +141,8 @@ class Children:
                         new = Entry(path)
                     except FileNotFoundError:
                         continue
+                    except OSError as error:  # too many files are open, say
+                        raise OSError(error.errno, f"{self._peer}: {error.strerror}, for what a child tells") from error
                     self._state = {**entries, path.name: new}, ended
                     self._bury_if_over(new)  # at once: of those that ended there may be more than files can be open
             return list(self._state[0].values())

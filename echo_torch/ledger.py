@@ -19,6 +19,7 @@ made with, and its parent reads it::
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import mmap
@@ -53,6 +54,7 @@ _TEXT_AT = 8 * len(FIELDS)
 CLOSED = "closed"
 """The mark of a parent that has closed the sink, which ends it for daemonic children."""
 _PREFIX = "echo_torch-"
+_ELSEWHERE = "/tmp"
 
 
 class Entry:
@@ -121,16 +123,21 @@ _INDEX = {name: index for index, name in enumerate(FIELDS)}
 def new_token() -> str:
     """What a sink and its copies have in common: the path of their folder, which nobody has made yet."""
     try:
-        home = tempfile.gettempdir()
+        home = os.path.abspath(tempfile.gettempdir())
     except FileNotFoundError:  # there is none to write to, which only children need
         home = ""
     return os.path.join(home, _PREFIX + secrets.token_hex(16))
 
 
 def folder_of(token: str) -> Path:
-    """Where the children of a sink keep their files, if any do; on another host, that may be somewhere else."""
+    """Where the children of a sink keep their files, if any do; on another host, that may be somewhere else.
+
+    All processes of a host must come to the same one, whatever each takes for its temporary folder.
+    """
     folder = Path(token)
-    return folder if folder.parent.is_dir() else Path(tempfile.gettempdir(), folder.name)
+    if folder.parent.is_dir():
+        return folder
+    return Path(_ELSEWHERE if os.path.isdir(_ELSEWHERE) else tempfile.gettempdir(), folder.name)
 
 
 def begin(token: str, parent: int, daemon: bool = False) -> Entry:
@@ -152,7 +159,9 @@ def begin(token: str, parent: int, daemon: bool = False) -> Entry:
             if not folder.parent.is_dir():
                 raise
     try:
-        os.write(descriptor, bytes(_SIZE))  # a file with a hole would end who writes there on a full disk
+        # A file with a hole would end who writes there on a full disk.
+        if os.write(descriptor, bytes(_SIZE)) < _SIZE:
+            raise OSError(errno.ENOSPC, f"no room for {_SIZE} bytes in {folder}")
         try:
             _lock(descriptor)
         except OSError as error:
@@ -216,6 +225,8 @@ def forget(token: str, parent: int) -> None:
         for path in folder.iterdir():
             if path.name.startswith(f"{parent}."):
                 path.unlink(missing_ok=True)
+            elif path.name.startswith(f".{parent}."):  # of a child that died before it was done, or is not yet
+                _claim(path, path.unlink)
             else:  # of a child that was a parent itself
                 _sweep(path)
         folder.rmdir()

@@ -212,6 +212,7 @@ def test_a_temporary_folder_that_is_gone_or_cannot_be_written_is_an_error_of_the
 ) -> None:
     missing = home / "missing"
     monkeypatch.setattr(tempfile, "tempdir", str(missing))
+    monkeypatch.setattr(ledger, "_ELSEWHERE", str(missing))
     lost = str(missing / Path(token).name)
     assert ledger.entries_of(lost, os.getpid()) == []
     assert in_child(lambda: ledger.begin(lost, os.getppid())).startswith("FileNotFoundError: ")
@@ -416,6 +417,83 @@ def test_children_that_end_with_the_process_are_asked_to_finish_and_waited_for(t
             one.set(closed=1)
             two.kill()
         assert outcomes == [None]
+
+
+def test_one_that_does_nothing_when_it_is_asked_is_waited_for_no_longer_than_it_could_take(
+    token: str, children: Children, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("echo_torch.children.ANSWER_S", 0.2)
+    with Child(token) as child:
+        child.set(sent=3, acked=3, daemon=1)
+        children.ask()
+        began = time.monotonic()
+        children.finish(Deadline(LONG_S))
+        assert 0.2 <= time.monotonic() - began < LONG_S / 2
+    assert caplog.messages == [f"{PEER}: processes {child.pid} did not answer for 0.2 s"]
+
+
+def test_no_more_is_acked_than_is_sent_while_children_count_on(token: str, children: Children) -> None:
+    def count_on() -> None:
+        entry = ledger.begin(token, os.getppid())
+        number = 0
+        while True:
+            number += 1
+            entry["sent"] = number
+            entry["acked"] = number
+
+    processes = [FORK.Process(target=count_on, daemon=True) for _ in range(2)]
+    for process in processes:
+        process.start()
+    eventually(lambda: children.counts()["acked"] > 0)
+    for _ in range(2000):
+        counts = children.counts()
+        assert counts["acked"] <= counts["sent"]
+    for process in processes:
+        process.kill()
+        process.join()
+    ledger.forget(token, os.getpid())
+
+
+def test_a_child_that_died_while_it_began_leaves_no_file_behind_its_parent(token: str, home: Path) -> None:
+    folder = ledger.folder_of(token)
+    folder.mkdir(mode=0o700)
+    (folder / f".{os.getpid()}.1.0").touch()
+    ledger.forget(token, os.getpid())
+    assert not folder.exists()
+
+
+def test_a_relative_temporary_folder_stays_where_it_was(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(tempfile, "tempdir", ".")
+    made = ledger.new_token()
+    monkeypatch.chdir("/")
+    assert ledger.folder_of(made).parent == home
+
+
+def test_without_their_folder_all_processes_take_the_same(
+    token: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_ELSEWHERE", str(home / "elsewhere"))
+    (home / "elsewhere").mkdir()
+    gone = str(home / "gone" / Path(token).name)
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "another"))
+    assert ledger.folder_of(gone) == home / "elsewhere" / Path(token).name
+    (home / "elsewhere").rmdir()
+
+
+def test_a_child_finds_out_that_there_is_no_room_for_its_file(token: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="no room for 4096 bytes in") as caught:
+            ledger.begin(token, os.getppid())
+        assert caught.value.errno == errno.ENOSPC
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(ledger.folder_of(token).iterdir())
+    ledger.forget(token, os.getpid())
 
 
 def test_more_children_than_files_can_be_open(token: str, children: Children) -> None:
@@ -783,6 +861,7 @@ def test_a_sink_without_a_place_for_the_ledger_fails_in_children_only(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(home / "missing"))
+    monkeypatch.setattr(ledger, "_ELSEWHERE", str(home / "missing"))
     with Peer(acking) as peer, sink_to(peer, on_error="warn") as sink:
         sink.send(samples(0, 10))
         sink.wait()
