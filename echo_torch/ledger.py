@@ -53,6 +53,8 @@ _SIZE = 4096
 _TEXT_AT = 8 * len(FIELDS)
 CLOSED = "closed"
 """The mark of a parent that has closed the sink, which ends it for daemonic children."""
+GONE = "gone"
+"""The mark of a parent whose children did not find the learner, which the next need not wait for as long."""
 _PREFIX = "echo_torch-"
 _ELSEWHERE = "/tmp"
 

@@ -17,6 +17,7 @@ from .children import Children
 from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError
 from .locks import is_mine
+from .opener import WORKER_RECONNECT_S
 from .report import CHILD_CLOSE_S, Report, parent_of
 from .routes import Route
 from .stats import Counts, SinkStats
@@ -36,9 +37,12 @@ class Session:
         token: the sink's, by which parents and children find each other.
         origin: the process that made the sink.
         at_risk: how many samples that a server acked it may discard if a connection breaks off.
+        stall_timeout: seconds without any ack of a child after which `close` gives up.
     """
 
-    def __init__(self, peer: str, payload_size: int, token: str, origin: int, at_risk: int) -> None:
+    def __init__(
+        self, peer: str, payload_size: int, token: str, origin: int, at_risk: int, stall_timeout: float | None
+    ) -> None:
         self.peer = peer
         self.route: Route | None = None
         self.closed = False
@@ -50,6 +54,7 @@ class Session:
         self.children = Children.of(peer, token, at_risk)
         self._token = token
         self._origin = origin
+        self._stall_timeout = stall_timeout
         self._report: Report | None = None
         self._lock = threading.RLock()
         self._payload_size = payload_size
@@ -108,8 +113,8 @@ class Session:
             self.route.close(timeout)
 
     def _await_children(self, deadline: Deadline) -> None:
-        self.children.finish(deadline)
-        self.children.wait(deadline, None)
+        self.children.finish(deadline.within(self._stall_timeout))
+        self.children.wait(deadline, self._stall_timeout)
 
     def prepare_end(self) -> None:
         """At the end of the process: what children have is delivered. Its own is seen to by others."""
@@ -140,7 +145,14 @@ class Session:
             if error is None or self.gone:
                 return
             self.gone = True
+        self._mark_gone()
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
+
+    def _mark_gone(self) -> None:
+        """For the workers of the next epoch, or not any more."""
+        parent = parent_of(self._origin) if multiprocessing.current_process().daemon else None
+        if parent is not None:
+            (ledger.mark if self.gone else ledger.unmark)(self._token, parent, ledger.GONE)
 
     def _connect_once(self, open: Callable[[float | None], Route], deadline: Deadline) -> Route | None:
         """Connect, unless another thread did meanwhile or the sink was closed."""
@@ -151,8 +163,7 @@ class Session:
             if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
             if self.route is None and not self.closed:
-                self._heed_parent()
-                route = open(None if deadline.timeout is None else deadline.remaining())
+                route = open(self._heed_marks(None if deadline.timeout is None else deadline.remaining()))
                 try:
                     self._begin_report()
                 except BaseException:
@@ -161,6 +172,7 @@ class Session:
                 if self._report is not None:
                     self._report.route = route
                 self.route = route
+                self._mark_gone()
             lock.release()
         except BaseException:
             try:  # noqa: SIM105
@@ -172,12 +184,17 @@ class Session:
             self.route.close(0)
         return self.route
 
-    def _heed_parent(self) -> None:
-        """Before connecting for nothing."""
+    def _heed_marks(self, timeout: float | None) -> float | None:
+        """Before connecting: not if the parent has closed the sink, and not for long if others waited in vain."""
         parent = parent_of(self._origin) if multiprocessing.current_process().daemon else None
-        if parent is not None and ledger.is_marked(self._token, parent, ledger.CLOSED):
+        if parent is None:
+            return timeout
+        if ledger.is_marked(self._token, parent, ledger.CLOSED):
             self.closed = True
             raise self.ended("this sink was closed")
+        if ledger.is_marked(self._token, parent, ledger.GONE):
+            return WORKER_RECONNECT_S if timeout is None else min(timeout, WORKER_RECONNECT_S)
+        return timeout
 
     def _begin_report(self) -> None:
         """In a child, unless it was begun before."""

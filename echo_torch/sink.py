@@ -383,7 +383,14 @@ class EchoSink:
         pid = os.getpid()
         session = self._sessions.get(pid)
         if session is None:
-            new = Session(self.peer, self._spec.payload_size, self._token, self._origin, self._opener.at_risk)
+            new = Session(
+                self.peer,
+                self._spec.payload_size,
+                self._token,
+                self._origin,
+                self._opener.at_risk,
+                self._stall_timeout,
+            )
             session = self._sessions.setdefault(pid, new)
         return session
 

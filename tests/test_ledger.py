@@ -824,6 +824,31 @@ def test_a_child_that_is_interrupted_while_it_delivers_at_its_end_goes_on(home: 
         assert sink.stats().samples_acked == 10
 
 
+def test_close_without_a_limit_ends_when_a_child_stalls() -> None:
+    def silent(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear_all()
+
+    done = FORK.Event()
+
+    def work() -> None:
+        sink.send(samples(0, 20))
+        done.wait()
+        os._exit(0)
+
+    with Peer(silent) as peer:
+        sink = sink_to(peer, stall_timeout=0.1)
+        process = FORK.Process(target=work)
+        process.start()
+        eventually(lambda: sink.stats().samples_sent == 20)
+        with running(lambda: sink.close(None)) as outcomes:
+            pass
+        says(outcomes[0], DeliveryTimeoutError, sink.peer, 20)
+        assert "nothing was acked for 0.1 s (stall_timeout)" in str(outcomes[0])
+        done.set()
+        process.join()
+
+
 def test_a_client_that_fails_in_its_own_way_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     class Odd:
         def __init__(self, *_: Any) -> None:

@@ -35,7 +35,7 @@ from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 from training import STALLING, DigitLearner, Digits, Item, arrived, came, digit, learner, numbers_of, sink_to
 
-from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, session
 from echo_torch.client import SERVER_QUEUE
 from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
@@ -598,6 +598,34 @@ def test_workers_that_find_no_learner_tell_what_they_dropped() -> None:
         sink.wait()
         assert (sink.stats().dropped, sink.stats().samples_sent) == (COUNT, 0)
         sink.close()
+
+
+def test_workers_of_later_epochs_do_not_wait_for_a_learner_that_is_gone_and_find_it_when_it_comes(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "WORKER_RECONNECT_S", 0.1)
+    sample = {name: leaf.numpy() for name, leaf in digit(0).items()}
+
+    def acking(line: Line) -> None:
+        line.greet(sample)
+        line.hear_all(ack_every=sum(leaf.nbytes for leaf in sample.values()))
+
+    with Peer(acking) as peer:
+        peer.refuse()
+        sink = EchoSink("127.0.0.1", peer.port, digit(0), on_error="warn", connect_timeout=1.5, replay_tail=False)
+        took = []
+        for _ in range(2):
+            began = time.monotonic()
+            assert numbers_of(loader(sink.collate(), Digits(COUNT), 1)).total() == COUNT
+            took.append(time.monotonic() - began)
+        assert took[1] + 1 < took[0], "the first is patient"
+        assert sink.stats().dropped == 2 * COUNT
+        assert len(list(home.glob("echo_torch-*/*.gone"))) == 1
+        peer.listen()
+        assert numbers_of(loader(sink.collate(), Digits(COUNT), 1)).total() == COUNT
+        sink.close()
+        assert (sink.stats().samples_acked, sink.stats().dropped) == (COUNT, 2 * COUNT)
+        assert not list(home.glob("echo_torch-*/*.gone"))
 
 
 def test_workers_are_told_to_end_by_close(fast: DigitLearner) -> None:
