@@ -18,6 +18,7 @@ import pytest
 import torch
 from calls import eventually, running
 from learner import Learner
+from peers import Line, Peer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from training import STALLING, Classifier, Digits, Item, arrived, learner, numbers_of, sink_to
 
@@ -592,3 +593,21 @@ def test_a_callback_of_another_thread_than_that_of_setup(server: Learner) -> Non
         assert outcomes == [None]
         callback.on_epoch_end()
         assert sink.stats().samples_acked == 8
+
+
+def test_the_first_batch_may_take_as_long_as_connecting() -> None:
+    """In a worker nobody has connected before; and a slow handshake is no learner that stalls."""
+    sample = numpy_example(Digits(1)[0])
+
+    def greets_late(line: Line) -> None:
+        time.sleep(3 * SHORT_S)
+        line.greet(sample)
+        line.hear_all(sum(leaf.nbytes for leaf in sample.values()))
+
+    with Peer(greets_late) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, Digits(1)[0], replay_tail=False)
+        callback = SinkCallback(sink, flush_timeout=SHORT_S, on_stall="raise")
+        callback.on_batch_end(Digits(1)[0])
+        sink.wait(LONG_S)
+        assert sink.stats().samples_acked == 1
+        sink.close()

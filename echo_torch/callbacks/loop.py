@@ -36,6 +36,8 @@ FLUSH_TIMEOUT_S = 60.0
 """Seconds that a flush may take by default: a learner in the middle of an evaluation is waited for."""
 EXCEPTION_FLUSH_S = 5.0
 """Seconds that may pass between an error of the training and its report."""
+CONNECT_S = 10.0
+"""Seconds that the first batch may take at the least in a process that has not connected before."""
 STALLED_FLUSH_S = 1.0
 """Seconds that a flush may take while the learner has acked nothing since it was last waited for in vain."""
 
@@ -135,8 +137,12 @@ class SinkCallback:
                 chosen = self._select(batch, optree.tree_map(_detached, outputs, none_is_leaf=True))
         if chosen is None:
             return
+        timeout = self._patience(0.0)
+        if timeout is not None and self._connected_in != os.getpid():  # as in a worker, where this connects
+            timeout = max(timeout, CONNECT_S)
         try:
-            self.sink.send(chosen, timeout=self._patience(0.0), skip_last=padding)
+            self.sink.send(chosen, timeout=timeout, skip_last=padding)
+            self._connected_in = os.getpid()
         except DeliveryTimeoutError as error:
             self.skipped += 1
             self._stalled("no room for a batch, which is not sent", error, once=True)
