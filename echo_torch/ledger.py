@@ -12,24 +12,24 @@ made with, and its parent reads it::
   way, or closes the file, however often it is open there. So each file has one writer, and its parent as the reader.
 * An interrupt may break off whatever a parent does here: its descriptors belong to objects that C code closes.
 * A file appears under its name when it is locked. It goes when its parent has counted it, or when parent and child are
-  dead and another sink's folder is made.
+  dead and the folder of another sink is made: for its first child, or when it is closed.
 * A parent's empty file for no child, ``<pid of the parent>.0.<mark>``, tells those that come later what has happened.
+  It goes, with the folder, when the parent drops the sink or ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import io
 import mmap
 import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+from .claims import claim, has_ended, lives, lock
 from .errors import ConnectionClosedError
 
 FIELDS = (
@@ -103,9 +103,9 @@ class Entry:
     def dead(self) -> bool:
         """In the parent: whether the child has ended, in whatever way, or closed the file."""
         try:
-            return self._closed or _claim(self.path, lambda: None)
+            return self._closed or claim(self.path, lambda: None)
         except FileNotFoundError:  # somebody has removed it, such as a cleaner of old files; it is still mapped
-            return _has_ended(self.child)
+            return has_ended(self.child)
 
     def close(self) -> None:
         """Let go of the file, and of the lock; idempotent. Other threads may still read the numbers, as they are now.
@@ -165,7 +165,7 @@ def begin(token: str, parent: int, daemon: bool = False) -> Entry:
         if os.write(descriptor, bytes(_SIZE)) < _SIZE:
             raise OSError(errno.ENOSPC, f"no room for {_SIZE} bytes in {folder}")
         try:
-            _lock(descriptor)
+            lock(descriptor)
         except OSError as error:
             what = f"{error.strerror}; {folder.parent} does not support locks, set TMPDIR to a folder that does"
             raise OSError(error.errno, what) from error
@@ -199,8 +199,8 @@ def entries_of(token: str, parent: int) -> list[Path]:
 
 def mark(token: str, parent: int, what: str) -> None:
     """Tell children of ``parent`` that come later, if there is a place for it."""
-    folder = folder_of(token)
     with contextlib.suppress(OSError):
+        folder = folder_of(token)
         _make(folder)
         (folder / f"{parent}.0.{what}").touch(0o600)
 
@@ -211,7 +211,9 @@ def unmark(token: str, parent: int, what: str) -> None:
 
 
 def is_marked(token: str, parent: int, what: str) -> bool:
-    return (folder_of(token) / f"{parent}.0.{what}").exists()
+    with contextlib.suppress(OSError):
+        return (folder_of(token) / f"{parent}.0.{what}").exists()
+    return False
 
 
 def forget(token: str, parent: int) -> None:
@@ -221,14 +223,14 @@ def forget(token: str, parent: int) -> None:
     """
     if os.getpid() != parent:
         return
-    folder = folder_of(token)
     with contextlib.suppress(OSError, ValueError):
+        folder = folder_of(token)
         _check_mine(folder)
         for path in folder.iterdir():
             if path.name.startswith(f"{parent}."):
                 path.unlink(missing_ok=True)
             elif path.name.startswith(f".{parent}."):  # of a child that died before it was done, or is not yet
-                _claim(path, path.unlink)
+                claim(path, path.unlink)
             else:  # of a child that was a parent itself
                 _sweep(path)
         folder.rmdir()
@@ -249,7 +251,7 @@ def _sweep(path: Path) -> None:
     if child == os.getpid() or lives(parent):
         return
     with contextlib.suppress(FileNotFoundError):
-        _claim(path, path.unlink)
+        claim(path, path.unlink)
 
 
 def _make(folder: Path) -> None:
@@ -265,40 +267,3 @@ def _check_mine(folder: Path) -> None:
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(f"{folder}: expected a folder of this user's, for nobody else")
-
-
-def _claim(path: Path, then: Callable[[], object]) -> bool:
-    """Call ``then`` if nobody else holds the lock of a file; gives whether nobody does."""
-    with io.FileIO(path, "r+") as file:
-        free = _lock(file.fileno())
-        if free:
-            then()
-    return free
-
-
-def _lock(descriptor: int) -> bool:
-    """Gives whether nobody else holds the lock; raises OSError where there are none."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
-        return False
-    return True
-
-
-def _has_ended(child: int) -> bool:
-    """Whether a process has, waited for by its parent or not yet."""
-    if hasattr(os, "waitid"):
-        with contextlib.suppress(ChildProcessError):  # not of this one, which may be only the parent in name
-            return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return not lives(child)
-
-
-def lives(pid: int) -> bool:
-    """Whether there is such a process."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

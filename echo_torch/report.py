@@ -17,9 +17,10 @@ from typing import Protocol
 
 from . import lifetime
 from .children import KINDS
+from .claims import lives
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
-from .ledger import begin, lives
+from .ledger import begin
 from .routes import Route
 from .stats import Counts
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import ledger, lifetime
+from . import lifetime
 from .checks import check_count, check_seconds
 from .children import Children
 from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError
 from .locks import is_mine
-from .opener import WORKER_RECONNECT_S
+from .marks import Marks
 from .report import CHILD_CLOSE_S, Report, parent_of
 from .routes import Route
 from .stats import Counts, SinkStats
@@ -54,6 +53,7 @@ class Session:
         self.children = Children.of(peer, token, at_risk)
         self._token = token
         self._origin = origin
+        self._marks = Marks(token, origin)
         self._stall_timeout = stall_timeout
         self._report: Report | None = None
         self._lock = threading.RLock()
@@ -92,8 +92,7 @@ class Session:
         self.closed = True  # whoever is connecting just now will see it
         deadline = Deadline(timeout)
         problems = []
-        if not multiprocessing.current_process().daemon:  # which has no children that end with it
-            ledger.mark(self._token, os.getpid(), ledger.CLOSED)
+        self._marks.close()
         self.children.ask()
         for step in (functools.partial(self._close_route, timeout), functools.partial(self._await_children, deadline)):
             try:
@@ -137,6 +136,10 @@ class Session:
         error.unacked = unacked
         return error
 
+    def _ended_by_parent(self) -> ConnectionClosedError:
+        self.closed = True
+        return self.ended("this sink was closed")
+
     def drop(self, rows: int, error: OSError | None = None) -> None:
         """Count samples as dropped; with the first ``error``, log why."""
         with self._lock:
@@ -145,14 +148,8 @@ class Session:
             if error is None or self.gone:
                 return
             self.gone = True
-        self._mark_gone()
+        self._marks.tell_gone(True)
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
-
-    def _mark_gone(self) -> None:
-        """For the workers of the next epoch, or not any more."""
-        parent = parent_of(self._origin) if multiprocessing.current_process().daemon else None
-        if parent is not None:
-            (ledger.mark if self.gone else ledger.unmark)(self._token, parent, ledger.GONE)
 
     def _connect_once(self, open: Callable[[float | None], Route], deadline: Deadline) -> Route | None:
         """Connect, unless another thread did meanwhile or the sink was closed."""
@@ -163,7 +160,9 @@ class Session:
             if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
             if self.route is None and not self.closed:
-                route = open(self._heed_marks(None if deadline.timeout is None else deadline.remaining()))
+                if self._marks.closed:
+                    raise self._ended_by_parent()
+                route = open(self._marks.patience(None if deadline.timeout is None else deadline.remaining()))
                 try:
                     self._begin_report()
                 except BaseException:
@@ -172,7 +171,7 @@ class Session:
                 if self._report is not None:
                     self._report.route = route
                 self.route = route
-                self._mark_gone()
+                self._marks.tell_gone(False)
             lock.release()
         except BaseException:
             try:  # noqa: SIM105
@@ -184,18 +183,6 @@ class Session:
             self.route.close(0)
         return self.route
 
-    def _heed_marks(self, timeout: float | None) -> float | None:
-        """Before connecting: not if the parent has closed the sink, and not for long if others waited in vain."""
-        parent = parent_of(self._origin) if multiprocessing.current_process().daemon else None
-        if parent is None:
-            return timeout
-        if ledger.is_marked(self._token, parent, ledger.CLOSED):
-            self.closed = True
-            raise self.ended("this sink was closed")
-        if ledger.is_marked(self._token, parent, ledger.GONE):
-            return WORKER_RECONNECT_S if timeout is None else min(timeout, WORKER_RECONNECT_S)
-        return timeout
-
     def _begin_report(self) -> None:
         """In a child, unless it was begun before."""
         parent = parent_of(self._origin)
@@ -204,8 +191,7 @@ class Session:
         try:
             report = Report(self._token, parent, self)
         except ConnectionClosedError:
-            self.closed = True
-            raise self.ended("this sink was closed") from None
+            raise self._ended_by_parent() from None
         except OSError as error:
             me = f"process {os.getpid()}"
             raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error
