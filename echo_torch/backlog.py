@@ -42,6 +42,11 @@ class Backlog:
         self.caller_bytes = AHEAD_WRITE_BYTES if ring.room > window else LEVEL_WRITE_BYTES
         """About how much a caller writes itself."""
 
+    def use_all(self) -> None:
+        """Set no limit from now on: whoever waits would keep a device waiting, and no caches gain by it."""
+        self._modest = self._ring.room
+        self._ring.limit = self._ring.room
+
     def begin(self) -> None:
         """Somebody is about to pack."""
         ring = self._ring

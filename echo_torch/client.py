@@ -27,6 +27,7 @@ from .pack import Packer
 from .redial import Redial
 from .ring import Ring
 from .spec import Match, SampleSpec, check_numpy
+from .staging import Stager
 from .stats import Counts
 from .trees import flatten
 
@@ -122,17 +123,19 @@ class TcpClient:
         dial_server = functools.partial(_dial, host, port, self._spec)
         sock = dial_server(Deadline(connect_timeout), retry_refused=retry_refused)
         try:
-            self._packer = Packer(buffer, size, self._spec.leaves)
+            ring = Ring(buffer, size, replay)
+            self._packer = Packer(ring, self._spec.leaves)
             self._connection = Connection(
                 sock,
                 self._peer,
-                Ring(buffer, size, replay),
+                ring,
                 window,
                 stall_timeout=stall_timeout,
                 replay_tail=replay_tail,
                 linger=linger,
                 redial=Redial(dial_server, reconnect, connect_timeout) if reconnect else None,
             )
+            self._stager = Stager(ring, self._spec.leaves, self._packer, self._connection.move_rows, self._peer)
             weakref.finalize(self, _abandon, self._connection.thread).atexit = False
         except BaseException:
             hang_up(sock)
@@ -156,14 +159,16 @@ class TcpClient:
         arrays = self._spec.numpy_leaves(data)
         if arrays is None:
             try:
-                arrays = self._spec.match(data, batched=False).arrays
+                match = self._spec.match(data, batched=False)
             except SpecMismatchError as error:
                 raise _with_payload_size(error, data, self._spec.payload_size) from None
+            self.send_match(match, timeout=timeout)
+            return
         self._connection.send_rows(1, self._packer.filler(arrays, False), _deadline(timeout))
 
     def send_match(self, match: Match, *, timeout: float | None = None) -> None:
         """Send what `SampleSpec.match` made of a batch, for a spec of the same leaves; raises as `send_rows`."""
-        fill = self._packer.filler(match.arrays, match.batched)
+        fill = (self._stager if match.on_device else self._packer).filler(match.arrays, match.batched)
         self._connection.send_rows(match.rows, fill, _deadline(timeout))
 
     def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
@@ -208,6 +213,7 @@ class TcpClient:
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
         self._connection.close(Deadline(timeout))
+        self._stager.release()
 
     @property
     def in_flight(self) -> int:

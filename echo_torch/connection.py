@@ -153,6 +153,8 @@ class Connection:
             raise
         else:
             self.thread.end()
+        finally:
+            self.ring.free()
 
     def _deliver_all(self, deadline: Deadline) -> None:
         """Wait for all rows to be acked, then for the tail of them."""
@@ -188,10 +190,17 @@ class Connection:
             slot, rows = self.ring.free_run(want)
             if rows:
                 self._check_open("send")
-                fill(slot, first, rows)
-                if not self.ring.commit(rows):
+                self.ring.settle()
+                if not self.ring.commit(rows, copy=fill(slot, first, rows)):
                     self._check_open("send")
             return rows
+
+    def move_rows(self, buffer: memoryview) -> None:
+        """Have the rows in other memory of the same size, for rows that a device copies."""
+        link = self._link
+        with self.ring.turn, link.lock:
+            self.ring.move(buffer)
+        link.backlog.use_all()
 
     def _wait_for_room(self, rows: int, deadline: Deadline) -> None:
         """Wait for room, at most for as many rows."""

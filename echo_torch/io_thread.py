@@ -32,6 +32,10 @@ _log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 # The same while the client is dropped and what it sent is still delivered.
 FAREWELL_HEARTBEAT_S = 0.05
+# A device's copy is looked at again after this share of the time that it has taken so far, and so many seconds at the
+# least and at the most. It waits for the kernels before it, which may take a whole step of training.
+COPY_SHARE = 0.5
+COPY_LOOK_S = (0.001, 0.01)
 # Seconds without an ack after which a wait is named in the log, and again after as many more.
 STALL_WARNING_S = 30.0
 # Seconds for which a lost connection is tried to be opened again for nothing but the tail: a hiccup of the network
@@ -203,6 +207,10 @@ class IoThread:
             return None
         if link.line.writable and not link.line.full:
             return 0.0
+        copying_since = link.ring.copying_since
+        if copying_since is not None:
+            took = time.monotonic() - copying_since
+            return min(max(took * COPY_SHARE, COPY_LOOK_S[0]), COPY_LOOK_S[1])
         if link.lingering:
             return LINGER_S
         return FAREWELL_HEARTBEAT_S if self.abandoned else HEARTBEAT_S

@@ -96,7 +96,7 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
     if isinstance(value, torch.Tensor):
         if value.dtype is leaf.dtype:
             try:
-                return value.numpy(force=True) if not leaf.opaque else _bits(value, leaf)
+                return on_host(value, leaf)
             except Exception as error:  # a subclass of Tensor may raise anything
                 dtypes_of(value, root + leaf.path)
                 raise _without_values(value, root + leaf.path, error) from None
@@ -112,7 +112,10 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
     return np.broadcast_to(_NOT_SENT, shape_of(value))
 
 
-def _bits(tensor: torch.Tensor, leaf: Leaf) -> Array:
+def on_host(tensor: torch.Tensor, leaf: Leaf) -> Array:
+    """A tensor of the leaf's dtype as a numpy array in which it travels; waits for its device if that is another."""
+    if not leaf.opaque:
+        return tensor.numpy(force=True)
     return tensor.detach().resolve_conj().resolve_neg().view(_TORCH_OF[leaf.travels_as]).numpy(force=True)
 
 

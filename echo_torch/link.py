@@ -183,7 +183,8 @@ class Link:
     def _quiet(self) -> float:
         """Seconds for which acks could have come and none did, over all connections since the last that settled one."""
         before = self._quiet_before if self.ring.acked <= self._acked_at_first else 0.0
-        return before + (time.monotonic() - self.line.progress_at if self.line.in_the_air else 0.0)
+        since = self.line.progress_at if self.line.in_the_air else self.ring.copying_since
+        return before + (0.0 if since is None else time.monotonic() - since)
 
     # Pumping.
 
@@ -206,6 +207,11 @@ class Link:
     def pump(self, read_acks: bool, write_bytes: int) -> None:
         """With the I/O lock held."""
         if self.lost is None and self.failure is None:
+            try:
+                self.ring.look()
+            except RuntimeError as error:
+                self.fail(error, f"samples could not be copied from their device: {error}")
+                return
             try:
                 self.line.run(read_acks, write_bytes)
             except OSError as error:

@@ -15,20 +15,19 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from .leaves import Array, Leaf
-from .ring import Fill
+from .ring import Fill, Ring
 
 # Up to this many bytes per leaf on average, joining leaves and copying the whole is faster than copying one by one.
 JOIN_LEAF_BYTES = 2048
 
 
 class Packer:
-    """Fills the rows of ``buffer``, each of ``row_bytes`` bytes, with samples of ``leaves``."""
+    """Fills the rows of ``ring``, in whatever memory they are by then, with samples of ``leaves``."""
 
-    def __init__(self, buffer: memoryview, row_bytes: int, leaves: Sequence[Leaf]) -> None:
-        self._buffer = buffer
-        self._row_bytes = row_bytes
-        self._columns = columns(buffer, buffer.nbytes // row_bytes, row_bytes, leaves)
-        self._joins = row_bytes <= JOIN_LEAF_BYTES * len(leaves)
+    def __init__(self, ring: Ring, leaves: Sequence[Leaf]) -> None:
+        self._ring = ring
+        self._leaves = leaves
+        self._joins = ring.row_bytes <= JOIN_LEAF_BYTES * len(leaves)
 
     def filler(self, arrays: Sequence[Array], batched: bool) -> Fill:
         """What copies runs of the samples in ``arrays``, which were checked, into rows.
@@ -47,16 +46,16 @@ class Packer:
         return self._sample_filler(arrays)
 
     def _row_filler(self, row: bytes) -> Fill:
-        buffer, size = self._buffer, self._row_bytes
+        ring, size = self._ring, self._ring.row_bytes
 
         def fill(slot: int, first: int, rows: int) -> None:
-            buffer[slot * size : (slot + 1) * size] = row
+            ring.buffer[slot * size : (slot + 1) * size] = row
 
         return fill
 
     def _sample_filler(self, arrays: Sequence[Array]) -> Fill:
         def fill(slot: int, first: int, rows: int) -> None:
-            for target, array in zip(self._columns, arrays, strict=True):
+            for target, array in zip(self._targets(), arrays, strict=True):
                 target[slot] = array
 
         return fill
@@ -66,13 +65,21 @@ class Packer:
             run = slice(slot, slot + rows)
             if rows < len(arrays[0]):
                 part = slice(first, first + rows)
-                for target, array in zip(self._columns, arrays, strict=True):
+                for target, array in zip(self._targets(), arrays, strict=True):
                     target[run] = array[part]
             else:
-                for target, array in zip(self._columns, arrays, strict=True):
+                for target, array in zip(self._targets(), arrays, strict=True):
                     target[run] = array
 
         return fill
+
+    def _targets(self) -> tuple[Array, ...]:
+        """The columns of the memory in which the rows are."""
+        ring = self._ring
+        if ring.columns is None:
+            ring.columns = columns(ring.buffer, ring.capacity, ring.row_bytes, self._leaves)
+        targets: tuple[Array, ...] = ring.columns
+        return targets
 
 
 def columns(buffer: memoryview, rows: int, row_bytes: int, leaves: Iterable[Leaf]) -> tuple[Array, ...]:

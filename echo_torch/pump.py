@@ -60,12 +60,12 @@ class Pump:
     @property
     def writable(self) -> bool:
         """Whether there are rows to write that the window lets through."""
-        return self.ring.written < min(self.ring.packed, self.acked + self.window)
+        return self.ring.written < min(self.ring.ready, self.acked + self.window)
 
     @property
     def waits_for_acks(self) -> bool:
         """Whether there are rows to write that the window, and nothing else, keeps back."""
-        return not self.full and self.ring.packed > self.ring.written >= self.acked + self.window
+        return not self.full and self.ring.ready > self.ring.written >= self.acked + self.window
 
     @property
     def in_the_air(self) -> bool:
@@ -121,7 +121,7 @@ class Pump:
         """Write what the window lets through: at most about ``max_bytes``, or until the socket is full."""
         ring = self.ring
         while max_bytes > 0 and self.writable:
-            limit = min(ring.packed, self.acked + self.window)
+            limit = min(ring.ready, self.acked + self.window)
             view = ring.written_view(self._partial, limit, max_bytes)
             try:
                 _record(self._sent, self.sock.send, (view,), (_NO_SIGNAL,))

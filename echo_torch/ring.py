@@ -3,7 +3,8 @@
 A sample is one row of ``row_bytes`` bytes, and its bytes exist once: from packing until the row is released. So the
 ring is the staging area, the backpressure, the bound on memory and the retransmission buffer, all at once::
 
-    released <= acked <= written <= packed <= reserved <= released + capacity      released = max(0, acked - replay)
+    released <= acked <= written <= ready <= packed <= reserved <= released + capacity
+    released = max(0, acked - replay)
 
 * The counters count rows since the ring was made and only grow; `slot` says where row ``i`` lies.
 * The buffer is cut into chunks, and a chunk of rows goes to the memory that was released last: the caches still hold
@@ -16,6 +17,9 @@ ring is the staging area, the backpressure, the bound on memory and the retransm
   leaves no trace and no hole. That is also why packers take turns: a hole between two runs of rows would have to be
   skipped by writing, acking and replaying. The turn is held for as long as one memcpy into the ring and never while
   waiting.
+* Rows may be counted as packed while a device still copies them here. ``ready`` is how far all copies are done, and
+  nothing after that is written: it comes of a chain of runs of rows, which callers add to as they count the rows, and
+  from which the holder of the I/O lock takes those away whose copies are done.
 * Who waits, waits for ``acked`` to reach a number, parked on a lock of its own in C code. A wake-up looks at the
   counters and not at what changed, so one that an interrupt broke off is made good by the next.
 """
@@ -23,18 +27,45 @@ ring is the staging area, the backpressure, the bound on memory and the retransm
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from .deadline import bounded_wait
 
 # Small enough for what is in use to stay in the caches, large enough that runs of rows are not cut up for nothing.
 CHUNK_BYTES = 2 * 1024 * 1024
 
-Fill = Callable[[int, int, int], None]
-"""``fill(slot, first, rows)`` packs a batch's rows from ``first`` on into the ring's from ``slot`` on."""
+
+class Copy(Protocol):
+    """Bytes on their way into rows, which somebody else copies: a device."""
+
+    def done(self) -> bool:
+        """Whether all are there, without waiting. Raises RuntimeError if they never will be."""
+
+    def finish(self) -> None:
+        """Wait until nothing is copied any more."""
+
+
+Fill = Callable[[int, int, int], "Copy | None"]
+"""``fill(slot, first, rows)`` packs a batch's rows from ``first`` on into the ring's from ``slot`` on.
+
+Gives the copy that these rows wait for, if it only began one, and has put that into `Ring.begun` before it did.
+"""
+
+
+class _Run:
+    """Rows from ``first`` up to the next run's, which wait for ``copy``, and those after them that wait for nothing."""
+
+    __slots__ = ("begun_at", "copy", "first", "next")
+
+    def __init__(self, first: int, copy: Copy | None) -> None:
+        self.first = first
+        self.copy = copy
+        self.begun_at = time.monotonic()
+        self.next: _Run | None = None
 
 
 class Waiter(NamedTuple):
@@ -82,6 +113,8 @@ class Ring:
         self._placed = -1  # where the chunk begins that was placed last
         self._newest = self._unswapped = 0  # where the chunk ends that was released last, and the one to swap with next
         self.buffer = buffer.cast("B")
+        self.columns: Any = None
+        """What a packer made of ``buffer``, to be forgotten with it."""
         self.turn = threading.RLock()
         self.room = self.capacity - replay
         """Most rows un-acked; the others are for those that are kept."""
@@ -93,7 +126,23 @@ class Ring:
         self.reserved = 0
         self.refusing = False
         self.stopped = False
+        self.begun: Copy | None = None
+        """A copy into rows that are not counted; outside of `turn`, one whose caller was interrupted before that."""
+        self._seen = self._latest = _Run(0, None)  # the last run whose copy is done, and the last of all
         self._waiters: deque[Waiter] = deque()
+
+    @property
+    def ready(self) -> int:
+        """Rows up to here are packed, and their bytes are there, as far as was looked."""
+        packed = self.packed  # before it is asked which run is next, which may be packed after that
+        run = self._seen.next
+        return packed if run is None else min(packed, run.first)
+
+    @property
+    def copying_since(self) -> float | None:
+        """When the copy began that ``ready`` waits for; None if it waits for none."""
+        run = self._seen.next
+        return None if run is None else run.begun_at
 
     @property
     def released(self) -> int:
@@ -147,14 +196,23 @@ class Ring:
         # Nothing comes between the two assignments of the next line: see the module's rules.
         places[here], places[there] = places[there], places[here]
 
-    def commit(self, rows: int, last: bool = False) -> bool:
+    def commit(self, rows: int, last: bool = False, copy: Copy | None = None) -> bool:
         """Count the next ``rows`` rows, which the caller has filled, as packed; False if the ring accepts none now.
 
-        ``last`` rows are accepted by a ring that refuses others.
+        ``last`` rows are accepted by a ring that refuses others. With a ``copy``, they are not ready before it is done.
         """
         if self.stopped or (self.refusing and not last):
             return False
         end = self.packed + rows
+        if copy is None:
+            self.reserved = end
+            self.packed = end
+            return True
+        run, latest = _Run(self.packed, copy), self._latest
+        # Nothing comes between the next lines: a row is counted if, and only if, its copy is in the chain.
+        latest.next = run
+        self._latest = run
+        self.begun = None
         self.reserved = end
         self.packed = end
         return True
@@ -166,7 +224,54 @@ class Ring:
             target, source = slot + number, self.slot(self.reserved + number - period)
             self.buffer[target * size : (target + 1) * size] = self.buffer[source * size : (source + 1) * size]
 
+    def settle(self) -> None:
+        """Before packing: wait for what whoever was interrupted left under way into the rows that are packed next."""
+        if self.begun is not None:
+            self.begun.finish()
+            self.begun = None
+
+    def move(self, buffer: memoryview) -> None:
+        """Go on in other memory of the same size, in which all rows lie in order; with the I/O lock held, too.
+
+        A chunk is all of it then, for what is copied here by a device comes in runs that are as long as can be, and
+        does not go through the caches.
+        """
+        size, target = self.row_bytes, buffer.cast("B")
+        row = self.released
+        while row < self.packed:
+            place = row % self.capacity
+            rows = min(self.chunk_rows - place % self.chunk_rows, self.capacity - place, self.packed - row)
+            slot = self.slot(row)
+            target[place * size : (place + rows) * size] = self.buffer[slot * size : (slot + rows) * size]
+            row += rows
+        places = [0, 1]
+        # Nothing comes between the next lines.
+        self.buffer = target
+        self.columns = None
+        self.chunk_rows = self.capacity
+        self._whole_chunks = 1
+        self._places = places
+
+    def free(self) -> None:
+        """Give the memory back, when nothing is packed or written any more."""
+        with self.turn:
+            if self.stopped:
+                self.buffer, self.columns, self.begun = memoryview(b""), None, None
+                self._seen = self._latest = _Run(0, None)
+
     # Writing and acking: by the holder of the I/O lock.
+
+    def look(self) -> None:
+        """Take note of copies that are done.
+
+        Raises:
+            RuntimeError: one never will be.
+        """
+        while (run := self._seen.next) is not None:
+            if run.copy is not None and not run.copy.done():
+                return
+            run.copy = None
+            self._seen = run
 
     def written_view(self, skip: int, limit: int, max_bytes: int) -> memoryview:
         """The next bytes to write: rows from ``written`` to ``limit``, less ``skip`` bytes, up to the chunk's end."""

@@ -117,10 +117,11 @@ class RowRoute:
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         try:
             with self._turn:
+                arrays = self._spec.on_host(match)
                 for done in range(match.rows):
                     if deadline.expired and done:
                         raise DeliveryTimeoutError(f"{self._peer}: send() not done within {timeout:g} s")
-                    leaves = [array[done, ...] for array in match.arrays] if match.batched else match.arrays
+                    leaves = [array[done, ...] for array in arrays] if match.batched else arrays
                     self._client.send(self._spec.unflatten(leaves))
                     self._sent += 1
         except (ConnectionError, DeliveryTimeoutError) as error:

@@ -18,7 +18,8 @@ import numpy as np
 import optree
 import torch
 
-from .leaves import OPAQUE, Array, Leaf, as_array, dtypes_of, shape_of
+from . import accelerator
+from .leaves import OPAQUE, Array, Leaf, as_array, dtypes_of, on_host, shape_of
 from .mismatch import leaves_error, server_error, structure_error
 from .trees import flatten, flatten_telling, is_plain, keys_of, path_of, tensors_may_be_hollow
 from .wire import WireLeaf
@@ -37,23 +38,25 @@ _NUMPY_TYPES = {np.ndarray, *np.sctypeDict.values()}
 class Match(NamedTuple):
     """A batch that was found to be right."""
 
-    arrays: list[Array]
-    """One array per leaf in wire order, sharing the batch's memory where possible.
+    arrays: list[Any]
+    """One array per leaf in wire order, sharing the batch's memory where possible; a tensor if that is on a device.
 
     Of shape ``(rows, *leaf.shape)``, or ``leaf.shape`` if the batch was one sample.
     """
     rows: int
     batched: bool
     """False if the batch was one sample."""
+    on_device: bool = False
+    """Whether some are tensors."""
 
     def without_last(self, count: int) -> Match:
         """The same without its last ``count`` samples, of which there are as many at least."""
         if count > self.rows:
             raise ValueError(f"skip_last: got {count}, expected at most the {self.rows} samples of the batch")
         if not self.batched:
-            return Match([array[None, ...] for array in self.arrays], 1, True).without_last(count)
+            return Match([array[None, ...] for array in self.arrays], 1, True, self.on_device).without_last(count)
         rows = self.rows - count
-        return Match([array[:rows] for array in self.arrays], rows, True)
+        return Match([array[:rows] for array in self.arrays], rows, True, self.on_device)
 
 
 class SampleSpec:
@@ -145,29 +148,56 @@ class SampleSpec:
         arrays = self._as_they_are(batch)
         if arrays is None:
             flat = self._in_wire_order(batch)
-            arrays = [as_array(value, leaf, self.root) for value, leaf in zip(flat, leaves, strict=True)]
+            arrays = self._values(flat)
         first = arrays[0]
         stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
         rows = len(first) if stacked and first.ndim else 1
         if not self._are_right(arrays, self._shapes(rows, stacked)):
             raise leaves_error(self.root, leaves, self._in_wire_order(batch), batched)
-        return Match(arrays, rows, stacked)
+        return Match(arrays, rows, stacked, _any_tensor(arrays))
 
-    def _as_they_are(self, batch: Any) -> list[Array] | None:
-        """The arrays of a batch of the structure met last, all of it plain CPU tensors or all of it arrays; or None.
+    def on_host(self, match: Match) -> list[Array]:
+        """The arrays of a match, after waiting for those that are on a device."""
+        return [
+            on_host(array, leaf) if isinstance(array, torch.Tensor) else array
+            for array, leaf in zip(match.arrays, self.leaves, strict=True)
+        ]
+
+    def _as_they_are(self, batch: Any) -> list[Any] | None:
+        """The arrays of a batch of the structure met last, all of it plain tensors or all of it arrays; or None.
 
         This is what a training loop sends again and again; whatever else there is takes the long way.
         """
         flat = self._flat_like_last(batch)
-        if flat is None or self._any_opaque or tensors_may_be_hollow():
+        if flat is None or tensors_may_be_hollow():
             return None
         types = set(map(type, flat))
+        if types == _TENSORS and not flat[0].is_cpu:
+            return self._as_they_are_on_device(flat)
+        if self._any_opaque:
+            return None
         if types == _TENSORS:
             try:
                 return [tensor.numpy() for tensor in flat]
             except Exception:  # another device or layout, a gradient, a lazy negation, a mode: the long way tells
                 return None
         return flat if types == _ARRAYS else None
+
+    def _as_they_are_on_device(self, flat: list[Any]) -> list[Any] | None:
+        """Those of tensors that are all on a device, or None."""
+        pairs = zip(flat, self.leaves, strict=True)
+        if not all(tensor.dtype is leaf.dtype and accelerator.holds(tensor) for tensor, leaf in pairs):
+            return None
+        return [tensor.detach() for tensor in flat]
+
+    def _values(self, flat: list[Any]) -> list[Any]:
+        """An array for each leaf, or the tensor that stays on its device."""
+        hollow = tensors_may_be_hollow()
+        values = []
+        for value, leaf in zip(flat, self.leaves, strict=True):
+            stays = not hollow and accelerator.holds(value) and value.dtype is leaf.dtype
+            values.append(value.detach() if stays else as_array(value, leaf, self.root))
+        return values
 
     def _flat_like_last(self, tree: Any) -> list[Any] | None:
         """The leaves in wire order, some of them maybe containers, if they are found where they were last; or None."""
@@ -183,8 +213,14 @@ class SampleSpec:
         self._misses = 0
         return flat if order == self._in_order else [flat[i] for i in order]
 
-    def _are_right(self, arrays: list[Array], shapes: list[tuple[int, ...]]) -> bool:
-        return [array.shape for array in arrays] == shapes and [array.dtype for array in arrays] == self._dtypes
+    def _are_right(self, arrays: list[Any], shapes: list[tuple[int, ...]]) -> bool:
+        if [array.shape for array in arrays] != shapes:
+            return False
+        if not _any_tensor(arrays):
+            return [array.dtype for array in arrays] == self._dtypes
+        # A tensor has its leaf's dtype, or it would not be here.
+        pairs = zip(arrays, self._dtypes, strict=True)
+        return all(isinstance(array, torch.Tensor) or array.dtype == dtype for array, dtype in pairs)
 
     def _in_wire_order(self, batch: Any) -> list[Any]:
         """The leaves of a batch of any structure that has the example's."""
@@ -221,6 +257,10 @@ class SampleSpec:
         if is_plain(treespec):
             self._orders[treespec] = order
         return order
+
+
+def _any_tensor(arrays: list[Any]) -> bool:
+    return torch.Tensor in set(map(type, arrays))
 
 
 def numpy_example(example: Any) -> Any:

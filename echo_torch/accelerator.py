@@ -1,0 +1,109 @@
+"""What is asked of an accelerator: streams, pinned memory, and whether it can be used at all.
+
+Only the part of PyTorch that is the same for all accelerators, but for what it has for CUDA alone: on older releases,
+whether a graph is captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+# Pinned memory of this process.
+_pinned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+
+
+@functools.cache
+def kind() -> str | None:
+    """The type of this build's accelerator, ``"cuda"`` for instance; None if it has none."""
+    device = torch.accelerator.current_accelerator()
+    return None if device is None else device.type
+
+
+def holds(value: Any) -> bool:
+    """Whether it is a plain dense tensor of an accelerator."""
+    return (
+        type(value) in _PLAIN
+        and not value.is_cpu
+        and value.device.type == kind()
+        and value.layout is torch.strided
+        and not value.is_nested
+    )
+
+
+def check_usable(device: torch.device, stream: torch.Stream) -> None:
+    """RuntimeError inside the capture of a graph: there, nothing is computed that could be sent."""
+    capturing = getattr(stream, "is_capturing", None)
+    if capturing is None and device.type == "cuda":
+        capturing = torch.cuda.is_current_stream_capturing
+    if capturing is not None and capturing():
+        raise RuntimeError(f"send() while a graph of {device} is captured; call it outside of that, after each replay")
+
+
+def check_process(device: torch.device) -> None:
+    """RuntimeError in a process that was forked from one that used the device: there it cannot be used."""
+    forked = getattr(torch.get_device_module(device), "_is_in_bad_fork", None)
+    if forked is not None and forked():
+        raise RuntimeError(
+            f"send() of a tensor on {device} in process {os.getpid()}, which was forked after {device.type} was "
+            "initialised; start such processes with 'spawn' or 'forkserver', or send CPU tensors from them"
+        )
+
+
+def current_stream(device: torch.device) -> torch.Stream:
+    """The one that this thread works on."""
+    return torch.accelerator.current_stream(device)
+
+
+def new_stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device)
+
+
+def run_on(stream: torch.Stream, enqueue: Callable[[], object]) -> None:
+    """Have what ``enqueue`` enqueues on the device run in this stream."""
+    with _current(stream):
+        enqueue()
+
+
+def _current(stream: torch.Stream) -> contextlib.AbstractContextManager[Any]:
+    return stream if hasattr(stream, "__enter__") else _made_current(stream)
+
+
+@contextlib.contextmanager
+def _made_current(stream: torch.Stream) -> Iterator[None]:
+    """As entering a stream does in PyTorch 2.7 and later."""
+    before, device = torch.accelerator.current_stream(stream.device), torch.accelerator.current_device_index()
+    try:
+        torch.accelerator.set_stream(stream)
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
+        torch.accelerator.set_device_index(device)
+
+
+def pinned(size: int) -> torch.Tensor:
+    """Host memory of so many bytes that a device copies to by itself; RuntimeError if there is none."""
+    with torch.inference_mode(False):  # a tensor of that mode could not be written to outside of it
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+    _pinned[id(memory)] = memory
+    return memory
+
+
+def _keep_pinned() -> None:
+    """In a forked child: never free the copies, for the driver knows nothing of this process."""
+    for reference in _pinned.valuerefs():
+        memory = reference()
+        if memory is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
+
+
+os.register_at_fork(after_in_child=_keep_pinned)
