@@ -172,7 +172,7 @@ class SampleSpec:
         if flat is None or tensors_may_be_hollow():
             return None
         types = set(map(type, flat))
-        if types == _TENSORS and not flat[0].is_cpu:
+        if types == _TENSORS and accelerator.holds(flat[0]):
             return self._as_they_are_on_device(flat)
         if self._any_opaque:
             return None

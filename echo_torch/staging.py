@@ -240,4 +240,5 @@ def as_units(tensor: torch.Tensor, unit: torch.dtype) -> torch.Tensor:
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if plain.data_ptr() % unit.itemsize:
         plain = plain.clone()
-    return plain.view(len(plain), -1).view(unit)
+    items = plain[0].numel()
+    return plain.as_strided((len(plain), items), (items, 1)).view(unit)  # where a size is 1, the stride may be anything

@@ -77,6 +77,17 @@ class Line:
 Script = Callable[[Line], None]
 
 
+class Scripts:
+    """One script for each connection, and the last for all that follow."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self._left = list(scripts)
+
+    def __call__(self, line: Line) -> None:
+        script = self._left.pop(0) if len(self._left) > 1 else self._left[0]
+        script(line)
+
+
 class Peer:
     """Listens on ``127.0.0.1`` (or ``::1``) and runs ``script`` for each client; a context manager.
 

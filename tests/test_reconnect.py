@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from calls import SOON_S, Gate, eventually
 from conftest import our_threads, threads_end
-from peers import Line, Peer, Script
+from peers import Line, Peer, Script, Scripts
 from torch.utils.data import DataLoader
 
 from echo_torch import (
@@ -86,17 +86,6 @@ def silent(line: Line) -> None:
 def goes_at_once(line: Line) -> None:
     line.greet(SAMPLE)
     line.hang_up()
-
-
-class Scripts:
-    """One script for each connection, and the last for all that follow."""
-
-    def __init__(self, *scripts: Script) -> None:
-        self._left = list(scripts)
-
-    def __call__(self, line: Line) -> None:
-        script = self._left.pop(0) if len(self._left) > 1 else self._left[0]
-        script(line)
 
 
 def peer_of(*scripts: Script) -> Peer:

@@ -1,0 +1,135 @@
+"""An accelerator that computes on the CPU, but only when it is told to, and in as wrong an order as its streams allow.
+
+`FakeDevice.install` puts it in place of what `echo_torch.accelerator` asks PyTorch for. What is enqueued in a stream
+waits there, as on a real device, until `FakeDevice.run` or a synchronisation comes to it. Tensors are "on" the device
+that `FakeDevice.put` gave, and no others.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from echo_torch import accelerator
+
+
+class FakeEvent:
+    """Passes when its stream comes to where it was recorded."""
+
+    def __init__(self) -> None:
+        self.passed = False
+
+    def query(self) -> bool:
+        return self.passed
+
+
+class FakeStream:
+    """What was enqueued and not done yet: work, events to be recorded, and events to wait for."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+        self.ops: deque[Callable[[], bool]] = deque()
+        device.streams.append(self)
+
+    def enqueue(self, work: Callable[[], object]) -> None:
+        def done() -> bool:
+            work()
+            return True
+
+        self.ops.append(done)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.ops.append(other.record_event().query)
+
+    def record_event(self) -> FakeEvent:
+        event = FakeEvent()
+        self.enqueue(lambda: setattr(event, "passed", True))
+        return event
+
+    def synchronize(self) -> None:
+        with self.device.lock:
+            while self.ops:
+                assert any(map(self.device.step, (self, *self.device.streams))), "streams wait for each other"
+
+
+class FakeDevice:
+    """One device with any number of streams, of which each thread has a current one."""
+
+    def __init__(self) -> None:
+        self.streams: list[FakeStream] = []
+        self.lock = threading.RLock()
+        self.freed_too_soon = 0
+        """How often memory was to be copied that nobody had kept."""
+        self._current = threading.local()
+        self._memory: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(accelerator, "holds", lambda value: id(value) in self._memory)
+        monkeypatch.setattr(accelerator, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(accelerator, "new_stream", lambda device: FakeStream(self))
+        monkeypatch.setattr(accelerator, "run_on", self.run_on)
+        monkeypatch.setattr(accelerator, "pinned", lambda size: torch.full((size,), 0xA5, dtype=torch.uint8))
+        for check in ("check_usable", "check_process"):
+            monkeypatch.setattr(accelerator, check, lambda *arguments: None)
+
+    @property
+    def current(self) -> FakeStream:
+        """The stream of the calling thread."""
+        if not hasattr(self._current, "stream"):
+            self._current.stream = FakeStream(self)
+        stream: FakeStream = self._current.stream
+        return stream
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of its own that is on the device."""
+        there = tensor.clone(memory_format=torch.preserve_format)
+        self._memory[id(there)] = there
+        return there
+
+    def run_on(self, stream: FakeStream, enqueue: Callable[[], object]) -> None:
+        """A copy into host memory holds what it copies weakly, as a device does, and is waited for if it blocks."""
+        if not isinstance(enqueue, functools.partial) or "non_blocking" not in enqueue.keywords:
+            stream.enqueue(enqueue)
+            return
+        (source,) = enqueue.args
+        whole = weakref.ref(source if source._base is None else source._base)
+        write, layout = enqueue.func, (source.size(), source.stride(), source.storage_offset())
+
+        def copy() -> None:
+            memory = whole()
+            if memory is None:
+                self.freed_too_soon += 1
+            else:
+                write(memory.as_strided(*layout))
+
+        stream.enqueue(copy)
+        if not enqueue.keywords["non_blocking"]:
+            stream.synchronize()
+
+    def step(self, stream: FakeStream) -> bool:
+        """Do the next thing of a stream, if it has one that does not wait; gives whether it did."""
+        with self.lock:
+            if not stream.ops or not stream.ops[0]():
+                return False
+            stream.ops.popleft()
+            return True
+
+    def run(self, first: Sequence[FakeStream] | None = None) -> None:
+        """Do everything that is there: what the newest streams can do first, or else ``first``."""
+        order = list(first or reversed(self.streams))
+        order += [stream for stream in self.streams if stream not in order]
+        while any(self.step(stream) for stream in order):
+            pass
+
+
+def rows_of(batch: Any) -> list[bytes]:
+    """The payload of each sample of a batch of named tensors, in the order of the names."""
+    leaves = [batch[name].contiguous().view(len(batch[name]), -1).view(torch.uint8) for name in sorted(batch)]
+    return [row.numpy().tobytes() for row in torch.cat(leaves, dim=1)]
