@@ -30,6 +30,7 @@ from .session import Session
 from .spec import Match, SampleSpec, example_of
 from .stats import SinkStats
 from .tee import Tee
+from .tracing import profiled, uncompiled
 from .workers import SinkCollate
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class EchoSink:
         session.gone = False
         return self
 
+    @uncompiled
     def send(
         self,
         batch: Any,
@@ -186,6 +188,10 @@ class EchoSink:
         and acks nothing still does.
         """
         check_timeout("timeout", timeout)
+        with profiled("echo_torch.send"):
+            self._send(batch, batched, timeout, step, skip_last)
+
+    def _send(self, batch: Any, batched: bool | None, timeout: float | None, step: int | None, skip_last: int) -> None:
         session = self._session()
         watermark = session.watermark
         if is_mine(watermark.lock):

@@ -30,8 +30,8 @@ import torch
 from . import accelerator
 from .leaves import Leaf, on_host
 from .pack import Packer
-from .profile import profiled
 from .ring import Fill, Ring
+from .tracing import profiled
 
 _log = logging.getLogger(__name__)
 

@@ -581,3 +581,36 @@ def test_the_device_with_most_bytes_packs() -> None:
     small, large = torch.zeros(4, device="cpu"), torch.zeros(4, dtype=torch.float64, device="meta")
     assert device_of([small, large, small.numpy(), small]) == torch.device("cpu")
     assert device_of([small, large, np.zeros(100)]) == torch.device("meta")
+
+
+# In the trace of a profiler, and in what is compiled.
+
+
+def test_a_profiler_shows_what_send_does(device: FakeDevice) -> None:
+    with sending() as (_, sink), torch.profiler.profile() as profile:
+        sink.send(on(device, 0))
+        device.run()
+        sink.wait(SOON_S)
+    names = {event.key for event in profile.key_averages()}
+    assert {"echo_torch.send", "echo_torch.pack", "echo_torch.copy"} <= names
+
+
+def test_a_compiled_function_may_send() -> None:
+    """What it sends is what was computed, not what was traced; as a part of one graph it cannot be."""
+    with sending() as (peer, sink):
+
+        def step(numbers: torch.Tensor) -> torch.Tensor:
+            doubled = numbers * 2
+            sink.send({"a": doubled, "b": doubled[:, 0].to(torch.uint8)})
+            return doubled.sum()
+
+        inputs = [torch.arange(6, dtype=torch.int32).view(2, 3) + number for number in range(3)]
+        compiled = torch.compile(step, backend="eager")
+        assert [int(compiled(numbers)) for numbers in inputs] == [30, 42, 54]
+        sink.wait(SOON_S)
+        expected = [{"a": 2 * numbers, "b": (2 * numbers[:, 0]).to(torch.uint8)} for numbers in inputs]
+        assert heard(peer) == [row for sent in expected for row in rows_of(sent)]
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="it sends to another process"):
+            torch.compile(step, backend="eager", fullgraph=True)(inputs[0])
+    torch.compiler.reset()
