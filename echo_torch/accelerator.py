@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+_WITHOUT_STREAMS = {"mps"}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 # Pinned memory of this process.
@@ -24,9 +25,9 @@ _pinned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDicti
 
 @functools.cache
 def kind() -> str | None:
-    """The type of this build's accelerator, ``"cuda"`` for instance; None if it has none."""
+    """The type of this build's accelerator, ``"cuda"`` for instance; None if it has none, or none with streams."""
     device = torch.accelerator.current_accelerator()
-    return None if device is None else device.type
+    return None if device is None or device.type in _WITHOUT_STREAMS else device.type
 
 
 def holds(value: Any) -> bool:

@@ -168,7 +168,11 @@ class TcpClient:
 
     def send_match(self, match: Match, *, timeout: float | None = None) -> None:
         """Send what `SampleSpec.match` made of a batch, for a spec of the same leaves; raises as `send_rows`."""
-        fill = (self._stager if match.on_device else self._packer).filler(match.arrays, match.batched)
+        if match.on_device:
+            self._connection.enter("send")  # before the memory is pinned, which takes locks
+            fill = self._stager.filler(match.arrays, match.batched)
+        else:
+            fill = self._packer.filler(match.arrays, match.batched)
         self._connection.send_rows(match.rows, fill, _deadline(timeout))
 
     def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
@@ -212,8 +216,10 @@ class TcpClient:
                 time was up. Closed all the same.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
-        self._connection.close(Deadline(timeout))
-        self._stager.release()
+        try:
+            self._connection.close(Deadline(timeout))
+        finally:
+            self._stager.release()
 
     @property
     def in_flight(self) -> int:

@@ -78,6 +78,19 @@ class Connection:
         sent = self._link.sent
         return sent, min(self.ring.acked, sent)
 
+    def enter(self, call: str) -> None:
+        """Turn away whom this connection cannot serve: another process, or a signal handler inside a call of ours."""
+        link = self._link
+        if self._pid != os.getpid():
+            raise ConnectionClosedError(
+                f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
+            )
+        if link.interrupted:
+            raise RuntimeError(
+                f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
+                "the same thread; raise an exception there (sys.exit) and flush outside"
+            )
+
     def send_rows(self, rows: int, fill: Fill, deadline: Deadline) -> None:
         """Put ``rows`` rows into the ring, waiting for room; ``fill`` is called for each run of them that fits.
 
@@ -85,7 +98,7 @@ class Connection:
             ConnectionClosedError: closed, or the peer is gone.
             DeliveryTimeoutError: no room in time. Both carry ``rows_accepted``.
         """
-        self._enter("send")
+        self.enter("send")
         done = 0
         self._link.backlog.begin()
         try:
@@ -109,7 +122,7 @@ class Connection:
             ConnectionClosedError: the connection ended before that.
             DeliveryTimeoutError: it took too long; delivery goes on.
         """
-        self._enter("wait")
+        self.enter("wait")
         self._wait_for("wait", self.ring.packed, deadline)
 
     def refresh(self) -> None:
@@ -134,7 +147,7 @@ class Connection:
         if self.thread.is_current:
             self.thread.say_farewell()
             return
-        self._enter("close")
+        self.enter("close")
         told = link.told
         try:
             link.refuse()
@@ -168,19 +181,6 @@ class Connection:
         self._link.push()
         self._wait_for("close", tail.ends, deadline)
         self.thread.linger(deadline)
-
-    def _enter(self, call: str) -> None:
-        """Turn away whom this connection cannot serve: another process, or a signal handler inside a call of ours."""
-        link = self._link
-        if self._pid != os.getpid():
-            raise ConnectionClosedError(
-                f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
-            )
-        if link.interrupted:
-            raise RuntimeError(
-                f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
-                "the same thread; raise an exception there (sys.exit) and flush outside"
-            )
 
     # Packing.
 

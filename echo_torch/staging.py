@@ -145,7 +145,8 @@ class Stager:
             while slot < end:
                 if piece is None or not piece[0] <= first < piece[0] + len(piece[1]):
                     count = min(self._piece_rows, total - first)
-                    piece = (first, *self._pack([array[first : first + count] for array in stacked], producing, device))
+                    part = stacked if count == total else [array[first : first + count] for array in stacked]
+                    piece = (first, *self._pack(part, producing, device))
                     copying.wait_stream(producing)
                 begins, packed, uploaded = piece
                 source = packed[first - begins : first - begins + end - slot]
@@ -231,14 +232,19 @@ def own_bytes(array: Any) -> torch.Tensor:
 
 def pack_rows(tensors: Sequence[torch.Tensor], unit: torch.dtype, packed: torch.Tensor) -> None:
     """Enqueue what packs ``(rows, *shape)`` each, in order, into uint8 ``(rows, bytes)``."""
-    columns = [as_units(tensor.to(packed.device, non_blocking=True), unit) for tensor in tensors]
+    here = packed.device
+    columns = [
+        as_units(tensor if tensor.device == here else tensor.to(here, non_blocking=True), unit) for tensor in tensors
+    ]
     torch.cat(columns, dim=1, out=packed.view(unit))
 
 
 def as_units(tensor: torch.Tensor, unit: torch.dtype) -> torch.Tensor:
     """The bytes of ``(rows, *shape)`` as ``(rows, bytes / unit)``, without a copy where that is possible."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+    plain = tensor.contiguous()
     if plain.data_ptr() % unit.itemsize:
         plain = plain.clone()
-    items = plain[0].numel()
+    items = plain.numel() // len(plain)
     return plain.as_strided((len(plain), items), (items, 1)).view(unit)  # where a size is 1, the stride may be anything
