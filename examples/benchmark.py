@@ -1,6 +1,7 @@
 """What sending costs: the sink and `TcpClient` beside the stock ``echo.TcpClient`` and the raw limit of the socket.
 
     python examples/benchmark.py [--quick] [--json FILE] [--cases 29B,1KB] [--peers null,real] [--tables busy,loop]
+    python examples/benchmark.py --device cuda [--quick] [--json FILE] [--tables staging,step]
 
 Every figure is the median of interleaved rounds in one run: the senders take turns on one peer, so that a drifting
 machine drifts for all of them. ``benchmark_senders.py`` says what is compared with what.
@@ -28,6 +29,8 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from benchmark_device import launch_rows, send_rows, staging_rows, step_rows, where
 from benchmark_loaders import WORKERS, loader_rows
 from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, cpu_seconds, elsewhere, sink
 
@@ -470,6 +473,11 @@ TARGETS = [
     Target(f"resident bytes grown per {MEMORY_SENDS:,} sends", "memory", {}, "resident", RESIDENT_NOISE),
     Target(f"Python blocks grown per {MEMORY_SENDS:,} sends", "memory", {}, "blocks", BLOCKS_NOISE),
     Target("threads per connection", "memory", {}, "threads", 1),
+    Target("device to host, x pinned copy", "staging", {}, "kept", 0.95, True),
+    Target("host time of send (us)", "send", {}, "p50_us", 100),
+    Target("step slower by", "step", {"sender": ("sink",)}, "slower", 0.02),
+    Target("step overhead, / .cpu() + stock", "step", {"sender": ("sink",)}, "vs_stock", 1 / 10),
+    Target("kernels and copies per send", "launches", {"what": ("all",)}, "per_send", 3),
 ]
 
 
@@ -494,7 +502,7 @@ def judge(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             table.add(
                 {
                     "target": target.says,
-                    "of": " ".join(row[key] for key in ("case", "sender", "peer") if key in row),
+                    "of": " ".join(str(row[key]) for key in ("case", "model", "sender", "peer") if key in row),
                     "bound": f"{'>=' if target.at_least else '<='} {target.bound:.3g}",
                     "figure": figure,
                     "verdict": "reached" if reached else "missed",
@@ -503,6 +511,60 @@ def judge(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return table.rows
 
 
+# An accelerator.
+
+
+def staging_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "batch MB": ("mb", ",.1f"),
+        "sink GB/s": ("sink_gb_s", ",.2f"),
+        "pinned copy GB/s": ("copy_gb_s", ",.2f"),
+        "of copy": ("kept", ".3f"),
+    }
+    return filled(Table("From the device into pinned rows, 4 leaves, no socket", columns), staging_rows(options))
+
+
+def send_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "samples": ("rows", ","),
+        "batch MB": ("mb", ",.2f"),
+        "send us, median": ("p50_us", ",.1f"),
+        "95 % below": ("p95_us", ",.1f"),
+    }
+    return filled(
+        Table("Caller blocked in EchoSink.send, 4 leaves on the device, ring empty", columns), send_rows(options)
+    )
+
+
+def step_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "model             ": ("model", "<18"),
+        "sender        ": ("sender", "<14"),
+        "ms/step": ("step_ms", ".3f"),
+        "slower by": ("slower", ".2%"),
+        "sent GB/s": ("gb_s", ".2f"),
+        "/ stock": ("vs_stock", ".3f"),
+    }
+    return filled(Table("Training steps that each send their batch, null peer", columns), step_rows(options))
+
+
+def launches_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {f"{'kernels and copies':60}": ("what", "<60"), "per send": ("per_send", ".1f")}
+    return filled(Table("What a send of 4 leaves launches", columns), launch_rows(options))
+
+
+def filled(table: Table, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in rows:
+        table.add(row)
+    return table.rows
+
+
+DEVICE_TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "staging": staging_table,
+    "send": send_table,
+    "step": step_table,
+    "launches": launches_table,
+}
 TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "throughput": throughput,
     "trips": round_trips,
@@ -543,9 +605,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=positive, help="length of one round of one sender (default: 0.6)")
     parser.add_argument("--cases", type=some_of(list(cases())), help=f"for throughput, of {', '.join(cases())}")
     parser.add_argument("--peers", type=some_of(["null", "real"]), default="null,real", help="for throughput")
-    everything = ",".join(TABLES)
-    parser.add_argument("--tables", type=some_of(list(TABLES)), default=everything, help=f"of {everything}")
+    parser.add_argument("--device", type=torch.device, help="measure sending from this accelerator, such as cuda")
+    names = f"of {','.join(TABLES)}; with --device, of {','.join(DEVICE_TABLES)}"
+    parser.add_argument("--tables", type=some_of([*TABLES, *DEVICE_TABLES]), help=names)
     options = parser.parse_args()
+    options.tables = options.tables or list(DEVICE_TABLES if options.device else TABLES)
     options.cases = options.cases or (["29B"] if options.quick else list(cases()))
     options.seconds = options.seconds or (0.1 if options.quick else 0.6)
     return options
@@ -553,7 +617,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    results = {name: run(options) for name, run in TABLES.items() if name in options.tables}
+    if options.device:
+        print(where(options.device))
+    tables = DEVICE_TABLES if options.device else TABLES
+    results = {name: run(options) for name, run in tables.items() if name in options.tables}
     results["targets"] = judge(results)
     if options.json:
         with open(options.json, "w") as file:

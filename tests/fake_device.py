@@ -71,13 +71,13 @@ class FakeDevice:
         self._memory: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(accelerator, "holds", lambda value: id(value) in self._memory)
-        monkeypatch.setattr(accelerator, "current_stream", lambda device: self.current)
-        monkeypatch.setattr(accelerator, "new_stream", lambda device: FakeStream(self))
-        monkeypatch.setattr(accelerator, "run_on", self.run_on)
-        monkeypatch.setattr(accelerator, "pinned", lambda size: torch.full((size,), 0xA5, dtype=torch.uint8))
-        for check in ("check_usable", "check_process"):
-            monkeypatch.setattr(accelerator, check, lambda *arguments: None)
+        _install(
+            monkeypatch,
+            holds=lambda value: id(value) in self._memory,
+            current_stream=lambda device: self.current,
+            new_stream=lambda device: FakeStream(self),
+            run_on=self.run_on,
+        )
 
     @property
     def current(self) -> FakeStream:
@@ -127,6 +127,39 @@ class FakeDevice:
         order += [stream for stream in self.streams if stream not in order]
         while any(self.step(stream) for stream in order):
             pass
+
+
+class DoneAtOnce:
+    """A stream of a device that does everything while it is enqueued."""
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def record_event(self) -> FakeEvent:
+        event = FakeEvent()
+        event.passed = True
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+
+def install_prompt_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has all tensors be on a device that is never late."""
+    _install(
+        monkeypatch,
+        holds=lambda value: isinstance(value, torch.Tensor),
+        current_stream=lambda device: DoneAtOnce(),
+        new_stream=lambda device: DoneAtOnce(),
+        run_on=lambda stream, enqueue: enqueue(),
+    )
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
+    functions["pinned"] = lambda size: torch.full((size,), 0xA5, dtype=torch.uint8)
+    functions["check_usable"] = functions["check_process"] = lambda *arguments: None
+    for name, function in functions.items():
+        monkeypatch.setattr(accelerator, name, function)
 
 
 def rows_of(batch: Any) -> list[bytes]:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from calls import eventually
+from fake_device import install_prompt_device
 
 from echo_torch import EchoSink, numpy_example
 
@@ -299,3 +300,31 @@ def test_benchmark_refuses_rounds_of_nothing(
     with pytest.raises(SystemExit):
         benchmark["parse_arguments"]()
     assert f"{option}: got {got}, expected" in capsys.readouterr().err
+
+
+def test_benchmark_fills_the_tables_of_a_device(
+    benchmark: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one that is made of the CPU: what runs on a real one is all but the same, and its figures are others."""
+    install_prompt_device(monkeypatch)
+    device = importlib.import_module("benchmark_device")
+
+    def tiny(_: torch.device) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        return torch.nn.Linear(8, 4), {"input": torch.randn(16, 8), "label": torch.randint(0, 4, (16,))}
+
+    monkeypatch.setattr(device, "MODELS", {"tiny": tiny})
+    monkeypatch.setattr(device, "SENDS", 3)
+    monkeypatch.setattr(device, "STAGED_BYTES", (1 << 20,))
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--device", "cpu", "--rounds", "1", "--seconds", "0.001"])
+    benchmark["main"]()
+    report = capsys.readouterr().out
+    assert report.startswith(f"torch {torch.__version__}, cpu\n")
+    (verdicts,) = re.findall(r"^Targets\n(.*)", report, re.MULTILINE | re.DOTALL)
+    assert len(verdicts.splitlines()) == 1 + 1 + 3 + 1 + 1 + 1
+    for title in (
+        "From the device into pinned rows",
+        "Caller blocked in EchoSink.send",
+        "Training steps",
+        "What a send of",
+    ):
+        assert title in report
