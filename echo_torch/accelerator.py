@@ -9,15 +9,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+_log = logging.getLogger(__name__)
+
 _WITHOUT_STREAMS = {"mps"}
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+# What PyTorch does for threads of its own, and has no call for: the function of the driver, and the mode it is given.
+_SETS_APART = {
+    "cuda": ("libcuda.so.1", "cuThreadExchangeStreamCaptureMode"),
+    "hip": ("libamdhip64.so", "hipThreadExchangeStreamCaptureMode"),
+}
+_THREAD_LOCAL = 1
+_this_thread = threading.local()
 
 # Pinned memory of this process.
 _pinned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
@@ -89,6 +101,26 @@ def _made_current(stream: torch.Stream) -> Iterator[None]:
     finally:
         torch.accelerator.set_stream(before)
         torch.accelerator.set_device_index(device)
+
+
+def passed(event: torch.Event) -> bool:
+    """Whether what was before the event is done; to be asked by a thread that captures no graphs."""
+    if not getattr(_this_thread, "is_apart", False):
+        _this_thread.is_apart = True
+        if event.device is not None and event.device.type == "cuda":
+            _set_apart()
+    return event.query()
+
+
+def _set_apart() -> None:
+    """Have questions of this thread not end the capture of a graph by another, as by default all do."""
+    library, function = _SETS_APART["hip" if torch.version.hip else "cuda"]
+    try:
+        status = getattr(ctypes.CDLL(library), function)(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+    except (OSError, AttributeError) as error:
+        status = error
+    if status:
+        _log.info("sending from a device while a graph is captured may end the capture: %s: %s", function, status)
 
 
 def pinned(size: int) -> torch.Tensor:

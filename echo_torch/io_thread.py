@@ -197,6 +197,7 @@ class IoThread:
                 link.line.full = False
             lingered, link.lingering = link.lingering, False
             written = link.ring.written
+            self._look_at_copies()
             link.pump(True, WRITE_BYTES)
             link.lingering = lingered and link.ring.written > written
             self._look_for_host()
@@ -217,6 +218,13 @@ class IoThread:
 
     def _over(self) -> bool:
         return self._stopping or self._link.failure is not None
+
+    def _look_at_copies(self) -> None:
+        """With the I/O lock held; by this thread alone, for others may not ask (`accelerator.passed`)."""
+        try:
+            self._link.ring.look()
+        except RuntimeError as error:
+            self._link.fail(error, f"samples could not be copied from their device: {error}")
 
     def _look_for_host(self) -> None:
         """With the I/O lock held: ask whether the peer's host still answers, when acks have stayed away for a while."""

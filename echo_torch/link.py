@@ -208,11 +208,6 @@ class Link:
         """With the I/O lock held."""
         if self.lost is None and self.failure is None:
             try:
-                self.ring.look()
-            except RuntimeError as error:
-                self.fail(error, f"samples could not be copied from their device: {error}")
-                return
-            try:
                 self.line.run(read_acks, write_bytes)
             except OSError as error:
                 self.lose(error)

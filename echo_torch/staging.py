@@ -58,7 +58,7 @@ class DeviceCopy:
         self._event = self._stream.record_event()
 
     def done(self) -> bool:
-        if self._event is None or not self._event.query():
+        if self._event is None or not accelerator.passed(self._event):
             return False
         self._kept.clear()
         return True

@@ -157,6 +157,7 @@ def install_prompt_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _install(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
     functions["pinned"] = lambda size: torch.full((size,), 0xA5, dtype=torch.uint8)
+    functions["passed"] = lambda event: event.query()
     functions["check_usable"] = functions["check_process"] = lambda *arguments: None
     for name, function in functions.items():
         monkeypatch.setattr(accelerator, name, function)

@@ -359,7 +359,7 @@ def test_waiting_for_a_device_that_hangs_ends(device: FakeDevice) -> None:
         with pytest.raises(DeliveryTimeoutError, match=r"nothing was acked for 0.2 s \(stall_timeout\); 8 samples"):
             sink.wait()
         device.run()
-        sink.wait(SOON_S)
+        eventually(lambda: sink.stats().samples_acked == ROWS)
 
 
 def test_closing_while_a_device_hangs_ends(device: FakeDevice) -> None:
@@ -614,3 +614,27 @@ def test_a_compiled_function_may_send() -> None:
         with pytest.raises(torch._dynamo.exc.Unsupported, match="it sends to another process"):
             torch.compile(step, backend="eager", fullgraph=True)(inputs[0])
     torch.compiler.reset()
+
+
+def test_only_one_thread_asks_for_copies(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may be capturing a graph, which such a question would end."""
+    asked_by = set()
+    query = FakeEvent.query
+
+    def noted(event: FakeEvent) -> bool:
+        asked_by.add(threading.current_thread().name)
+        return query(event)
+
+    monkeypatch.setattr(FakeEvent, "query", noted)
+    with sending() as (_, sink):
+        for number in range(10):
+            sink.send(on(device, number))
+            sink.stats()
+            sink.send(batch(number))
+        asked_by.clear()  # of what the streams ask each other
+        sink.stats()
+        with computing(device):
+            sink.wait(SOON_S)
+        assert {name for name in asked_by if name.startswith("echo_torch") or name == "MainThread"} == {
+            f"echo_torch {sink.peer}"
+        }
