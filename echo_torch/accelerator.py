@@ -53,8 +53,20 @@ def holds(value: Any) -> bool:
     )
 
 
-def check_usable(device: torch.device, stream: torch.Stream) -> None:
-    """RuntimeError inside the capture of a graph: there, nothing is computed that could be sent."""
+class NotPinnedError(RuntimeError):
+    """There is no pinned memory to be had."""
+
+
+def check_usable(device: torch.device) -> None:
+    """Raise RuntimeError where values of that device cannot be had.
+
+    That is in a process that was forked from one that used it, and inside the capture of a graph.
+    """
+    _check_process(device)
+    _check_stream(device, current_stream(device))
+
+
+def _check_stream(device: torch.device, stream: torch.Stream) -> None:
     capturing = getattr(stream, "is_capturing", None)
     if capturing is None and device.type == "cuda":
         capturing = torch.cuda.is_current_stream_capturing
@@ -62,8 +74,7 @@ def check_usable(device: torch.device, stream: torch.Stream) -> None:
         raise RuntimeError(f"send() while a graph of {device} is captured; call it outside of that, after each replay")
 
 
-def check_process(device: torch.device) -> None:
-    """RuntimeError in a process that was forked from one that used the device: there it cannot be used."""
+def _check_process(device: torch.device) -> None:
     forked = getattr(torch.get_device_module(device), "_is_in_bad_fork", None)
     if forked is not None and forked():
         raise RuntimeError(
@@ -79,6 +90,11 @@ def current_stream(device: torch.device) -> torch.Stream:
 
 def new_stream(device: torch.device) -> torch.Stream:
     return torch.Stream(device)
+
+
+def enqueue(work: Callable[[], object]) -> None:
+    """Have what ``work`` enqueues on the device run in the stream that this thread works on, as it does anyway."""
+    work()
 
 
 def run_on(stream: torch.Stream, enqueue: Callable[[], object]) -> None:
@@ -103,12 +119,17 @@ def _made_current(stream: torch.Stream) -> Iterator[None]:
         torch.accelerator.set_device_index(device)
 
 
-def passed(event: torch.Event) -> bool:
-    """Whether what was before the event is done; to be asked by a thread that captures no graphs."""
-    if not getattr(_this_thread, "is_apart", False):
-        _this_thread.is_apart = True
-        if event.device is not None and event.device.type == "cuda":
+def passed_for_thread(event: torch.Event) -> bool:
+    """Whether what was before the event is done; for a thread that does nothing else with devices.
+
+    Its current device becomes the event's: asking, and freeing the event later, would else begin to use another one.
+    """
+    device = event.device
+    if device is not None and device != getattr(_this_thread, "device", None):
+        torch.accelerator.set_device_index(device.index)
+        if device.type == "cuda":
             _set_apart()
+        _this_thread.device = device
     return event.query()
 
 
@@ -116,7 +137,8 @@ def _set_apart() -> None:
     """Have questions of this thread not end the capture of a graph by another, as by default all do."""
     library, function = _SETS_APART["hip" if torch.version.hip else "cuda"]
     try:
-        status = getattr(ctypes.CDLL(library), function)(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+        driver = ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
+        status = getattr(driver, function)(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
     except (OSError, AttributeError) as error:
         status = error
     if status:
@@ -124,9 +146,18 @@ def _set_apart() -> None:
 
 
 def pinned(size: int) -> torch.Tensor:
-    """Host memory of so many bytes that a device copies to by itself; RuntimeError if there is none."""
-    with torch.inference_mode(False):  # a tensor of that mode could not be written to outside of it
-        memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+    """Host memory of so many bytes that a device copies to and from by itself, out of PyTorch's cache of such.
+
+    That takes it from the system in powers of two.
+
+    Raises:
+        NotPinnedError: there is none.
+    """
+    try:
+        with torch.inference_mode(False):  # a tensor of that mode could not be written to outside of it
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        raise NotPinnedError(f"no pinned memory of {size} bytes: {error}") from error
     _pinned[id(memory)] = memory
     return memory
 

@@ -20,14 +20,14 @@ from .checks import check_count, check_seconds, check_timeout
 from .connection import Connection
 from .deadline import NEVER, Deadline
 from .dial import dial, hang_up, peer_name
-from .errors import SpecMismatchError
+from .errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
 from .io_thread import IoThread
 from .leaves import Array
 from .pack import Packer
 from .redial import Redial
 from .ring import Ring
 from .spec import Match, SampleSpec, check_numpy
-from .staging import Stager
+from .staging import Stager, UnstagedError
 from .stats import Counts
 from .trees import flatten
 
@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 # Seconds that `TcpClient.close` may take for what is un-acked: a learner that drains at all needs far less.
 CLOSE_TIMEOUT_S = 5.0
+# A batch that the device cannot stage comes in pieces of this share of the buffer at the most.
+UNSTAGED_SHARE = 4
 # The server's default ``producer_queue_size``: how many samples that it acked it may discard when a connection ends.
 SERVER_QUEUE = 8
 
@@ -123,7 +125,7 @@ class TcpClient:
         dial_server = functools.partial(_dial, host, port, self._spec)
         sock = dial_server(Deadline(connect_timeout), retry_refused=retry_refused)
         try:
-            ring = Ring(buffer, size, replay)
+            self._ring = ring = Ring(buffer, size, replay)
             self._packer = Packer(ring, self._spec.leaves)
             self._connection = Connection(
                 sock,
@@ -135,7 +137,8 @@ class TcpClient:
                 linger=linger,
                 redial=Redial(dial_server, reconnect, connect_timeout) if reconnect else None,
             )
-            self._stager = Stager(ring, self._spec.leaves, self._packer, self._connection.move_rows, self._peer)
+            self._stager = Stager(ring, self._spec.leaves, self._connection.move_rows)
+            self._told_unstaged = False
             weakref.finalize(self, _abandon, self._connection.thread).atexit = False
         except BaseException:
             hang_up(sock)
@@ -168,12 +171,33 @@ class TcpClient:
 
     def send_match(self, match: Match, *, timeout: float | None = None) -> None:
         """Send what `SampleSpec.match` made of a batch, for a spec of the same leaves; raises as `send_rows`."""
-        if match.on_device:
-            self._connection.enter("send")  # before the memory is pinned, which takes locks
-            fill = self._stager.filler(match.arrays, match.batched)
-        else:
-            fill = self._packer.filler(match.arrays, match.batched)
-        self._connection.send_rows(match.rows, fill, _deadline(timeout))
+        deadline = _deadline(timeout)
+        if not match.on_device:
+            self._connection.send_rows(match.rows, self._packer.filler(match.arrays, match.batched), deadline)
+            return
+        self._connection.enter("send")  # before memory is pinned, which takes locks
+        try:
+            self._connection.send_rows(match.rows, self._stager.filler(match.arrays, match.batched), deadline)
+        except UnstagedError as problem:
+            self._send_by_host(match, problem, deadline)
+
+    def _send_by_host(self, match: Match, problem: UnstagedError, deadline: Deadline) -> None:
+        """Send the rows of a batch, from ``problem.first`` on, that the device copies while it is waited for."""
+        if not self._told_unstaged:
+            self._told_unstaged = True
+            _log.warning(
+                "%s: samples on a device are copied while send() waits, which is slow: %s", self._peer, problem
+            )
+        step = max(1, self._ring.capacity // UNSTAGED_SHARE)
+        done = problem.first
+        try:
+            while done < match.rows:
+                part = self._spec.on_host(match.part(done, done + step))
+                self._connection.send_rows(len(part[0]), self._packer.filler(part, True), deadline)
+                done += len(part[0])
+        except (ConnectionClosedError, DeliveryTimeoutError) as error:
+            error.rows_accepted += done
+            raise
 
     def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
         """Send a block of samples whose leaves were checked and stacked before.
@@ -216,10 +240,7 @@ class TcpClient:
                 time was up. Closed all the same.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
-        try:
-            self._connection.close(Deadline(timeout))
-        finally:
-            self._stager.release()
+        self._connection.close(Deadline(timeout))
 
     @property
     def in_flight(self) -> int:

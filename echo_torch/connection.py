@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 # Seconds after which a caller who waits looks for itself, since acks fewer than WAITING_ACKS wake nobody.
 WAITER_HEARTBEAT_S = 0.05
+# Seconds between two looks at a device's copy that was not to be.
+SETTLE_LOOK_S = 0.001
 
 
 class Connection:
@@ -108,6 +110,7 @@ class Connection:
                 if not packed:
                     self._link.push()
                     self._wait_for_room(rows - done, deadline)
+                    self._wait_to_settle("send", deadline)
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
             error.rows_accepted = done
             raise
@@ -178,6 +181,7 @@ class Connection:
             self._check_open("close")
             self._link.push()
             self._wait_for("close", self._room_at(left), deadline)
+            self._wait_to_settle("close", deadline)
         self._link.push()
         self._wait_for("close", tail.ends, deadline)
         self.thread.linger(deadline)
@@ -190,16 +194,17 @@ class Connection:
             slot, rows = self.ring.free_run(want)
             if rows:
                 self._check_open("send")
-                self.ring.settle()
+                if not self.ring.settled():
+                    return 0
                 if not self.ring.commit(rows, copy=fill(slot, first, rows)):
                     self._check_open("send")
             return rows
 
-    def move_rows(self, buffer: memoryview) -> None:
+    def move_rows(self, buffer: memoryview, staged: Any) -> None:
         """Have the rows in other memory of the same size, for rows that a device copies."""
         link = self._link
         with self.ring.turn, link.lock:
-            self.ring.move(buffer)
+            self.ring.move(buffer, staged)
         link.backlog.use_all()
 
     def _wait_for_room(self, rows: int, deadline: Deadline) -> None:
@@ -216,6 +221,17 @@ class Connection:
         finally:
             self.blocked_seconds += time.monotonic() - began
         backlog.waited(threshold, acked, began)
+
+    def _wait_to_settle(self, call: str, deadline: Deadline) -> None:
+        """Wait for a copy that an interrupt has left under way: rarely, and not for long."""
+        while self.ring.begun is not None:
+            with self.ring.turn:
+                if self.ring.settled():
+                    return
+            self._check_open(call)
+            if deadline.expired or self._patience() <= 0:
+                self._raise_timeout(call, deadline)
+            time.sleep(SETTLE_LOOK_S)
 
     def _room_at(self, rows: int) -> int:
         """The value of ``acked`` at which ``rows`` rows are free, or a good part of the ring.

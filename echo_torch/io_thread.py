@@ -308,6 +308,7 @@ class IoThread:
         link.leader.close()
         link.wake_up.close()
         link.ring.stop()
+        link.ring.abandon()
         lifetime.end(self)
         self._ended.release()
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from numpy.ma import MaskedArray
 
+from . import accelerator
 from .wire import WireLeaf
 
 Array = npt.NDArray[Any]
@@ -95,6 +96,8 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
     """
     if isinstance(value, torch.Tensor):
         if value.dtype is leaf.dtype:
+            if not value.is_cpu and value.device.type == accelerator.kind():
+                accelerator.check_usable(value.device)
             try:
                 return on_host(value, leaf)
             except Exception as error:  # a subclass of Tensor may raise anything

@@ -4,7 +4,8 @@
   rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch, and for
   more if it cannot run ahead of the acks anyway (`backlog`). When everything is written, one of the callers that wait
   leads: it polls the socket itself, and wakes the others. Nobody blocks while holding it. Of the locks (``ring.turn``,
-  the I/O lock, the leader's, the wake-up's) no two are held at once, but the wake-up's inside the I/O lock.
+  the I/O lock, the leader's, the wake-up's) no two are held at once, but the wake-up's inside the I/O lock, and that
+  inside the turn, once, when the ring moves.
 * An interrupt (Ctrl-C) may break off whatever the main thread does here; the I/O thread makes good what that left
   undone, soon (`io_thread`).
 * Whoever finds the connection lost says so (``lost``) under the I/O lock, and nobody touches the socket after that but
@@ -183,8 +184,10 @@ class Link:
     def _quiet(self) -> float:
         """Seconds for which acks could have come and none did, over all connections since the last that settled one."""
         before = self._quiet_before if self.ring.acked <= self._acked_at_first else 0.0
-        since = self.line.progress_at if self.line.in_the_air else self.ring.copying_since
-        return before + (0.0 if since is None else time.monotonic() - since)
+        copying_since = self.ring.copying_since
+        if not self.line.in_the_air and copying_since is None:
+            return before
+        return before + time.monotonic() - max(self.line.progress_at, copying_since or 0.0)
 
     # Pumping.
 

@@ -43,10 +43,17 @@ class Copy(Protocol):
     """Bytes on their way into rows, which somebody else copies: a device."""
 
     def done(self) -> bool:
-        """Whether all are there, without waiting. Raises RuntimeError if they never will be."""
+        """Whether all are there, without waiting; asked by the holder of the I/O lock that looks after such copies.
 
-    def finish(self) -> None:
-        """Wait until nothing is copied any more."""
+        Raises:
+            RuntimeError: they never will be.
+        """
+
+    def over(self) -> bool:
+        """Whether nothing is copied any more, without waiting; asked by callers."""
+
+    def abandon(self) -> None:
+        """Nobody will ask again: let no memory go before it is over."""
 
 
 Fill = Callable[[int, int, int], "Copy | None"]
@@ -115,6 +122,8 @@ class Ring:
         self.buffer = buffer.cast("B")
         self.columns: Any = None
         """What a packer made of ``buffer``, to be forgotten with it."""
+        self.staged: Any = None
+        """What a stager did, if it had the ring moved into it."""
         self.turn = threading.RLock()
         self.room = self.capacity - replay
         """Most rows un-acked; the others are for those that are kept."""
@@ -224,14 +233,18 @@ class Ring:
             target, source = slot + number, self.slot(self.reserved + number - period)
             self.buffer[target * size : (target + 1) * size] = self.buffer[source * size : (source + 1) * size]
 
-    def settle(self) -> None:
-        """Before packing: wait for what whoever was interrupted left under way into the rows that are packed next."""
+    def settled(self) -> bool:
+        """Whether the rows that are packed next are nobody's: who was interrupted may have left a copy under way."""
         if self.begun is not None:
-            self.begun.finish()
+            if not self.begun.over():
+                return False
             self.begun = None
+        return True
 
-    def move(self, buffer: memoryview) -> None:
+    def move(self, buffer: memoryview, staged: Any) -> None:
         """Go on in other memory of the same size, in which all rows lie in order; with the I/O lock held, too.
+
+        Only while no copies are under way.
 
         A chunk is all of it then, for what is copied here by a device comes in runs that are as long as can be, and
         does not go through the caches.
@@ -248,6 +261,7 @@ class Ring:
         # Nothing comes between the next lines.
         self.buffer = target
         self.columns = None
+        self.staged = staged
         self.chunk_rows = self.capacity
         self._whole_chunks = 1
         self._places = places
@@ -256,8 +270,19 @@ class Ring:
         """Give the memory back, when nothing is packed or written any more."""
         with self.turn:
             if self.stopped:
-                self.buffer, self.columns, self.begun = memoryview(b""), None, None
-                self._seen = self._latest = _Run(0, None)
+                self.buffer, self.columns, self.staged = memoryview(b""), None, None
+
+    def abandon(self) -> None:
+        """Nothing will be written any more: have all copies look after themselves."""
+        copies, run = [self.begun], self._seen.next
+        while run is not None:
+            copies.append(run.copy)
+            run = run.next
+        for copy in copies:
+            if copy is not None:
+                copy.abandon()
+        self.begun, self._seen = None, self._latest
+        self._latest.copy = None
 
     # Writing and acking: by the holder of the I/O lock.
 

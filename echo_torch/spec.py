@@ -49,14 +49,16 @@ class Match(NamedTuple):
     on_device: bool = False
     """Whether some are tensors."""
 
+    def part(self, first: int, end: int) -> Match:
+        """Its samples from ``first`` up to ``end``, or to the last."""
+        arrays = self.arrays if self.batched else [array[None, ...] for array in self.arrays]
+        return Match([array[first:end] for array in arrays], min(end, self.rows) - first, True, self.on_device)
+
     def without_last(self, count: int) -> Match:
         """The same without its last ``count`` samples, of which there are as many at least."""
         if count > self.rows:
             raise ValueError(f"skip_last: got {count}, expected at most the {self.rows} samples of the batch")
-        if not self.batched:
-            return Match([array[None, ...] for array in self.arrays], 1, True, self.on_device).without_last(count)
-        rows = self.rows - count
-        return Match([array[:rows] for array in self.arrays], rows, True, self.on_device)
+        return self.part(0, self.rows - count)
 
 
 class SampleSpec:
@@ -157,11 +159,18 @@ class SampleSpec:
         return Match(arrays, rows, stacked, _any_tensor(arrays))
 
     def on_host(self, match: Match) -> list[Array]:
-        """The arrays of a match, after waiting for those that are on a device."""
-        return [
-            on_host(array, leaf) if isinstance(array, torch.Tensor) else array
-            for array, leaf in zip(match.arrays, self.leaves, strict=True)
-        ]
+        """The arrays of a match, after waiting for those that are on a device.
+
+        Raises:
+            RuntimeError: its device cannot be used here, or now.
+        """
+        arrays = []
+        for array, leaf in zip(match.arrays, self.leaves, strict=True):
+            if isinstance(array, torch.Tensor):
+                accelerator.check_usable(array.device)
+                array = on_host(array, leaf)
+            arrays.append(array)
+        return arrays
 
     def _as_they_are(self, batch: Any) -> list[Any] | None:
         """The arrays of a batch of the structure met last, all of it plain tensors or all of it arrays; or None.

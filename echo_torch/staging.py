@@ -2,9 +2,9 @@
 
 For each run of rows, in this order:
 
-1. On the stream that the caller works on, one kernel packs all leaves into rows. What the caller does to the batch
-   after `send` comes after that in the same stream: so it may be overwritten, or freed, at once, and needs no
-   ``record_stream``.
+1. On the stream that the caller works on, one kernel packs all leaves into rows; leaves that are not contiguous take
+   one each before that. What the caller does to the batch after `send` comes after that in the same stream: so it may
+   be overwritten, or freed, at once, and needs no ``record_stream``.
 2. A stream of our own waits for that kernel, on the device, and copies the rows into pinned memory, which is the ring.
    The caller's stream goes on meanwhile.
 3. An event behind the copy tells when the rows may be written to the socket. It is asked, never waited for.
@@ -12,33 +12,39 @@ For each run of rows, in this order:
 The packed rows are freed only once the event has passed, because a reference is kept until then. That does the work of
 ``record_stream``, after which the allocator would have to ask an event of its own, and would know later.
 
-Extra memory on the device: a batch is packed in pieces of a quarter of the ring at most, and what is not copied yet is
-in the ring. So it is less than one and a half times ``buffer_bytes``. Where the device has no room for a piece, the
-leaves are copied one by one, and `send` waits for that.
+What is packed and not copied yet is in the ring: so all of it takes no more memory on the device than the ring here,
+``buffer_bytes``, beside what making leaves contiguous takes for a moment. Where the device has no room for that, or
+memory cannot be pinned, `UnstagedError` says so, and the batch has to come by way of the host.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import accelerator
-from .leaves import Leaf, on_host
-from .pack import Packer
+from .leaves import Leaf
 from .ring import Fill, Ring
 from .tracing import profiled
 
-_log = logging.getLogger(__name__)
-
-# A batch is packed in pieces of this share of the ring at the most.
-PIECE_SHARE = 4
-# What rows are packed in: the widest of which all leaves are whole numbers.
+# What rows are packed in: the widest of which all leaves are whole numbers. Their size is what leaves are aligned to.
 _UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
+_ALIGNED = 16
+# Seconds for which a device that had no room is not asked again: it gave back all that it kept in reserve for that.
+FULL_S = 10.0
+
+
+class UnstagedError(Exception):
+    """Rows of a batch cannot be staged; those before ``first`` were."""
+
+    def __init__(self, why: Exception, first: int) -> None:
+        super().__init__(str(why))
+        self.first = first
 
 
 class DeviceCopy:
@@ -47,25 +53,33 @@ class DeviceCopy:
     def __init__(self, stream: torch.Stream) -> None:
         self._stream = stream
         self._event: torch.Event | None = None
-        self._kept: list[Any] = []
+        self._kept: list[torch.Tensor] = []
 
-    def keep(self, memory: Any) -> None:
+    def keep(self, memory: Sequence[torch.Tensor]) -> None:
         """Let nobody have this memory before the copy is done."""
-        self._kept.append(memory)
+        self._kept.extend(memory)
 
     def begun(self) -> None:
         """All of it is enqueued."""
         self._event = self._stream.record_event()
 
     def done(self) -> bool:
-        if self._event is None or not accelerator.passed(self._event):
-            return False
-        self._kept.clear()
-        return True
+        return self._event is not None and self._if_over(accelerator.passed_for_thread(self._event))
 
-    def finish(self) -> None:
-        self._stream.synchronize()
-        self._kept.clear()
+    def over(self) -> bool:
+        if self._event is None:  # whoever enqueued it was interrupted
+            self.begun()
+        return self._event is not None and self._if_over(self._event.query())
+
+    def _if_over(self, over: bool) -> bool:
+        if over:
+            self._kept.clear()
+        return over
+
+    def abandon(self) -> None:
+        for memory in self._kept:
+            if not memory.is_cpu:
+                memory.record_stream(self._stream)
 
 
 class Stager:
@@ -74,24 +88,17 @@ class Stager:
     Args:
         ring: in pageable memory at first.
         leaves: in the order of the wire.
-        packer: for what there is no room for on the device.
-        move: has the ring go on in other memory.
-        peer: how messages name the other side.
+        move: has the ring go on in other memory, of which the second argument is kept with it.
     """
 
-    def __init__(
-        self, ring: Ring, leaves: Sequence[Leaf], packer: Packer, move: Callable[[memoryview], None], peer: str
-    ) -> None:
+    def __init__(self, ring: Ring, leaves: Sequence[Leaf], move: Callable[[memoryview, Any], None]) -> None:
         self._ring = ring
         self._leaves = leaves
-        self._packer = packer
         self._move = move
-        self._peer = peer
         self._unit = unit_of(leaf.wire.nbytes for leaf in leaves)
-        self._piece_rows = max(1, ring.capacity // PIECE_SHARE)
-        self._rows: torch.Tensor | None = None  # the ring's memory, (capacity, row_bytes)
-        self._is_pinned = False
         self._streams: dict[torch.device, torch.Stream] = {}
+        self._unpinned: RuntimeError | None = None
+        self._full: tuple[float, Exception] = (0.0, RuntimeError())
 
     def filler(self, arrays: Sequence[Any], batched: bool) -> Fill:
         """What packs runs of the samples in ``arrays``, which were checked, and begins to copy them into rows.
@@ -102,68 +109,34 @@ class Stager:
 
         Raises:
             RuntimeError: inside the capture of a graph, or in a process that cannot use the device since it was forked.
+            UnstagedError: no memory, as `Fill` may, too.
         """
         stacked = arrays if batched else [array[None, ...] for array in arrays]
         device = device_of(stacked)
-        accelerator.check_process(device)
-        producing = accelerator.current_stream(device)
-        accelerator.check_usable(device, producing)
-        with self._ring.turn:
-            if self._rows is None:
-                self._rows = self._pin()
-        return self._begin(stacked, device, producing, self._rows)
+        accelerator.check_usable(device)
+        self._pin()
+        if time.monotonic() < self._full[0]:
+            raise UnstagedError(self._full[1], 0)
+        target, copying, total = self._ring.staged, self._stream(device), len(stacked[0])
 
-    def _begin(
-        self, stacked: Sequence[Any], device: torch.device, producing: torch.Stream, target: torch.Tensor
-    ) -> Fill:
-        copying = self._stream(device)
-        total = len(stacked[0])
-        piece: tuple[int, torch.Tensor, list[Any]] | None = None
-        on_cpu: Fill | None = None
-
-        def fill(slot: int, first: int, rows: int) -> DeviceCopy | None:
-            nonlocal on_cpu
-            if on_cpu is None:
-                copy = DeviceCopy(copying)
-                self._ring.begun = copy
-                try:
-                    begin(copy, slot, first, rows)
-                    return copy
-                except torch.OutOfMemoryError as error:
-                    text = (
-                        "%s: %s has no memory to pack %d bytes; its samples are copied leaf by leaf, and waited for: %s"
-                    )
-                    _log.warning(text, self._peer, device, rows * self._ring.row_bytes, error)
-                    self._ring.settle()
-                    on_cpu = self._packer.filler(self._on_host(stacked), True)
-            on_cpu(slot, first, rows)
-            return None
-
-        def begin(copy: DeviceCopy, slot: int, first: int, rows: int) -> None:
-            nonlocal piece
-            end = slot + rows
-            while slot < end:
-                if piece is None or not piece[0] <= first < piece[0] + len(piece[1]):
-                    count = min(self._piece_rows, total - first)
-                    part = stacked if count == total else [array[first : first + count] for array in stacked]
-                    piece = (first, *self._pack(part, producing, device))
-                    copying.wait_stream(producing)
-                begins, packed, uploaded = piece
-                source = packed[first - begins : first - begins + end - slot]
-                copy.keep((packed, uploaded))  # before: an interrupt may come after
-                with profiled("echo_torch.copy"):
-                    rows_here = target[slot : slot + len(source)]
-                    accelerator.run_on(
-                        copying, functools.partial(rows_here.copy_, source, non_blocking=self._is_pinned)
-                    )
-                slot, first = slot + len(source), first + len(source)
+        def fill(slot: int, first: int, rows: int) -> DeviceCopy:
+            part = stacked if rows == total else [array[first : first + rows] for array in stacked]
+            try:
+                packed, uploaded = self._pack(part, device)
+            except (torch.OutOfMemoryError, accelerator.NotPinnedError) as error:
+                self._full = time.monotonic() + FULL_S, error
+                raise UnstagedError(error, first) from error
+            copy = DeviceCopy(copying)
+            copy.keep((packed, *uploaded))
+            copying.wait_stream(accelerator.current_stream(device))
+            self._ring.begun = copy
+            with profiled("echo_torch.copy"):
+                write = functools.partial(target[slot : slot + rows].copy_, packed, non_blocking=True)
+                accelerator.run_on(copying, write)
             copy.begun()
+            return copy
 
         return fill
-
-    def release(self) -> None:
-        """Keep the ring's memory no longer than the ring does."""
-        self._rows = None
 
     def _stream(self, device: torch.device) -> torch.Stream:
         """Our own, on which rows of that device are copied."""
@@ -172,41 +145,28 @@ class Stager:
             stream = self._streams[device] = accelerator.new_stream(device)
         return stream
 
-    def _pin(self) -> torch.Tensor:
-        """The ring's memory as rows, after having had it pinned if that is possible."""
+    def _pin(self) -> None:
+        """Have the ring in pinned memory, once."""
         ring = self._ring
-        size = ring.capacity * ring.row_bytes
-        try:
-            memory = accelerator.pinned(size)
-        except RuntimeError as error:
-            text = "%s: no pinned memory of %d bytes; samples on a device are copied slowly, and waited for: %s"
-            _log.warning(text, self._peer, size, error)
-            memory = torch.frombuffer(ring.buffer, dtype=torch.uint8, count=size)
-        else:
-            self._move(memory.numpy().data)
-            self._is_pinned = True
-        return memory.view(ring.capacity, ring.row_bytes)
+        with ring.turn:
+            if ring.staged is None and not ring.stopped and self._unpinned is None:
+                try:
+                    memory = accelerator.pinned(ring.capacity * ring.row_bytes)
+                    self._move(memory.numpy().data, memory.view(ring.capacity, ring.row_bytes))
+                except accelerator.NotPinnedError as error:
+                    self._unpinned = error
+        if self._unpinned is not None:
+            raise UnstagedError(self._unpinned, 0)
 
-    def _pack(
-        self, arrays: Sequence[Any], producing: torch.Stream, device: torch.device
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _pack(self, arrays: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """All leaves of some rows, in memory of the device that will hold them; and what of it comes from elsewhere."""
         packed = torch.empty((len(arrays[0]), self._ring.row_bytes), dtype=torch.uint8, device=device)
-        there, uploaded = [], []
-        for array, leaf in zip(arrays, self._leaves, strict=True):
-            if not leaf.wire.nbytes:
-                continue
-            if not isinstance(array, torch.Tensor):
-                array = own_bytes(array)
-                uploaded.append(array)
-            there.append(array)
+        arrays = [array for array, leaf in zip(arrays, self._leaves, strict=True) if leaf.wire.nbytes]
+        ours = [array for array in arrays if not isinstance(array, torch.Tensor)]
+        uploaded = [copy_of(ours)] if ours else []
         with profiled("echo_torch.pack"):
-            accelerator.run_on(producing, functools.partial(pack_rows, there, self._unit, packed))
+            accelerator.enqueue(functools.partial(pack_rows, arrays, uploaded, self._unit, packed))
         return packed, uploaded
-
-    def _on_host(self, stacked: Sequence[Any]) -> list[Any]:
-        pairs = zip(stacked, self._leaves, strict=True)
-        return [on_host(array, leaf) if isinstance(array, torch.Tensor) else array for array, leaf in pairs]
 
 
 def device_of(arrays: Iterable[Any]) -> torch.device:
@@ -224,15 +184,43 @@ def unit_of(sizes: Iterable[int]) -> torch.dtype:
     return next(unit for unit in _UNITS if common % unit.itemsize == 0)
 
 
-def own_bytes(array: Any) -> torch.Tensor:
-    """A copy of ``(rows, *shape)`` as uint8 ``(rows, bytes)``, which a device may read later."""
-    own = np.array(array, order="C")
-    return torch.from_numpy(own.reshape(-1).view(np.uint8).reshape(len(own), -1))
+def copy_of(arrays: Sequence[Any]) -> torch.Tensor:
+    """The bytes of arrays, one behind the other and aligned, in memory from which a device copies them by itself."""
+    places, size = places_of(arrays)
+    memory = accelerator.pinned(size)
+    whole = memory.numpy()
+    for array, place in zip(arrays, places, strict=True):
+        np.copyto(np.ndarray(array.shape, array.dtype, whole.data, place), array)
+    return memory
 
 
-def pack_rows(tensors: Sequence[torch.Tensor], unit: torch.dtype, packed: torch.Tensor) -> None:
-    """Enqueue what packs ``(rows, *shape)`` each, in order, into uint8 ``(rows, bytes)``."""
-    here = packed.device
+def places_of(arrays: Sequence[Any]) -> tuple[list[int], int]:
+    """Where each of some arrays begins in `copy_of` them, in bytes, and where the last one ends."""
+    places, end = [], 0
+    for array in arrays:
+        begins = -(-end // _ALIGNED) * _ALIGNED
+        places.append(begins)
+        end = begins + array.nbytes
+    return places, end
+
+
+def pack_rows(arrays: Sequence[Any], uploaded: Sequence[torch.Tensor], unit: torch.dtype, packed: torch.Tensor) -> None:
+    """Enqueue what packs ``(rows, *shape)`` each, in order, into uint8 ``(rows, bytes)``.
+
+    Args:
+        arrays: tensors on any device of the kind; in place of arrays of numpy, what ``uploaded`` has of them is taken.
+        uploaded: `copy_of` those, if there are any.
+        unit: what all of them are whole numbers of.
+        packed: on the device that is to pack.
+    """
+    rows, here = len(packed), packed.device
+    elsewhere: Iterator[torch.Tensor] = iter(())
+    if uploaded:
+        there = uploaded[0].to(here, non_blocking=True)
+        ours = [array for array in arrays if not isinstance(array, torch.Tensor)]
+        pairs = zip(places_of(ours)[0], ours, strict=True)
+        elsewhere = iter([there[place : place + array.nbytes].view(rows, -1) for place, array in pairs])
+    tensors = (array if isinstance(array, torch.Tensor) else next(elsewhere) for array in arrays)
     columns = [
         as_units(tensor if tensor.device == here else tensor.to(here, non_blocking=True), unit) for tensor in tensors
     ]
@@ -244,7 +232,10 @@ def as_units(tensor: torch.Tensor, unit: torch.dtype) -> torch.Tensor:
     if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
         tensor = tensor.detach().resolve_conj().resolve_neg()
     plain = tensor.contiguous()
-    if plain.data_ptr() % unit.itemsize:
+    if plain.data_ptr() % unit.itemsize or plain.storage_offset() * plain.itemsize % unit.itemsize:
         plain = plain.clone()
-    items = plain.numel() // len(plain)
-    return plain.as_strided((len(plain), items), (items, 1)).view(unit)  # where a size is 1, the stride may be anything
+    rows, items = len(plain), plain.numel() // len(plain)
+    flat = plain.view(rows, items)
+    if flat.stride() != (items, 1):  # where a size is 1, the stride may be anything
+        flat = plain.as_strided((rows, items), (items, 1))
+    return flat.view(unit)

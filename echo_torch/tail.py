@@ -43,7 +43,7 @@ class Tail:
         ring = self._ring
         with ring.turn:
             period = min(ring.replay, self.begins or 0)
-            while ring.packed < self.ends:
+            while ring.packed < self.ends and ring.settled():
                 slot, rows = ring.free_run(self.ends - ring.packed)
                 if rows:
                     ring.repeat(slot, rows, period)

@@ -27,7 +27,6 @@ from benchmark_senders import HOST, Case, PeerProcess
 from torch import nn
 
 from echo_torch import EchoSink, numpy_example
-from echo_torch.pack import Packer
 from echo_torch.ring import Ring
 from echo_torch.spec import SampleSpec
 from echo_torch.staging import Stager
@@ -86,7 +85,7 @@ def staged(batch: Batch, count: int, device: torch.device) -> Callable[[], float
     """What stages one batch ``count`` times, and gives the seconds that took; its ring is at its end each time."""
     spec = SampleSpec(example_of(batch))
     ring = Ring(np.empty(RING_BYTES // spec.payload_size * spec.payload_size, np.uint8).data, spec.payload_size)
-    stager = Stager(ring, spec.leaves, Packer(ring, spec.leaves), ring.move, "benchmark")
+    stager = Stager(ring, spec.leaves, ring.move)
     ends: deque[int] = deque()
 
     def settle(until: int) -> None:
@@ -103,6 +102,9 @@ def staged(batch: Batch, count: int, device: torch.device) -> Callable[[], float
             fill, done = stager.filler(match.arrays, True), 0
             while done < match.rows:
                 slot, rows = ring.free_run(match.rows - done)
+                if not rows:
+                    settle(ends.popleft() if ends else ring.packed)
+                    continue
                 ring.commit(rows, copy=fill(slot, done, rows))
                 done += rows
             ends.append(ring.packed)

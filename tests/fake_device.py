@@ -53,11 +53,6 @@ class FakeStream:
         self.enqueue(lambda: setattr(event, "passed", True))
         return event
 
-    def synchronize(self) -> None:
-        with self.device.lock:
-            while self.ops:
-                assert any(map(self.device.step, (self, *self.device.streams))), "streams wait for each other"
-
 
 class FakeDevice:
     """One device with any number of streams, of which each thread has a current one."""
@@ -76,6 +71,7 @@ class FakeDevice:
             holds=lambda value: id(value) in self._memory,
             current_stream=lambda device: self.current,
             new_stream=lambda device: FakeStream(self),
+            enqueue=lambda work: self.current.enqueue(work),
             run_on=self.run_on,
         )
 
@@ -94,10 +90,9 @@ class FakeDevice:
         return there
 
     def run_on(self, stream: FakeStream, enqueue: Callable[[], object]) -> None:
-        """A copy into host memory holds what it copies weakly, as a device does, and is waited for if it blocks."""
-        if not isinstance(enqueue, functools.partial) or "non_blocking" not in enqueue.keywords:
-            stream.enqueue(enqueue)
-            return
+        """A copy into host memory holds what it copies weakly, as a device does."""
+        assert isinstance(enqueue, functools.partial)
+        assert enqueue.keywords == {"non_blocking": True}
         (source,) = enqueue.args
         whole = weakref.ref(source if source._base is None else source._base)
         write, layout = enqueue.func, (source.size(), source.stride(), source.storage_offset())
@@ -110,8 +105,6 @@ class FakeDevice:
                 write(memory.as_strided(*layout))
 
         stream.enqueue(copy)
-        if not enqueue.keywords["non_blocking"]:
-            stream.synchronize()
 
     def step(self, stream: FakeStream) -> bool:
         """Do the next thing of a stream, if it has one that does not wait; gives whether it did."""
@@ -140,9 +133,6 @@ class DoneAtOnce:
         event.passed = True
         return event
 
-    def synchronize(self) -> None:
-        pass
-
 
 def install_prompt_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has all tensors be on a device that is never late."""
@@ -151,14 +141,15 @@ def install_prompt_device(monkeypatch: pytest.MonkeyPatch) -> None:
         holds=lambda value: isinstance(value, torch.Tensor),
         current_stream=lambda device: DoneAtOnce(),
         new_stream=lambda device: DoneAtOnce(),
+        enqueue=lambda work: work(),
         run_on=lambda stream, enqueue: enqueue(),
     )
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
     functions["pinned"] = lambda size: torch.full((size,), 0xA5, dtype=torch.uint8)
-    functions["passed"] = lambda event: event.query()
-    functions["check_usable"] = functions["check_process"] = lambda *arguments: None
+    functions["passed_for_thread"] = lambda event: event.query()
+    functions["check_usable"] = lambda device: None
     for name, function in functions.items():
         monkeypatch.setattr(accelerator, name, function)
 

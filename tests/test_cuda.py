@@ -106,7 +106,7 @@ def test_leaves_on_the_cpu_beside_those_on_the_gpu() -> None:
     with receiving(_one()) as (learner, sink):
         for first in range(0, 10 * BATCH, BATCH):
             mixed: dict[str, Any] = numbered(torch.arange(first, first + BATCH, device="cuda"))
-            mixed["id"] = mixed["id"].cpu().pin_memory() if first % 2 else mixed["id"].cpu().numpy()
+            mixed["id"] = mixed["id"].cpu().pin_memory() if first // BATCH % 2 else mixed["id"].cpu().numpy()
             sink.send(mixed)
             mixed["id"][...] = -1
         sink.wait(ANSWER_S)
@@ -131,12 +131,11 @@ def _one() -> Batch:
 
 @pytest.mark.parametrize("buffer_bytes", [1 << 17, 1 << 26], ids=["ring always full", "ring never full"])
 def test_a_batch_may_be_overwritten_as_soon_as_send_returns(buffer_bytes: int) -> None:
-    """Thousands of times: a kernel that takes long, one that makes the batch, send, and one that overwrites it."""
+    """Thousands of times: a kernel that takes long, others that make the batch, send, and others that overwrite it."""
     batch = {name: leaf.cuda() for name, leaf in numbered(torch.arange(BATCH)).items()}
     with receiving(_one(), buffer_bytes=buffer_bytes) as (learner, sink):
         for first in range(0, MANY * BATCH, BATCH):
-            if first % (50 * BATCH) == 0:
-                torch.cuda._sleep(LATE_CYCLES)
+            torch.cuda._sleep(LATE_CYCLES)
             for name, leaf in numbered(torch.arange(first, first + BATCH, device="cuda")).items():
                 batch[name].copy_(leaf)
             sink.send(batch)
@@ -201,6 +200,7 @@ def test_several_gpus_and_changes_of_the_current_one() -> None:
 # What it costs.
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_send_waits_for_nothing() -> None:
     """Neither for the kernels before it nor for its own; and the thread's stream is as it was."""
     batch = numbered(torch.arange(BATCH, device="cuda"))
@@ -223,7 +223,7 @@ def test_send_waits_for_nothing() -> None:
 
 
 def test_memory_of_the_device_is_bounded() -> None:
-    """By one and a half times the buffer, however far the device is behind; and nothing of it is kept."""
+    """By the buffer, however far the device is behind; and nothing of it is kept."""
     buffer_bytes = 8 << 20
     example = {"image": torch.zeros(3, 64, 64)}
     batch = {"image": torch.randn(256, 3, 64, 64, device="cuda")}
@@ -236,7 +236,7 @@ def test_memory_of_the_device_is_bounded() -> None:
             sink.send(batch)
         sink.wait(ANSWER_S)
         after = torch.cuda.memory_stats()
-        assert after["requested_bytes.all.peak"] - before <= 1.5 * buffer_bytes
+        assert after["requested_bytes.all.peak"] - before <= buffer_bytes
         assert after["requested_bytes.all.current"] == before
         assert len(learner.take(10 * 256)["image"]) == 10 * 256
 
@@ -262,8 +262,7 @@ def test_memory_that_is_pinned_is_given_back(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_gpu_without_room_for_packing(caplog: pytest.LogCaptureFixture) -> None:
-    numbers = torch.arange(20_000, device="cuda")
-    batch = numbered(numbers[: 600 * BATCH])
+    batch = numbered(torch.arange(3000 * BATCH, device="cuda"))
     total = torch.cuda.get_device_properties(0).total_memory
     try:
         torch.cuda.empty_cache()
@@ -271,10 +270,10 @@ def test_a_gpu_without_room_for_packing(caplog: pytest.LogCaptureFixture) -> Non
         with receiving(_one()) as (learner, sink):
             sink.send(batch)
             sink.wait(ANSWER_S)
-            check(learner, 600 * BATCH)
+            check(learner, 3000 * BATCH)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "no memory to pack" in caplog.text
+    assert "samples on a device are copied while send() waits" in caplog.text
 
 
 # Where it cannot be.
@@ -303,17 +302,46 @@ def test_what_is_under_way_does_not_end_a_capture() -> None:
     """The thread that asks for the copies does so while another one captures."""
     numbers = torch.arange(BATCH, device="cuda")
     with receiving(_one()) as (learner, sink):
-        for first in range(0, 50 * BATCH, BATCH):
-            sink.send(numbered(numbers + first))
-            torch.cuda._sleep(20 * LATE_CYCLES)  # in front of the next, which is not there before the capture
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                time.sleep(0.005)
+        sink.send(numbered(numbers))
+        sink.wait(ANSWER_S)
+        for first in range(BATCH, 50 * BATCH, BATCH):
+            batch = numbered(numbers + first)
+            torch.cuda._sleep(20 * LATE_CYCLES)  # in front of the packing
+            sink.send(batch)
+            graph, apart = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            with torch.cuda.stream(apart):  # `torch.cuda.graph` would wait for the device first
+                graph.capture_begin()
                 made = numbers * 2
+                time.sleep(0.005)
+                graph.capture_end()
             graph.replay()
         sink.wait(ANSWER_S)
         check(learner, 50 * BATCH)
         assert torch.equal(made, 2 * numbers)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nothing_is_done_on_a_gpu_that_is_not_used() -> None:
+    """Not even by the thread that asks for copies, whose current device would be the first one."""
+    program = FROM_THE_SECOND.format(path=__file__)
+    with Learner(numpy_example(_one()), BATCH) as learner:
+        done = subprocess.run([sys.executable, "-c", program, str(learner.port)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == "False\n"
+        check(learner, BATCH)
+
+
+FROM_THE_SECOND = """
+import os, sys, torch
+sys.path.insert(0, os.path.dirname({path!r}))
+from echo_torch import EchoSink
+from test_cuda import BATCH, _one, numbered
+torch.cuda.set_device(1)
+with EchoSink("127.0.0.1", int(sys.argv[1]), _one(), replay_tail=False) as sink:
+    sink.send(numbered(torch.arange(BATCH, device="cuda")))
+    sink.wait()
+print(torch._C._cuda_hasPrimaryContext(0))
+"""
 
 
 FORKED = """
@@ -342,7 +370,8 @@ def test_a_process_forked_after_cuda_was_initialised() -> None:
     """It is told that it can send no tensor of the GPU; one of the CPU it can, and it ends in peace."""
     with Learner(numpy_example(_one()), BATCH) as learner:
         program = FORKED.format(path=__file__, port=learner.port)
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=ANSWER_S)
+        command = [sys.executable, "-W", "ignore:.*fork:DeprecationWarning", "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
         assert (done.returncode, done.stderr) == (0, "")
         error, *ended = done.stdout.splitlines()
         assert "which was forked after cuda was initialised" in error

@@ -314,13 +314,13 @@ def test_benchmark_fills_the_tables_of_a_device(
 
     monkeypatch.setattr(device, "MODELS", {"tiny": tiny})
     monkeypatch.setattr(device, "SENDS", 3)
-    monkeypatch.setattr(device, "STAGED_BYTES", (1 << 20,))
+    monkeypatch.setattr(device, "STAGED_BYTES", (1 << 20, 48 << 20))
     monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--device", "cpu", "--rounds", "1", "--seconds", "0.001"])
     benchmark["main"]()
     report = capsys.readouterr().out
     assert report.startswith(f"torch {torch.__version__}, cpu\n")
     (verdicts,) = re.findall(r"^Targets\n(.*)", report, re.MULTILINE | re.DOTALL)
-    assert len(verdicts.splitlines()) == 1 + 1 + 3 + 1 + 1 + 1
+    assert len(verdicts.splitlines()) == 1 + 2 + 3 + 1 + 1 + 1
     for title in (
         "From the device into pinned rows",
         "Caller blocked in EchoSink.send",

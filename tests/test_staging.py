@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ ROWS = 8
 EXAMPLE = {"a": torch.zeros(3, dtype=torch.int32), "b": torch.zeros((), dtype=torch.uint8)}
 SIZE = 13
 BRIEF_S = 0.2
-SLOWLY = "samples on a device are copied slowly, and waited for"
+SLOWLY = "samples on a device are copied while send() waits, which is slow"
 
 
 def batch(first: int, rows: int = ROWS) -> dict[str, torch.Tensor]:
@@ -145,8 +146,8 @@ class Interrupted(BaseException):
     """Stands for Ctrl-C."""
 
 
-def interrupted(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """A send is broken off when its copy is enqueued, and others follow, the first of them from the CPU."""
+def break_off(device: FakeDevice, sink: EchoSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a send interrupted when its copy is enqueued."""
     record = FakeStream.record_event
 
     def breaks_off(stream: FakeStream) -> FakeEvent:
@@ -155,6 +156,13 @@ def interrupted(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> list[boo
             raise Interrupted
         return record(stream)
 
+    monkeypatch.setattr(FakeStream, "record_event", breaks_off)
+    with pytest.raises(Interrupted):
+        sink.send(on(device, 100))
+
+
+def interrupted(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A send is broken off when its copy is enqueued, and others follow, the first of them from the CPU."""
     gate = Gate()
 
     def acks_late(line: Line) -> None:
@@ -165,11 +173,11 @@ def interrupted(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> list[boo
         line.hear_all(SIZE)
 
     with sending(acks_late, max_inflight_msgs=1) as (peer, sink):
-        monkeypatch.setattr(FakeStream, "record_event", breaks_off)
-        with pytest.raises(Interrupted):
-            sink.send(on(device, 100))
+        break_off(device, sink, monkeypatch)
+        later = threading.Timer(BRIEF_S, device.run)
+        later.start()
         sink.send(batch(0))
-        device.run()  # while all but one of the samples from the CPU lie in the ring
+        later.join()  # all but one of the samples from the CPU lie in the ring now
         gate.open()
         expected = rows_of(batch(0)) + produce_send_overwrite(device, sink)
         device.run()
@@ -192,6 +200,33 @@ def test_rows_are_used_again(device: FakeDevice) -> None:
 
 def test_a_send_that_is_interrupted_leaves_nothing(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(interrupted(device, monkeypatch))
+
+
+def test_the_tail_is_not_what_an_interrupted_send_left(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a block is left by Ctrl-C: `close` repeats the last samples in the rows that the copy goes to."""
+    with Peer(listens) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
+        sink.send(batch(0))
+        break_off(device, sink, monkeypatch)
+        with computing(device):
+            sink.close(SOON_S)
+        assert heard(peer) == 2 * rows_of(batch(0))
+
+
+def test_what_an_interrupted_send_left_holds_nobody_up_for_ever(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Peer(listens) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
+        sink.send(batch(0))
+        break_off(device, sink, monkeypatch)
+        with pytest.raises(DeliveryTimeoutError, match=r"send\(\) not done within 0.2 s"):
+            sink.send(batch(ROWS), timeout=BRIEF_S)
+        with pytest.raises(DeliveryTimeoutError, match=r"close\(\) not done within 0.2 s"):
+            sink.close(BRIEF_S)
+        threads_end()
+        assert heard(peer) == rows_of(batch(0))
+    device.run()
 
 
 def _no_wait(stream: FakeStream, other: FakeStream) -> None:
@@ -221,7 +256,9 @@ def test_a_copy_that_does_not_wait_for_the_packing_would_be_seen(
 def test_a_packing_that_does_not_follow_the_caller_would_be_seen(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accelerator, "current_stream", lambda _: FakeStream(device))
+    other = FakeStream(device)
+    monkeypatch.setattr(accelerator, "enqueue", lambda work: other.enqueue(work))
+    monkeypatch.setattr(accelerator, "current_stream", lambda _: other)
     assert not any(late(device))
 
 
@@ -248,7 +285,7 @@ def test_rows_used_again_too_soon_would_be_seen(device: FakeDevice, monkeypatch:
 
 
 def test_what_an_interrupted_send_left_would_be_seen(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ring, "settle", lambda ring: None)
+    monkeypatch.setattr(Ring, "settled", lambda ring: True)
     assert not all(interrupted(device, monkeypatch))
 
 
@@ -362,6 +399,24 @@ def test_waiting_for_a_device_that_hangs_ends(device: FakeDevice) -> None:
         eventually(lambda: sink.stats().samples_acked == ROWS)
 
 
+def test_a_device_that_is_slow_does_not_hang(device: FakeDevice) -> None:
+    """Something is acked now and then, though the last batch was enqueued long ago."""
+    with sending(stall_timeout=4 * BRIEF_S) as (_, sink):
+        for number in range(6):
+            sink.send(on(device, number * ROWS))
+
+        def one_by_one() -> None:
+            for number in range(1, 7):
+                time.sleep(BRIEF_S)
+                while sink.stats().samples_acked < number * ROWS:
+                    for stream in device.streams:
+                        device.step(stream)
+                    time.sleep(0.001)
+
+        with running(one_by_one):
+            sink.wait()
+
+
 def test_closing_while_a_device_hangs_ends(device: FakeDevice) -> None:
     with Peer(listens) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
@@ -393,40 +448,46 @@ def test_a_copy_that_fails_ends_the_connection_in_clear_words(
 def test_a_device_without_room_for_packing(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The leaves are copied one by one, and waited for: that includes what was packed before."""
+    """What was staged before is not sent again, and the device is not asked again for a while."""
     made: list[int] = []
     empty = torch.empty
 
     def runs_out(size: Any, **options: Any) -> torch.Tensor:
         made.append(size[0])
-        if len(made) == 3:
+        if len(made) == 2:
             raise torch.OutOfMemoryError("out of memory")
         return empty(size, **options)
 
+    monkeypatch.setattr(staging, "FULL_S", 0.2)
     with sending(buffer_bytes=20 * SIZE) as (peer, sink), computing(device):
         monkeypatch.setattr(staging.torch, "empty", runs_out)
         sink.send(on(device, 0, 40))
-        sink.wait(SOON_S)
-        monkeypatch.setattr(staging.torch, "empty", empty)
+        asked = len(made)
         sink.send(on(device, 40))
+        assert len(made) == asked == 2
         sink.wait(SOON_S)
-        assert made == [5, 5, 5]
-        assert heard(peer) == rows_of(batch(0, 40 + ROWS))
-    assert "no memory to pack" in caplog.text
+        time.sleep(0.2)
+        sink.send(on(device, 40 + ROWS))
+        assert len(made) > asked
+        sink.wait(SOON_S)
+        assert heard(peer) == rows_of(batch(0, 40 + 2 * ROWS))
+    assert caplog.messages.count(f"{sink.peer}: {SLOWLY}: out of memory") == 1
 
 
 def test_without_pinned_memory_it_is_slower_and_right(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def none_left(size: int) -> torch.Tensor:
-        raise RuntimeError("out of pinned memory")
+        raise accelerator.NotPinnedError("out of pinned memory")
 
     monkeypatch.setattr(accelerator, "pinned", none_left)
-    with sending(buffer_bytes=20 * SIZE) as (peer, sink), computing(device):
-        expected = produce_send_overwrite(device, sink)
+    with sending(buffer_bytes=20 * SIZE) as (peer, sink):
+        for first in range(0, 10 * ROWS, ROWS):
+            sink.send(on(device, first))
+        sink.send({name: leaf[0] for name, leaf in batch(10 * ROWS).items()})
         sink.wait(SOON_S)
-        assert heard(peer) == expected
-    assert caplog.messages.count(f"{sink.peer}: no pinned memory of 260 bytes; {SLOWLY}: out of pinned memory") == 1
+        assert heard(peer) == rows_of(batch(0, 10 * ROWS + 1))
+    assert caplog.messages.count(f"{sink.peer}: {SLOWLY}: out of pinned memory") == 1
 
 
 def test_pinned_memory_is_taken_once_and_given_back(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,16 +562,18 @@ class Capturing:
         return True
 
 
-def test_inside_the_capture_of_a_graph_nothing_can_be_sent() -> None:
+def test_inside_the_capture_of_a_graph_nothing_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "current_stream", lambda device: Capturing())
     with pytest.raises(RuntimeError, match=r"send\(\) while a graph of cuda:1 is captured; call it outside"):
-        accelerator.check_usable(torch.device("cuda:1"), Capturing())  # type: ignore[arg-type]
+        accelerator.check_usable(torch.device("cuda:1"))
 
 
 def test_a_process_that_was_forked_too_late_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator.check_process(torch.device("cuda:0"))
+    monkeypatch.setattr(accelerator, "current_stream", lambda device: torch.Stream(device="cpu"))
+    accelerator.check_usable(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(RuntimeError, match=r"on cuda:0 in process \d+, which was forked after cuda was initialised"):
-        accelerator.check_process(torch.device("cuda:0"))
+        accelerator.check_usable(torch.device("cuda:0"))
 
 
 # Packing.
@@ -547,7 +610,7 @@ def test_packed_rows_are_the_payloads(data: st.DataObject) -> None:
         tensors.append(LAYOUTS[layout](whole.view(rows, *shape)))
     sizes = [tensor[0].nbytes for tensor in tensors]
     packed = torch.zeros((rows, sum(sizes)), dtype=torch.uint8)
-    pack_rows(tensors, unit_of(sizes), packed)
+    pack_rows(tensors, [], unit_of(sizes), packed)
     for row in range(rows):
         want = b"".join(
             tensor[row].detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors
@@ -558,7 +621,7 @@ def test_packed_rows_are_the_payloads(data: st.DataObject) -> None:
 def test_lazy_conjugates_and_negations_are_packed_as_what_they_stand_for() -> None:
     values = torch.randn(2, 3, dtype=torch.complex64)
     packed = torch.zeros((2, 36), dtype=torch.uint8)
-    pack_rows([values.conj(), values.conj().imag], unit_of([24, 12]), packed)
+    pack_rows([values.conj(), values.conj().imag], [], unit_of([24, 12]), packed)
     want = torch.cat([values.resolve_conj().conj_physical().view(torch.uint8), (-values.imag).view(torch.uint8)], 1)
     assert torch.equal(packed, want)
 
