@@ -23,6 +23,7 @@ from .dial import dial, hang_up, peer_name
 from .errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
 from .io_thread import IoThread
 from .leaves import Array
+from .meter import Times
 from .pack import Packer
 from .redial import Redial
 from .ring import Ring
@@ -259,7 +260,11 @@ class TcpClient:
     @property
     def blocked_seconds(self) -> float:
         """Seconds that calls of `send` and `send_rows` waited for room."""
-        return self._connection.blocked_seconds
+        return sum(self.times().blocked)
+
+    def times(self) -> Times:
+        """Where the time went, since the client was made."""
+        return self._connection.times()
 
     @property
     def closed(self) -> bool:

@@ -19,6 +19,7 @@ from .deadline import NEVER, Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .io_thread import IoThread
 from .link import Link
+from .meter import Times
 from .redial import Redial
 from .ring import Fill, Ring
 from .stats import Counts
@@ -61,7 +62,8 @@ class Connection:
         self.peer = peer
         self.ring = ring
         self.stall_timeout = stall_timeout
-        self.blocked_seconds = 0.0
+        self._sending = 0.0
+        self._blocked = [0.0, 0.0, 0.0, 0.0]
         self._pid = os.getpid()
         self._link = Link(sock, peer, ring, window, Tail(ring, replay_tail), redial)
         self.thread = IoThread(self._link, linger)
@@ -74,6 +76,11 @@ class Connection:
     def counts(self) -> Counts:
         """What became of the rows, as far as is known."""
         return self._link.counts()
+
+    def times(self) -> Times:
+        """Where the time went, of callers and of the thread."""
+        waiting, latencies = self._link.waiting, self._link.line.latencies.counts
+        return Times(self._sending, tuple(self._blocked), tuple(waiting), tuple(latencies))  # type: ignore[arg-type]
 
     def progress(self) -> tuple[int, int]:
         """How many rows were accepted, and how many of them are acked as far as was noted."""
@@ -101,7 +108,7 @@ class Connection:
             DeliveryTimeoutError: no room in time. Both carry ``rows_accepted``.
         """
         self.enter("send")
-        done = 0
+        began, done = time.monotonic(), 0
         self._link.backlog.begin()
         try:
             while done < rows:
@@ -117,6 +124,7 @@ class Connection:
         finally:
             # Not after each run: the thread would compete for memory, and for the GIL, with the copying of the next.
             self._link.push()
+            self._sending += time.monotonic() - began
 
     def wait(self, deadline: Deadline) -> None:
         """Block until every row packed so far is acked.
@@ -211,7 +219,7 @@ class Connection:
         """Wait for room, at most for as many rows."""
         ring, backlog = self.ring, self._link.backlog
         threshold = self._room_at(rows)
-        began, acked = time.monotonic(), ring.acked
+        began, acked, held_up_by = time.monotonic(), ring.acked, self._link.held_up_by
         try:
             patience = backlog.patience(threshold)
             if patience is None:
@@ -219,7 +227,7 @@ class Connection:
             else:  # and then, if that was not enough, for room in all of the ring, of which there may be some
                 self._wait_for("send", threshold, NEVER, min(patience, deadline, key=lambda moment: moment.at))
         finally:
-            self.blocked_seconds += time.monotonic() - began
+            self._blocked[held_up_by] += time.monotonic() - began
         backlog.waited(threshold, acked, began)
 
     def _wait_to_settle(self, call: str, deadline: Deadline) -> None:

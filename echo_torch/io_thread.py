@@ -171,7 +171,9 @@ class IoThread:
             if pause and line.waits_for_acks:
                 time.sleep(pause)
             poller.register(line.sock, self._interest())
+            held_up_by, began = link.held_up_by, time.monotonic()
             events = dict(poller.poll(nap * 1000))
+            link.waiting[held_up_by] += time.monotonic() - began
             writable = bool(events.get(line.sock.fileno(), 0) & ~select.POLLIN)
             link.wake_up.seen(link.wake_up.reader.fileno() in events)
         return link.lost is not None and not self._over()

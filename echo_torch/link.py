@@ -25,6 +25,7 @@ from .backlog import Backlog
 from .errors import ConnectionClosedError, ProtocolError
 from .leader import Leader
 from .locks import is_mine
+from .meter import DEVICE, LEARNER, NETWORK, NOTHING
 from .pump import Pump
 from .redial import Redial
 from .ring import Ring, Waiter
@@ -80,6 +81,8 @@ class Link:
         self._acked_at_first = 0  # how much was acked when the socket was opened
         self._quiet_before = self._quiet_at_loss = 0.0  # of the sockets before, if rows were un-acked then
         self._reconnects = self._resent = 0
+        self.waiting = [0.0, 0.0, 0.0, 0.0]
+        """Seconds that the I/O thread waited, by `held_up_by`."""
 
     # What became of the rows.
 
@@ -116,6 +119,16 @@ class Link:
             maybe_duplicated=self._resent + self.tail.packed,
             maybe_lost=max(0, sent - self.ring.released) if self.failure is not None else 0,
         )
+
+    @property
+    def held_up_by(self) -> int:
+        """What keeps rows from being written, or acked: of `meter`."""
+        ring, line = self.ring, self.line
+        if ring.written < ring.ready:
+            return NETWORK if line.full else LEARNER
+        if ring.written < ring.packed:
+            return DEVICE
+        return LEARNER if ring.waited_for else NOTHING
 
     def whats_open(self) -> str:
         """The counts in words, and what is done about them."""
@@ -255,7 +268,8 @@ class Link:
             self.line.settle()
             again = self.ring.written - self.ring.released
             self.ring.written = self.ring.released
-            self.line = Pump(sock, self.ring, self.line.window)
+            self.line.latencies.begin_again()
+            self.line = Pump(sock, self.ring, self.line.window, self.line.latencies)
             self._resent += again
             self._reconnects += 1
             self._quiet_before = self._quiet_at_loss if self.ring.unacked else 0.0

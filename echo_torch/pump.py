@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import ConnectionClosedError
+from .meter import Latencies
 from .ring import Ring
 from .wire import check_acks
 
@@ -39,8 +40,9 @@ _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 class Pump:
     """Moves the rows of ``ring`` from ``ring.written`` on through ``sock``, at most ``window`` of them un-acked."""
 
-    def __init__(self, sock: socket.socket, ring: Ring, window: int) -> None:
+    def __init__(self, sock: socket.socket, ring: Ring, window: int, latencies: Latencies | None = None) -> None:
         self.sock = sock
+        self.latencies = Latencies() if latencies is None else latencies
         self.ring = ring
         self.window = window
         self.acked = ring.written
@@ -116,6 +118,7 @@ class Pump:
         self.acked = acked
         self.ring.acked = settled
         received.clear()
+        self.latencies.acked(acked, self.progress_at)
 
     def _write_rows(self, max_bytes: int) -> None:
         """Write what the window lets through: at most about ``max_bytes``, or until the socket is full."""
@@ -146,6 +149,7 @@ class Pump:
         self.ring.written = self.ring.written + total // self.ring.row_bytes
         self._partial = total % self.ring.row_bytes
         sent.clear()
+        self.latencies.wrote(self.ring.written, self.written_at)
         return count
 
     def _set_ack_mark(self) -> None:

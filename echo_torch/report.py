@@ -233,7 +233,7 @@ class Report:
         if session is not None:
             entry["dropped"] = session.dropped
         if self.route is not None:
-            entry["blocked_us"] = int(self.route.blocked_seconds * 1e6)
+            entry["blocked_us"] = int(sum(self.route.times().blocked) * 1e6)
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)

@@ -11,6 +11,7 @@ from .client import Client, TcpClient
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .locks import is_mine
+from .meter import Times
 from .spec import Match, SampleSpec
 from .stats import Counts
 
@@ -27,9 +28,8 @@ class Route(Protocol):
     def check(self) -> None:
         """Take note of acks; raises ConnectionClosedError if the connection has ended with samples un-acked."""
 
-    @property
-    def blocked_seconds(self) -> float:
-        """Seconds that `send` waited for room; with a client that does not tell, all that its ``send`` took."""
+    def times(self) -> Times:
+        """Where the time went; with a client that does not tell, ``send`` was blocked by the learner all along."""
 
     @property
     def closed(self) -> bool:
@@ -59,9 +59,8 @@ class RingRoute:
             with contextlib.suppress(DeliveryTimeoutError):  # being closed just now
                 self._client.wait(0.0)
 
-    @property
-    def blocked_seconds(self) -> float:
-        return self._client.blocked_seconds
+    def times(self) -> Times:
+        return self._client.times()
 
     @property
     def closed(self) -> bool:
@@ -94,7 +93,10 @@ class RowRoute:
         self._sent = 0
         self._lost = False
         self.closed = False
-        self.blocked_seconds = 0.0
+        self._sending = 0.0
+
+    def times(self) -> Times:
+        return Times(self._sending, (self._sending, 0.0, 0.0, 0.0))
 
     def counts(self) -> Counts:
         """Such a client tells nothing of what comes after ``wait``."""
@@ -127,7 +129,7 @@ class RowRoute:
         except (ConnectionError, DeliveryTimeoutError) as error:
             raise self._translated(error, done) from error
         finally:
-            self.blocked_seconds += time.monotonic() - began
+            self._sending += time.monotonic() - began
 
     def wait(self, timeout: float | None) -> None:
         asked = self._sent

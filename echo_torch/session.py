@@ -7,6 +7,8 @@ import functools
 import logging
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,14 +19,22 @@ from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError
 from .locks import is_mine
 from .marks import Marks
+from .meter import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
 from .report import CHILD_CLOSE_S, Report, parent_of
 from .routes import Route
-from .stats import Counts, SinkStats
+from .stats import COUNTED, Counts, SinkStats
 from .watermark import Watermark
 
 _log = logging.getLogger(__name__)
 
-_COUNTED = [field.name for field in dataclasses.fields(SinkStats) if field.name != "in_flight"]
+# Those that go on from another run.
+_LASTING = [name for name in COUNTED if name != "in_flight"]
+# Seconds of which rates are, at the most; and between two verdicts in the log, at the least.
+RATE_S = 10.0
+RATES = 8
+VERDICT_S = 30.0
+# A warning says so if `send` was blocked for more than this share of the time.
+TOO_MUCH = 1 / 3
 
 
 class Session:
@@ -59,7 +69,11 @@ class Session:
         self._lock = threading.RLock()
         self._payload_size = payload_size
         self.dropped = 0
-        self._before: dict[str, Any] = dict.fromkeys(_COUNTED, 0)  # what was counted before, in another process or run
+        self.check_seconds = 0.0
+        self._began = self._verdict_at = time.monotonic()
+        self._moments = deque([(self._began, 0, 0)], maxlen=RATES)
+        self._at_verdict = SinkStats(0, 0, 0, 0, 0, 0, 0.0)
+        self._before: dict[str, Any] = dict.fromkeys(_LASTING, 0)  # what was counted before, in another process or run
         lifetime.tell(self)
 
     @property
@@ -206,8 +220,34 @@ class Session:
 
     def stats(self) -> SinkStats:
         counted = self._with_children()
-        total = {name: getattr(counted, name) + self._before[name] for name in _COUNTED}
-        return SinkStats(**total, in_flight=counted.in_flight)
+        total = {name: getattr(counted, name) + self._before[name] for name in _LASTING}
+        return dataclasses.replace(counted, **total, **self._rates(counted))
+
+    def _rates(self, counted: SinkStats) -> dict[str, Any]:
+        """Samples per second since the moment, of those that are kept, that is ``RATE_S`` ago at the most."""
+        now, kept = time.monotonic(), self._moments
+        while len(kept) > 1 and now - kept[0][0] > RATE_S:
+            kept.popleft()
+        began, sent, acked = kept[0]
+        seconds = now - began
+        if now - kept[-1][0] >= RATE_S / RATES:
+            kept.append((now, counted.samples_sent, counted.samples_acked))
+        if seconds <= 0:
+            return {}
+        return {
+            "sent_per_second": (counted.samples_sent - sent) / seconds,
+            "acked_per_second": (counted.samples_acked - acked) / seconds,
+        }
+
+    def give_verdict(self) -> None:
+        """Log what holds things up, if that was not done for a while."""
+        if time.monotonic() - self._verdict_at < VERDICT_S:
+            return
+        now = self.stats()
+        lately = now.since(self._at_verdict)
+        self._verdict_at, self._at_verdict = time.monotonic(), now
+        level = logging.WARNING if lately.blocked_seconds > TOO_MUCH * lately.elapsed_seconds > 0 else logging.INFO
+        _log.log(level, "%s: %s", self.peer, lately.bottleneck)
 
     def acked_through(self) -> int:
         if self.route is not None:
@@ -216,7 +256,8 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         through = self.acked_through()  # before the counts, which are at least as far by then
-        return {"acked_through": through, **dataclasses.asdict(self.stats())}
+        stats = self.stats()
+        return {"acked_through": through, **{name: getattr(stats, name) for name in COUNTED}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; nothing is changed if ``state`` is none."""
@@ -224,18 +265,19 @@ class Session:
             raise TypeError(f"state: got {state!r}, expected what state_dict() gives")
         loaded: dict[str, Any] = {}
         through = check_count("state['acked_through']", state.get("acked_through"), least=-1)  # type: ignore[arg-type]
-        for field in dataclasses.fields(SinkStats):
-            check = check_seconds if field.type == "float" else _check_number
-            loaded[field.name] = check(f"state[{field.name!r}]", state.get(field.name))  # type: ignore[arg-type]
+        for name in COUNTED:
+            check = check_seconds if name == "blocked_seconds" else _check_number
+            loaded[name] = check(f"state[{name!r}]", state.get(name))  # type: ignore[arg-type]
         loaded["maybe_lost"] += loaded.pop("in_flight")
         counted = self._with_children()
-        self._before = {name: loaded[name] - getattr(counted, name) for name in _COUNTED}
+        self._before = {name: loaded[name] - getattr(counted, name) for name in _LASTING}
         self.watermark = Watermark(through)
 
     def _with_children(self) -> SinkStats:
         counted, theirs = self._counted(), self.children.counts()
         sent, acked = counted.samples_sent + theirs["sent"], counted.samples_acked + theirs["acked"]
-        return SinkStats(
+        return dataclasses.replace(
+            counted,
             samples_sent=sent,
             bytes_sent=sent * self._payload_size,
             samples_acked=acked,
@@ -251,8 +293,8 @@ class Session:
 
     def _counted(self) -> SinkStats:
         """Here, since the sink connected."""
-        counts = Counts() if self.route is None else self.route.counts()
-        acked = counts.sent - counts.unacked
+        counts, times = (Counts(), Times()) if self.route is None else (self.route.counts(), self.route.times())
+        acked, blocked = counts.sent - counts.unacked, sum(times.blocked)
         return SinkStats(
             samples_sent=counts.sent,
             bytes_sent=counts.sent * self._payload_size,
@@ -260,11 +302,22 @@ class Session:
             bytes_acked=acked * self._payload_size,
             in_flight=counts.unacked,
             dropped=self.dropped,
-            blocked_seconds=0.0 if self.route is None else self.route.blocked_seconds,
+            blocked_seconds=blocked,
             reconnects=counts.reconnects,
             resent=counts.resent,
             maybe_duplicated=counts.maybe_duplicated,
             maybe_lost=counts.maybe_lost,
+            elapsed_seconds=time.monotonic() - self._began,
+            check_seconds=self.check_seconds,
+            pack_seconds=max(0.0, times.sending - blocked),
+            blocked_by_learner_seconds=times.blocked[LEARNER] + times.blocked[NOTHING],
+            blocked_by_network_seconds=times.blocked[NETWORK],
+            blocked_by_device_seconds=times.blocked[DEVICE],
+            learner_seconds=times.waiting[LEARNER],
+            network_seconds=times.waiting[NETWORK],
+            device_seconds=times.waiting[DEVICE],
+            ack_p50_seconds=quantile(times.latencies, 0.5),
+            ack_p99_seconds=quantile(times.latencies, 0.99),
         )
 
 

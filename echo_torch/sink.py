@@ -10,6 +10,7 @@ import functools
 import logging
 import multiprocessing.util
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -198,8 +199,10 @@ class EchoSink:
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         if step is not None:
             step = watermark.begin(check_count("step", step, least=0))
+        began = time.monotonic()
         try:
             match = self._matched(batch, batched, skip_last)
+            session.check_seconds += time.monotonic() - began
             if not session.told:
                 self._tell_how_read(session, match.rows, match.batched)
             if step is None:  # so that a batch that is refused takes no number
@@ -302,6 +305,12 @@ class EchoSink:
         self._session().drop(self._matched(batch, None, skip_last).rows - accepted)
 
     def _wait(self, session: Session, timeout: float | None) -> None:
+        try:
+            self._wait_for_all(session, timeout)
+        finally:
+            session.give_verdict()
+
+    def _wait_for_all(self, session: Session, timeout: float | None) -> None:
         deadline = Deadline(timeout)
         try:
             if session.route is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Counts(NamedTuple):
@@ -23,9 +23,22 @@ class Counts(NamedTuple):
     """How many the server may not have stored, at the most; 0 while there is a connection, or hope for one."""
 
 
+# A verdict is against whoever keeps `send` waiting for this share of the time, or the connection for that.
+BLOCKED_SHARE = 0.05
+WAITING_SHARE = 0.5
+
+
+def _time() -> Any:
+    """A number that is measured, not counted."""
+    return dataclasses.field(default=0.0, compare=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class SinkStats:
-    """What a sink did in this process and its DataLoader workers: samples and payload bytes since it connected."""
+    """What a sink did in this process and its DataLoader workers: samples and payload bytes since it connected.
+
+    Two of them are equal if they count the same, whatever the times.
+    """
 
     samples_sent: int
     """Samples that ``send`` accepted."""
@@ -50,3 +63,68 @@ class SinkStats:
     maybe_lost: int = 0
     """How many samples the learner may never get, at the most, now that the connection has ended: the un-acked ones,
     and the last ``replay_acked`` of the others unless `close` sent them again. 0 before that."""
+
+    elapsed_seconds: float = _time()
+    """Seconds since this process connected."""
+    check_seconds: float = _time()
+    """Seconds that callers of ``send`` in this process had batches compared with the example."""
+    pack_seconds: float = _time()
+    """Seconds that they copied samples into the buffer, and wrote those that could be written at once."""
+    blocked_by_learner_seconds: float = _time()
+    """Of ``blocked_seconds``, those in this process in which the window was full: acks did not come."""
+    blocked_by_network_seconds: float = _time()
+    """In which the socket was full."""
+    blocked_by_device_seconds: float = _time()
+    """In which copies from a device were under way."""
+    learner_seconds: float = _time()
+    """Seconds for which this process' connection waited for acks with samples left to write, or with `wait` called."""
+    network_seconds: float = _time()
+    """Seconds for which it waited for the socket to take more."""
+    device_seconds: float = _time()
+    """Seconds for which it waited for copies from a device."""
+    ack_p50_seconds: float = _time()
+    """Seconds from when samples of this process were written to their acks: of half of those that were looked at."""
+    ack_p99_seconds: float = _time()
+    """The same of 99 in 100, to within a fifth."""
+    sent_per_second: float = _time()
+    """Samples accepted per second, over the last seconds in which `EchoSink.stats` or `EchoSink.wait` was called."""
+    acked_per_second: float = _time()
+    """Samples acknowledged per second, over the same time."""
+
+    @property
+    def bottleneck(self) -> str:
+        """What holds things up, in words: the learner, the network, the device, or the training, and by how much."""
+        elapsed = self.elapsed_seconds
+        if not self.samples_sent or elapsed <= 0:
+            return "idle: nothing was sent"
+        share = (self.check_seconds + self.pack_seconds + self.blocked_seconds) / elapsed
+        cost = f"send took {share:.1%} of the time"
+        held_up = {
+            f"learner-bound: the server acks {self.samples_acked / elapsed:,.0f} samples/s, and waits are for it": (
+                self.learner_seconds + self.blocked_by_learner_seconds
+            ),
+            f"network-bound: the connection takes {self.bytes_acked / elapsed / 1e6:,.1f} MB/s, and waits are for it": (
+                self.network_seconds + self.blocked_by_network_seconds
+            ),
+            "device-bound: samples wait for their copies from the device": (
+                self.device_seconds + self.blocked_by_device_seconds
+            ),
+        }
+        waiting = self.learner_seconds + self.network_seconds + self.device_seconds
+        if max(self.blocked_seconds / BLOCKED_SHARE, waiting / WAITING_SHARE) >= elapsed:
+            return f"{max(held_up, key=held_up.__getitem__)}; {cost}"
+        return f"training-bound: the sink waits for data, {self.samples_sent / elapsed:,.0f} samples/s; {cost}"
+
+    def since(self, before: SinkStats) -> SinkStats:
+        """What came after ``before`` was told; what is in flight, latencies and rates as they are now."""
+        as_now = ("in_flight", "ack_p50_seconds", "ack_p99_seconds", "sent_per_second", "acked_per_second")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in as_now]
+        return dataclasses.replace(self, **{name: getattr(self, name) - getattr(before, name) for name in names})
+
+    def as_dict(self, prefix: str = "") -> dict[str, Any]:
+        """All numbers by ``prefix`` and name: for ``self.log_dict`` of Lightning, TensorBoard, or W&B."""
+        return {f"{prefix}{name}": value for name, value in dataclasses.asdict(self).items()}
+
+
+COUNTED = [field.name for field in dataclasses.fields(SinkStats) if field.compare]
+"""Those that are saved."""

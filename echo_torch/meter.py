@@ -1,0 +1,74 @@
+"""Where the time of a connection goes, and how long acks take; cheap enough to be always on.
+
+Whoever adds to a number is the only one who does so at a time: the caller whose turn it is, or the holder of the I/O
+lock. What is read meanwhile may be a moment old.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+LEARNER, NETWORK, DEVICE, NOTHING = range(4)
+"""What holds rows up: acks that do not come, a socket that is full, a copy that is under way; or there are none."""
+
+# Latencies are counted in classes, each by a fifth longer than the one before, from so many seconds on.
+_GROWTH = math.log(1.2)
+_LEAST_S = 1e-6
+_CLASSES = 140  # up to a day
+# How many moments of writing are kept: with more rows out, the latency of some is not known.
+_MARKS = 64
+
+
+class Times(NamedTuple):
+    """Seconds, since the connection was opened."""
+
+    sending: float = 0.0
+    """In ``send``, without checking."""
+    blocked: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Of those, waiting for room: by what held it up."""
+    waiting: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """That the I/O thread waited: by what held rows up."""
+    latencies: tuple[int, ...] = ()
+    """How many acks took how long, by classes of `quantile`."""
+
+
+class Latencies:
+    """How long acks took, from when rows were written to when their acks were read."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * _CLASSES
+        self._marks: deque[tuple[int, float]] = deque()
+
+    def wrote(self, end: int, now: float) -> None:
+        """Rows up to ``end`` are written."""
+        if len(self._marks) < _MARKS:
+            self._marks.append((end, now))
+
+    def acked(self, end: int, now: float) -> None:
+        """Rows up to ``end`` are acked."""
+        marks = self._marks
+        while marks and marks[0][0] <= end:
+            self.counts[_class_of(now - marks.popleft()[1])] += 1
+
+    def begin_again(self) -> None:
+        """Over another connection: what was written to the one before is not acked any more."""
+        self._marks.clear()
+
+
+def _class_of(seconds: float) -> int:
+    if seconds <= _LEAST_S:
+        return 0
+    return min(_CLASSES - 1, math.ceil(math.log(seconds / _LEAST_S) / _GROWTH))
+
+
+def quantile(counts: Sequence[int], share: float) -> float:
+    """Seconds that ``share`` of what was counted took at the most, to within a fifth; 0 if nothing was counted."""
+    below, enough = 0, share * sum(counts)
+    for number, count in enumerate(counts):
+        below += count
+        if count and below >= enough:
+            return _LEAST_S * math.exp(number * _GROWTH)
+    return 0.0

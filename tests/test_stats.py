@@ -1,0 +1,223 @@
+"""Where the time goes, and what is said of it: a forced case for each verdict, and the parts that these are made of."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calls import SOON_S, Gate
+from fake_device import FakeDevice
+from hypothesis import given
+from hypothesis import strategies as st
+from peers import Line, Peer
+
+from echo_torch import DeliveryTimeoutError, EchoSink, session
+from echo_torch.meter import Latencies, quantile
+from echo_torch.stats import SinkStats
+
+EXAMPLE = torch.zeros(1 << 15, dtype=torch.uint8)
+SIZE = EXAMPLE.nbytes
+BATCH = torch.zeros((16, SIZE), dtype=torch.uint8)
+
+
+@contextmanager
+def sending(script: Callable[[Line], None], **options: Any) -> Iterator[tuple[Peer, EchoSink]]:
+    with Peer(script, receive_buffer=64 * 1024) as peer:
+        options = {"buffer_bytes": 2 << 20, **options}
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False, **options).connect()
+        try:
+            yield peer, sink
+        finally:
+            sink.close(SOON_S)
+
+
+def listens(line: Line) -> None:
+    line.greet(EXAMPLE.numpy())
+    line.hear_all(SIZE)
+
+
+# What holds things up.
+
+
+def test_a_slow_learner() -> None:
+    """It acks 200 samples a second, of a window of 4."""
+
+    def slow(line: Line) -> None:
+        line.greet(EXAMPLE.numpy())
+        for _ in range(10 * len(BATCH)):
+            line.hear(SIZE)
+            time.sleep(0.005)
+            line.ack()
+        line.hear_all()
+
+    with sending(slow, max_inflight_msgs=4) as (_, sink):
+        for _ in range(10):
+            sink.send(BATCH)
+        sink.wait(SOON_S)
+        stats = sink.stats()
+        assert re.match(
+            r"learner-bound: the server acks \d+ samples/s, and waits are for it; send took", stats.bottleneck
+        )
+        assert stats.blocked_by_learner_seconds > 5 * stats.blocked_by_network_seconds
+        assert stats.learner_seconds > stats.network_seconds
+        assert 0.005 < stats.ack_p50_seconds <= stats.ack_p99_seconds < SOON_S
+        rate = stats.samples_acked / stats.elapsed_seconds
+        assert f"acks {rate:,.0f} samples/s" in stats.bottleneck
+
+
+def test_a_throttled_link() -> None:
+    """It takes some MB/s, acks each sample at once, and the window would let all of them through."""
+
+    def throttled(line: Line) -> None:
+        line.greet(EXAMPLE.numpy())
+        for _ in range(25 * len(BATCH)):
+            line.hear(SIZE)
+            line.ack()
+            time.sleep(0.002)
+        line.hear_all()
+
+    with sending(throttled, max_inflight_msgs=10_000, buffer_bytes=32 << 20) as (_, sink):
+        for _ in range(25):  # more than the kernel's buffers hold
+            sink.send(BATCH)
+        sink.wait(SOON_S)
+        stats = sink.stats()
+        assert re.match(
+            r"network-bound: the connection takes \d+\.\d MB/s, and waits are for it; send", stats.bottleneck
+        )
+        assert stats.network_seconds > stats.learner_seconds
+
+
+def test_a_slow_trainer() -> None:
+    with sending(listens) as (_, sink):
+        for _ in range(20):
+            sink.send(BATCH[:1])
+            time.sleep(0.01)
+        sink.wait(SOON_S)
+        stats = sink.stats()
+        assert re.match(r"training-bound: the sink waits for data, \d+ samples/s; send took", stats.bottleneck)
+        share = (stats.check_seconds + stats.pack_seconds + stats.blocked_seconds) / stats.elapsed_seconds
+        assert f"send took {share:.1%} of the time" in stats.bottleneck
+        assert 0 < stats.check_seconds < stats.elapsed_seconds
+        assert 0 < stats.pack_seconds < stats.elapsed_seconds
+
+
+def test_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    device.install(monkeypatch)
+    with sending(listens) as (_, sink):
+        sink.send(device.put(BATCH))
+        time.sleep(0.3)
+        device.run()
+        sink.wait(SOON_S)
+        stats = sink.stats()
+        assert stats.bottleneck.startswith("device-bound: samples wait for their copies from the device; send took")
+        assert stats.device_seconds > 0.2
+
+
+def test_nothing_was_sent() -> None:
+    sink = EchoSink("nowhere.invalid", 1, EXAMPLE)
+    assert sink.stats().bottleneck == "idle: nothing was sent"
+
+
+# What is logged.
+
+
+def test_a_verdict_is_logged_when_it_is_waited_but_not_each_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "echo_torch.session")
+    with sending(listens) as (_, sink):
+        sink.send(BATCH[:1])
+        sink.wait(SOON_S)
+        assert not caplog.messages
+        monkeypatch.setattr(session, "VERDICT_S", 0.2)
+        time.sleep(0.2)
+        sink.wait(SOON_S)
+        sink.wait(SOON_S)
+        (said,) = caplog.records
+        assert said.levelno == logging.INFO
+        assert said.getMessage().startswith(f"{sink.peer}: training-bound: the sink waits for data, ")
+
+
+def test_send_that_is_blocked_for_too_long_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate()
+
+    def late(line: Line) -> None:
+        line.greet(EXAMPLE.numpy())
+        gate.wait()
+        line.hear_all(SIZE)
+
+    monkeypatch.setattr(session, "VERDICT_S", 0.2)
+    with sending(late, max_inflight_msgs=4) as (_, sink):
+        with pytest.raises(DeliveryTimeoutError):
+            sink.send(BATCH.repeat(10, 1), timeout=0.4)  # more than the buffer holds
+        gate.open()
+        sink.wait(SOON_S)
+        (said,) = [record for record in caplog.records if record.name == "echo_torch.session"]
+        assert said.levelno == logging.WARNING
+        assert said.getMessage().startswith(f"{sink.peer}: learner-bound: ")
+
+
+# Numbers.
+
+
+def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "RATE_S", 0.2)
+    with sending(listens) as (_, sink):
+        sink.send(BATCH)
+        sink.wait(SOON_S)
+        assert sink.stats().sent_per_second > 0
+        time.sleep(0.3)
+        sink.stats()
+        time.sleep(0.3)
+        assert (sink.stats().sent_per_second, sink.stats().acked_per_second) == (0, 0)
+
+
+def test_numbers_by_name_for_those_who_draw_them() -> None:
+    stats = SinkStats(3, 30, 2, 20, 1, 0, 0.5)
+    told = stats.as_dict("echo/")
+    assert told["echo/samples_sent"] == 3
+    assert told["echo/blocked_seconds"] == 0.5
+    assert len(told) == len(SinkStats.__dataclass_fields__)
+    assert all(isinstance(value, (int, float)) for value in told.values())
+
+
+def test_what_came_since() -> None:
+    before = SinkStats(3, 30, 2, 20, 1, 0, 0.5, elapsed_seconds=10.0, ack_p50_seconds=7.0)
+    now = SinkStats(10, 100, 10, 100, 0, 0, 2.5, elapsed_seconds=14.0, ack_p50_seconds=0.1)
+    lately = now.since(before)
+    assert lately == SinkStats(7, 70, 8, 80, 0, 0, 2.0)
+    assert (lately.elapsed_seconds, lately.ack_p50_seconds) == (4.0, 0.1)
+
+
+@given(st.lists(st.floats(1e-7, 1e4), min_size=1), st.floats(0.01, 1.0))
+def test_quantiles_of_latencies_are_right_to_within_a_fifth(latencies: list[float], share: float) -> None:
+    found = Latencies()
+    for number, seconds in enumerate(latencies):
+        found.wrote(number, 0.0)
+        found.acked(number, seconds)
+    exact = max(1e-6, float(np.quantile(latencies, share, method="inverted_cdf")))
+    assert exact / 1.0001 <= quantile(found.counts, share) <= exact * 1.2001
+    assert quantile([0] * 10, share) == 0
+
+
+def test_an_ack_is_of_all_rows_written_before_it() -> None:
+    found = Latencies()
+    for number in range(1, 1000):  # more than are kept
+        found.wrote(number, float(number))
+    found.acked(5, 10.0)
+    assert sum(found.counts) == 5
+    found.begin_again()
+    found.acked(999, 10.0)
+    assert sum(found.counts) == 5
+    assert math.isclose(quantile(found.counts, 1.0), 9.0, rel_tol=0.21)
