@@ -32,10 +32,9 @@ import numpy as np
 import torch
 from benchmark_device import launch_rows, send_rows, staging_rows, step_rows, where
 from benchmark_loaders import WORKERS, loader_rows
-from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, cpu_seconds, elsewhere, sink
+from benchmark_rounds import batches_in, measure, medians, send_all, timed
+from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, elsewhere, sink
 
-# Seconds that a warm-up takes at the least: it also tells how many batches a round has.
-WARM_UP_S = 0.05
 # Samples per second at which all senders are compared beside a training loop, and how many batches a slice of it has.
 LOOP_RATE = 10_000.0
 SLICE_BATCHES = 4
@@ -51,37 +50,7 @@ BLOCKS_NOISE = 10
 RESIDENT_NOISE = 64 * 1024
 
 
-# Measuring.
-
-
-def timed(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
-def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-
-
-def batches_in(send: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> int:
-    """Warm up, and give how many batches it takes ``seconds`` to send and to see acked.
-
-    A number and not a time, because a sender with a large buffer could accept in a second what takes a minute to ack.
-    """
-    count = 1
-    while (took := send_all(count, send, wait)) < WARM_UP_S:
-        count *= 2
-    return max(1, round(count * seconds / took))
-
-
-def send_all(count: int, send: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    """Send one batch ``count`` times and wait; gives how many seconds that took."""
-    began = time.perf_counter()
-    for _ in range(count):
-        send()
-    wait()
-    return time.perf_counter() - began
+# Tables.
 
 
 class Table:
@@ -105,27 +74,6 @@ class Table:
 # Throughput.
 
 
-def measure(name: str, peer: PeerProcess, case: Case, seconds: float) -> dict[str, float]:
-    """Send for about ``seconds`` and give the figures of that round."""
-    with SENDERS[name](peer.port, case.batch) as (send, wait):
-        count = batches_in(send, wait, seconds)
-        send_all(count, send, wait)  # as long a round that does not count: the memory of buffers is there from now on
-        peer_cpu, cpu, began = peer.cpu_seconds(), cpu_seconds(), time.perf_counter()
-        blocked = [timed(send) for _ in range(count)]
-        wait()
-        wall = time.perf_counter() - began
-        cpu = cpu_seconds() - cpu
-        samples = case.size * count
-        return {
-            "samples_s": samples / wall,
-            "mb_s": samples * case.payload / 1e6 / wall,
-            "cpu_us": cpu / samples * 1e6,
-            "blocked_us": statistics.mean(blocked) * 1e6,
-            "in_wait": 1 - sum(blocked) / wall,
-            "peer_busy": (peer.cpu_seconds() - peer_cpu) / wall,
-        }
-
-
 def measure_all(kind: str, case: Case, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
     """One row per sender, with the ratios between them."""
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in SENDERS}
@@ -133,7 +81,8 @@ def measure_all(kind: str, case: Case, rounds: int, seconds: float) -> Iterator[
         names = list(figures)
         for _ in range(rounds):
             for name in names:
-                figures[name].append(measure(name, peer, case, seconds))
+                with SENDERS[name](peer.port, case.batch) as calls:
+                    figures[name].append(measure(calls, peer.cpu_seconds, case, seconds))
             names.reverse()  # whoever follows on another finds the machine as that one left it
     results = {name: medians(found) for name, found in figures.items()}
     limit = max(results.pop("raw"), results.pop("raw lowat"), key=lambda found: found["samples_s"])

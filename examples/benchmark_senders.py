@@ -135,33 +135,39 @@ def answer_cpu(pipe: Any) -> None:
         pass
 
 
-class PeerProcess:
-    """A peer in a process of its own."""
+class Child:
+    """A process that runs ``target(pipe, *arguments)`` and ends with the benchmark."""
 
-    def __init__(self, kind: str, case: Case) -> None:
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["echo", "torch"])  # once for all peers: they take more than a second
-        self._pipe, theirs = context.Pipe()
-        if kind == "null":
-            target, *arguments = run_null_peer, encode_handshake(case.leaves), case.payload
-        else:
-            target, *arguments = run_real_peer, case.example, max(32, case.size)
+        context.set_forkserver_preload(["echo", "torch"])  # once for all of them: they take more than a second
+        self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
         self._process.start()
         theirs.close()
-        self.port: int = self._pipe.recv()
 
     def cpu_seconds(self) -> float:
-        self._pipe.send(True)
-        return float(self._pipe.recv())
+        self.pipe.send(True)
+        return float(self.pipe.recv())
 
-    def __enter__(self) -> PeerProcess:
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipe.close()
+        self.pipe.close()
         self._process.terminate()
         self._process.join()
+
+
+class PeerProcess(Child):
+    """A peer in a process of its own."""
+
+    def __init__(self, kind: str, case: Case) -> None:
+        if kind == "null":
+            super().__init__(run_null_peer, encode_handshake(case.leaves), case.payload)
+        else:
+            super().__init__(run_real_peer, case.example, max(32, case.size))
+        self.port: int = self.pipe.recv()
 
 
 # Senders: each is a context that gives the two calls to measure, "send one batch" and "wait for all".
