@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import resource
@@ -32,6 +33,8 @@ import numpy as np
 import torch
 from benchmark_device import launch_rows, send_rows, staging_rows, step_rows, where
 from benchmark_loaders import WORKERS, loader_rows
+from benchmark_others import OTHERS, installed, other_rows
+from benchmark_plot import draw
 from benchmark_rounds import batches_in, measure, medians, send_all, timed
 from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, elsewhere, sink
 
@@ -384,6 +387,32 @@ def loaders(options: argparse.Namespace) -> list[dict[str, Any]]:
     return table.rows
 
 
+# What else carries batches to another process.
+
+
+def others(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "sample": ("case", ""),
+        "  B": ("B", ""),
+        "       sender": ("sender", ""),
+        " samples/s": ("samples_s", ",.0f"),
+        " MB/s": ("mb_s", ",.0f"),
+        "CPU us/sample": ("cpu_us", ".3f"),
+        "blocked us/batch": ("blocked_us", ",.1f"),
+        "in wait()": ("in_wait", ".0%"),
+        "sink x its": ("sink_faster", ".2f"),
+        "CPU: sink / its": ("sink_cpu", ".4f"),
+        "blocked: sink / its": ("sink_blocked", ".4f"),
+        "peer busy": ("peer_busy", ".0%"),
+    }
+    rows = filled(
+        Table("Other ways of batches to another process; the sink's is the null peer", columns), other_rows(options)
+    )
+    if missing := [name for name in options.others if not installed(name)]:
+        print(f"Left out, as it is not installed: {', '.join(missing)}.")
+    return rows
+
+
 # What was to be reached.
 
 
@@ -405,6 +434,7 @@ def rows_of(sender: str, peer: str, *names: str) -> dict[str, tuple[str, ...]]:
 SMALL_NULL = rows_of("sink", "null", "29B")
 SMALL_REAL = rows_of("sink", "real", "29B", "1KB")
 LARGE_NULL = rows_of("sink", "null", "28KB", "602KB")
+OTHER_SENDERS = {"sender": tuple(sender for other in OTHERS.values() for sender in other.senders)}
 TARGETS = [
     Target("samples/s, x stock", "throughput", SMALL_NULL, "vs_stock", 100, True),
     Target("CPU per sample, / stock", "throughput", SMALL_NULL, "cpu_vs_stock", 1 / 100),
@@ -419,6 +449,8 @@ TARGETS = [
     Target("samples/s, main thread busy, x stock", "busy", {"sender": ("sink",)}, "vs_stock", 10, True),
     Target("loop rate kept", "loop", {"sender": ("sink",)}, "kept", 0.97, True),
     Target("loop rate kept, workers send", "loaders", {"sender": ("sink",)}, "kept", 0.95, True),
+    Target("samples/s, sink x other", "others", OTHER_SENDERS, "sink_faster", 1, True),
+    Target("CPU per sample, sink / other", "others", OTHER_SENDERS, "sink_cpu", 1),
     Target(f"resident bytes grown per {MEMORY_SENDS:,} sends", "memory", {}, "resident", RESIDENT_NOISE),
     Target(f"Python blocks grown per {MEMORY_SENDS:,} sends", "memory", {}, "blocks", BLOCKS_NOISE),
     Target("threads per connection", "memory", {}, "threads", 1),
@@ -522,7 +554,9 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "busy": busy,
     "loop": loop,
     "loaders": loaders,
+    "others": others,
 }
+PLOTTED = ("throughput", "others")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -545,20 +579,28 @@ def parse_arguments() -> argparse.Namespace:
         return float(value)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    quick = "under 60 s: rounds of 0.1 s, and throughput of 29 B only"
+    quick = "under 60 s: rounds of 0.1 s, and throughput of 29 B only, without the table of others"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--plot", metavar="FILE.png", help=f"draw the tables {' and '.join(PLOTTED)}; needs matplotlib")
     parser.add_argument(
         "--rounds", type=at_least_one, default=5, help="how often each sender has its turn (default: 5)"
     )
     parser.add_argument("--seconds", type=positive, help="length of one round of one sender (default: 0.6)")
     parser.add_argument("--cases", type=some_of(list(cases())), help=f"for throughput, of {', '.join(cases())}")
     parser.add_argument("--peers", type=some_of(["null", "real"]), default="null,real", help="for throughput")
+    which = f"for the table of others, of {','.join(OTHERS)} (default: all that are installed)"
+    parser.add_argument("--others", type=some_of(list(OTHERS)), default=",".join(OTHERS), help=which)
     parser.add_argument("--device", type=torch.device, help="measure sending from this accelerator, such as cuda")
     names = f"of {','.join(TABLES)}; with --device, of {','.join(DEVICE_TABLES)}"
     parser.add_argument("--tables", type=some_of([*TABLES, *DEVICE_TABLES]), help=names)
     options = parser.parse_args()
-    options.tables = options.tables or list(DEVICE_TABLES if options.device else TABLES)
+    tables = DEVICE_TABLES if options.device else TABLES
+    options.tables = options.tables or [name for name in tables if not (options.quick and name == "others")]
+    if options.plot and not set(PLOTTED) & set(options.tables):
+        parser.error(f"--plot: got tables {', '.join(options.tables)}, expected one of {', '.join(PLOTTED)}")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot: matplotlib is not installed: pip install 'echo-torch[bench]'")
     options.cases = options.cases or (["29B"] if options.quick else list(cases()))
     options.seconds = options.seconds or (0.1 if options.quick else 0.6)
     return options
@@ -574,6 +616,8 @@ def main() -> None:
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=2)
+    if options.plot:
+        draw(options.plot, results)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import re
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -211,8 +214,9 @@ SMALLEST = ("--cases", "29B", "--rounds", "1", "--seconds", "0.02")
 
 
 def test_benchmark_fills_every_table(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    with running(BENCHMARK, *SMALLEST, "--json", str(path)) as process:
+    path, plot = tmp_path / "figures.json", tmp_path / "figures.png"
+    some = ("--others", "pyzmq,gloo,queue")  # without what takes long to start
+    with running(BENCHMARK, *SMALLEST, *some, "--json", str(path), "--plot", str(plot)) as process:
         report, errors = process.communicate(timeout=RUN_S)
         assert process.returncode == 0, errors
         assert_all_gone(process.pid)
@@ -229,10 +233,30 @@ def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     assert all(row["alone_steps_s"] > 0 and row["samples_s"] > 0 for row in tables["loop"])
     assert [row["sender"] for row in tables["loaders"]] == ["sink", "sink, not forwarded", "stock"] * 3
     assert all(row["samples_s"] > 0 and row["kept"] > 0 for row in tables["loaders"])
+    assert_others(tables["others"])
+    assert "Left out" not in report
+    assert_drawn(plot)
     (room,) = tables["room"]
     assert room["vs_memcpy"] == pytest.approx(room["send_us"] / room["memcpy_us"])
     assert re.search(r"^The null peer was busy for \d+% \(29B\)", report, re.MULTILINE)
     assert report.count("reached\n") + report.count("missed\n") == len(tables["targets"]) > 0
+
+
+def assert_others(rows: list[dict[str, Any]]) -> None:
+    assert [row["sender"] for row in rows] == ["sink", "pyzmq", "gloo", "queue", "queue, shared"]
+    for row in rows:
+        assert all(row[key] > 0 for key in ("samples_s", "mb_s", "cpu_us", "blocked_us", "peer_busy")), row
+        assert row["sink_faster"] == pytest.approx(rows[0]["samples_s"] / row["samples_s"])
+        assert row["sink_cpu"] == pytest.approx(rows[0]["cpu_us"] / row["cpu_us"])
+        assert row["sink_blocked"] == pytest.approx(rows[0]["blocked_us"] / row["blocked_us"])
+
+
+def assert_drawn(plot: Path) -> None:
+    """Whether it is a PNG, and large enough for three panels."""
+    signature, width, height = struct.unpack(">8s8x2I", plot.read_bytes()[:24])
+    assert signature == b"\x89PNG\r\n\x1a\n"
+    assert width > 1500
+    assert height > 200
 
 
 def assert_ratios_hold(rows: dict[str, dict[str, float]]) -> None:
@@ -275,7 +299,58 @@ def test_benchmark_judges_the_figures_it_has(benchmark: dict[str, Any]) -> None:
     ]
 
 
-@pytest.mark.parametrize("option", [("--cases", "30B"), ("--peers", "unreal"), ("--tables", "none,busy")])
+def test_benchmark_names_the_others_that_are_not_installed(
+    benchmark: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if name not in ("zmq", "ray") else None)
+    assert benchmark["others"](argparse.Namespace(others=["pyzmq", "gloo", "ray"], cases=[])) == []
+    assert capsys.readouterr().out.endswith("\nLeft out, as it is not installed: pyzmq, ray.\n")
+
+
+def test_benchmark_trusts_only_what_arrives_as_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    others = importlib.import_module("benchmark_others")
+    case = importlib.import_module("benchmark_senders").cases()["29B"]
+    taken = others.Taken()
+    for _ in range(2):
+        taken.add(others.arrays_of(case))
+    taken.wait_for(2)
+    others.check_taken("queue", taken.report(), 2, case)
+    with pytest.raises(RuntimeError, match="queue: 2 batches arrived, 3 were sent"):
+        others.check_taken("queue", taken.report(), 3, case)
+    other = case._replace(batch={**case.batch, "done": ~case.batch["done"]})
+    with pytest.raises(RuntimeError, match=r"queue: .* arrived, .* was sent"):
+        others.check_taken("queue", taken.report(), 2, other)
+    taken.end()
+    taken.wait_for(3)  # in vain, and so at once
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--tables", "busy"), "--plot: got tables busy, expected one of throughput, others"),
+        ((), "--plot: matplotlib is not installed: pip install 'echo-torch[bench]'"),
+    ],
+    ids=["nothing to draw", "no matplotlib"],
+)
+def test_benchmark_says_before_it_measures_that_it_cannot_draw(
+    benchmark: dict[str, Any],
+    options: tuple[str, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--plot", "figures.png", *options])
+    with pytest.raises(SystemExit):
+        benchmark["parse_arguments"]()
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [("--cases", "30B"), ("--peers", "unreal"), ("--others", "mail"), ("--tables", "none,busy")]
+)
 def test_benchmark_names_what_it_does_not_know(
     benchmark: dict[str, Any],
     option: tuple[str, str],

@@ -1,0 +1,347 @@
+"""What else carries batches to another process of the machine, beside the sink, as a table of ``benchmark.py``.
+
+* ``pyzmq``: PUSH to PULL over TCP; ``pickle`` of the batch as numpy arrays, which is faster than tensors, large ones as
+  frames of their own;
+* ``gloo``: ``torch.distributed.isend`` of all leaves of a batch, and waiting for them; one blocking ``send`` after the
+  other is a third as fast for small leaves. The receiver knows what comes, and always receives into the same tensors;
+* ``queue``: ``torch.multiprocessing.Queue``, which hands over the memory that tensors are in. Each batch is a clone:
+  with the sink and all the others, a batch is its owner's again when ``send`` returns;
+* ``queue, shared``: the same without the clone, of a batch that is in shared memory already. It carries no bytes, only
+  where they are: whoever writes to the batch later changes what is received;
+* ``ray``: ``ray.put`` of the batch as numpy arrays, and an actor that is called with the reference.
+
+Each with its default configuration, and with at most 64 MiB under way, as much as the sink's buffer holds. Only one of
+them exists at a time. The other side takes whole batches, one after the other, and drops them. It answers ``wait()``
+with how many it has taken and what the first one was, and both have to be right; it does not ack each one, and nobody
+checks what is sent, or sends it again. The sink sends to the null peer, over TCP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+import pickle
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from benchmark_rounds import measure, medians, send_all
+from benchmark_senders import HOST, Calls, Case, Child, PeerProcess, cases, cpu_seconds, sink
+
+# The cases of this table: small, medium and large samples.
+CASES = ("29B", "28KB", "602KB")
+# Bytes of batches under way, and the most batches.
+AHEAD_BYTES = 64 * 1024 * 1024
+MOST_AHEAD = 1000
+# As many batches in a queue: each of their leaves takes a file descriptor until it is received.
+MOST_QUEUED = 64
+# Leaves of a batch that are frames of their own with pyzmq: one copy less. Below, as many frames take longer.
+FRAME_BYTES = 64 * 1024
+# Seconds that the other side may take for what is under way.
+TAKEN_S = 60.0
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+Take = Callable[[], dict[str, Any]]
+"""Receives one batch."""
+Compared = tuple[Calls, Callable[[], float]]
+"""The two calls to measure, and one that tells the seconds of CPU that the other side has used."""
+
+
+def batches_ahead(case: Case, most: int = MOST_AHEAD) -> int:
+    return max(2, min(most, AHEAD_BYTES // (case.size * case.payload)))
+
+
+def arrays_of(case: Case) -> dict[str, Any]:
+    return {name: leaf.numpy() for name, leaf in case.batch.items()}
+
+
+# The other side.
+
+
+def fingerprint(batch: dict[str, Any]) -> dict[str, Any]:
+    """Dtype, shape and checksum of each leaf."""
+    arrays = {name: np.asarray(leaf) for name, leaf in batch.items()}
+    return {name: (str(leaf.dtype), leaf.shape, zlib.crc32(leaf.tobytes())) for name, leaf in arrays.items()}
+
+
+class Taken:
+    """What was taken: how many batches, and what the first of them was."""
+
+    def __init__(self) -> None:
+        self._count = self._wanted = 0
+        self._enough, self._ended = threading.Event(), False
+        self._first: dict[str, Any] | None = None
+
+    def add(self, batch: dict[str, Any]) -> None:
+        if self._first is None:
+            self._first = fingerprint(batch)
+        self._count += 1
+        if self._count == self._wanted:  # who waits is woken once and not for each batch, which would slow this down
+            self._enough.set()
+
+    def end(self) -> None:
+        """No more will come."""
+        self._ended = True
+        self._enough.set()
+
+    def wait_for(self, count: int) -> None:
+        self._enough.clear()
+        self._wanted = count  # before the look at how many there are: `add` counts before it looks at this
+        if self._count < count and not self._ended:
+            self._enough.wait(TAKEN_S)
+
+    def report(self) -> tuple[int, dict[str, Any] | None]:
+        return self._count, self._first
+
+
+def check_taken(name: str, report: Any, sent: int, case: Case) -> None:
+    """RuntimeError unless all batches were taken, and the first of them is the one that was sent."""
+    taken, first = report
+    if taken != sent:
+        raise RuntimeError(f"{name}: {taken:,} batches arrived, {sent:,} were sent")
+    if first != (expected := fingerprint(case.batch)):
+        raise RuntimeError(f"{name}: {first} arrived, {expected} was sent")
+
+
+def run_receiver(pipe: Any, connect: Callable[..., Take], *arguments: Any) -> None:
+    """Take batches in a thread; answer a number once that many are taken, or none can be, and True as `answer_cpu`."""
+    taken = Taken()
+
+    def take_all() -> None:
+        try:
+            take = connect(*arguments)
+            while True:
+                taken.add(take())
+        finally:
+            taken.end()
+
+    threading.Thread(target=take_all, daemon=True).start()
+    try:
+        while asked := pipe.recv():
+            if asked is True:
+                pipe.send(cpu_seconds())
+            else:
+                taken.wait_for(asked)
+                pipe.send(taken.report())
+    except EOFError:
+        pass
+
+
+def take_from_pull(port: int, most: int) -> Take:
+    import zmq
+
+    line = zmq.Context.instance().socket(zmq.PULL)
+    line.rcvhwm = most
+    line.connect(f"tcp://{HOST}:{port}")
+
+    def take() -> dict[str, Any]:
+        pickled, *leaves = line.recv_multipart(copy=False)
+        return pickle.loads(pickled.buffer, buffers=[leaf.buffer for leaf in leaves])
+
+    return take
+
+
+def take_from_gloo(port: int, leaves: dict[str, Any]) -> Take:
+    import torch.distributed as dist
+
+    join_gloo(1, dist.TCPStore(HOST, port, 2, is_master=False))
+    batch = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in leaves.items()}
+
+    def take() -> dict[str, Any]:
+        for work in [dist.irecv(leaf, 0, tag=tag) for tag, leaf in enumerate(batch.values())]:
+            work.wait()
+        return batch
+
+    return take
+
+
+def take_from_queue(line: Any) -> Take:
+    return line.get
+
+
+# Senders: each is a context that starts the other side too, and ends it.
+
+
+def counted(name: str, case: Case, receiver: Child, send: Callable[[], None]) -> Compared:
+    sent = 0
+
+    def send_one() -> None:
+        nonlocal sent
+        send()
+        sent += 1
+
+    def wait() -> None:
+        receiver.pipe.send(sent)
+        check_taken(name, receiver.pipe.recv(), sent, case)
+
+    return (send_one, wait), receiver.cpu_seconds
+
+
+def is_small(apart: list[pickle.PickleBuffer], leaf: pickle.PickleBuffer) -> bool:
+    """Whether to pickle the bytes of a leaf; else adds them to those that are frames of their own."""
+    small = leaf.raw().nbytes < FRAME_BYTES
+    if not small:
+        apart.append(leaf)
+    return small
+
+
+@contextmanager
+def by_pyzmq(case: Case) -> Iterator[Compared]:
+    import zmq
+
+    arrays, most = arrays_of(case), batches_ahead(case)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as line:
+        line.sndhwm, line.linger = most, 0
+        port = line.bind_to_random_port(f"tcp://{HOST}")
+
+        def send() -> None:
+            apart: list[pickle.PickleBuffer] = []
+            pickled = pickle.dumps(arrays, 5, buffer_callback=functools.partial(is_small, apart))
+            line.send_multipart([pickled, *apart])
+
+        with Child(run_receiver, take_from_pull, port, most) as receiver:
+            yield counted("pyzmq", case, receiver, send)
+
+
+def join_gloo(rank: int, store: Any) -> None:
+    import torch.distributed as dist
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+
+
+@contextmanager
+def by_gloo(case: Case) -> Iterator[Compared]:
+    import torch.distributed as dist
+
+    hook = sys.excepthook  # which a process group replaces by one that puts the rank before each line
+    leaves = list(case.batch.values())
+    store = dist.TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
+    theirs = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in case.batch.items()}
+
+    def send() -> None:
+        for work in [dist.isend(leaf, 1, tag=tag) for tag, leaf in enumerate(leaves)]:
+            work.wait()
+
+    with Child(run_receiver, take_from_gloo, store.port, theirs) as receiver:
+        join_gloo(0, store)
+        yield counted("gloo", case, receiver, send)
+    dist.destroy_process_group()
+    sys.excepthook = hook
+
+
+@contextmanager
+def by_queue(case: Case, shared: bool) -> Iterator[Compared]:
+    line: Any = torch.multiprocessing.get_context("forkserver").Queue(batches_ahead(case, MOST_QUEUED))
+    line.cancel_join_thread()
+    batch = {name: leaf.clone() for name, leaf in case.batch.items()}  # the first `put` moves it into shared memory
+
+    def send() -> None:
+        line.put(batch if shared else {name: leaf.clone() for name, leaf in batch.items()})
+
+    with Child(run_receiver, take_from_queue, line) as receiver:
+        yield counted("queue", case, receiver, send)
+    line.close()
+
+
+class Taker(Taken):
+    """An actor of Ray."""
+
+    def cpu_seconds(self) -> float:
+        return cpu_seconds()
+
+
+@contextmanager
+def by_ray(case: Case) -> Iterator[Compared]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        taker = ray.remote(Taker).remote()
+        add = taker.add.options(num_returns=0)
+        arrays, half = arrays_of(case), batches_ahead(case) // 2
+        sent, told = 0, []
+
+        def send() -> None:
+            nonlocal sent
+            add.remote(ray.put(arrays))
+            sent += 1
+            if sent % half == 0:
+                told.append(taker.report.remote())
+                if len(told) > 1:
+                    ray.get(told.pop(0))
+
+        def wait() -> None:
+            check_taken("ray", ray.get(taker.report.remote(), timeout=TAKEN_S), sent, case)
+
+        yield (send, wait), lambda: ray.get(taker.cpu_seconds.remote())
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def by_sink(case: Case) -> Iterator[Compared]:
+    with PeerProcess("null", case) as peer, sink(peer.port, case.batch) as calls:
+        yield calls, peer.cpu_seconds
+
+
+class Other(NamedTuple):
+    """What it takes to be here, as the module's name, and its senders."""
+
+    needs: str
+    senders: dict[str, Callable[[Case], AbstractContextManager[Compared]]]
+
+
+OTHERS = {
+    "pyzmq": Other("zmq", {"pyzmq": by_pyzmq}),
+    "gloo": Other("torch", {"gloo": by_gloo}),
+    "queue": Other(
+        "torch",
+        {"queue": lambda case: by_queue(case, shared=False), "queue, shared": lambda case: by_queue(case, shared=True)},
+    ),
+    "ray": Other("ray", {"ray": by_ray}),
+}
+
+
+def installed(name: str) -> bool:
+    if name == "gloo":
+        import torch.distributed as dist
+
+        return dist.is_available() and dist.is_gloo_available()
+    return importlib.util.find_spec(OTHERS[name].needs) is not None
+
+
+def other_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of the table, one per case and sender, with what the sink's figures are to its."""
+    compared = {"sink": by_sink}
+    for name in filter(installed, options.others):
+        compared.update(OTHERS[name].senders)
+    for case in (cases()[name] for name in options.cases if name in CASES):
+        figures: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
+        names = list(compared)
+        for _ in range(options.rounds):
+            for name in names:
+                with compared[name](case) as (calls, peer_cpu):
+                    send_all(1, *calls)  # the other side is there from now on; a warm-up would count its start
+                    figures[name].append(measure(calls, peer_cpu, case, options.seconds))
+            names.reverse()
+        results = {name: medians(found) for name, found in figures.items()}
+        ours = results["sink"]
+        for name, found in results.items():
+            yield {
+                "case": case.name,
+                "B": case.size,
+                "sender": name,
+                **found,
+                "sink_faster": ours["samples_s"] / found["samples_s"],
+                "sink_cpu": ours["cpu_us"] / found["cpu_us"],
+                "sink_blocked": ours["blocked_us"] / found["blocked_us"],
+            }
