@@ -1,10 +1,12 @@
 """What sending costs: the sink and `TcpClient` beside the stock ``echo.TcpClient`` and the raw limit of the socket.
 
     python examples/benchmark.py [--quick] [--json FILE] [--cases 29B,1KB] [--peers null,real] [--tables busy,loop]
+    python examples/benchmark.py --tables throughput,others [--others pyzmq,gloo,queue,ray] [--plot FILE.png]
     python examples/benchmark.py --device cuda [--quick] [--json FILE] [--tables staging,step]
 
 Every figure is the median of interleaved rounds in one run: the senders take turns on one peer, so that a drifting
-machine drifts for all of them. ``benchmark_senders.py`` says what is compared with what.
+machine drifts for all of them. ``benchmark_senders.py`` says what is compared with what, and ``benchmark_others.py``
+what of other libraries: those that are installed, and the table names the rest.
 
 Times include the final ``wait()``. CPU is user + system of the sending process. "blocked" is how long the caller of
 one batch's sends was away, mean of all batches of a round. Who has a buffer is away for less, and waits for it in the
@@ -406,7 +408,7 @@ def others(options: argparse.Namespace) -> list[dict[str, Any]]:
         "peer busy": ("peer_busy", ".0%"),
     }
     rows = filled(
-        Table("Other ways of batches to another process; the sink's is the null peer", columns), other_rows(options)
+        Table("Other ways of batches to another process; the sink sends to the null peer", columns), other_rows(options)
     )
     if missing := [name for name in options.others if not installed(name)]:
         print(f"Left out, as it is not installed: {', '.join(missing)}.")
