@@ -107,7 +107,7 @@ def draw(path: str, results: dict[str, list[dict[str, Any]]]) -> None:
     heights = [draw_panel(axes, title, lines) for axes, (title, lines) in zip(columns, drawn.items(), strict=True)]
     for axes in columns:
         axes.set_ylim(max(heights), -HEAD / 2)
-        axes.set_xlim(min(rates) / 1.5, max(rates) * 4)  # with room for the last figure
+        axes.set_xlim(min(rates) / 1.5, max(rates) * 6)  # with room for the last figure
     width = WIDTH * len(drawn)
     figure.set_size_inches(width, max(heights) + FRAME + TITLE)
     title = [line for words in conditions() for line in textwrap.wrap(words, round(CHARACTERS * width))]
