@@ -33,7 +33,7 @@ _RETRY_S = (0.05, 1.0)
 # An address must leave this share of what is left of the deadline to the addresses after it.
 _PATIENCE = 0.5
 
-_Address = tuple[socket.AddressFamily, Any]
+Address = tuple[socket.AddressFamily, Any]
 
 # All that were made here, and are not gone yet: a forked child closes its copies, or the peer would not learn of the
 # end of this process before that of the child.
@@ -73,7 +73,7 @@ def dial(host: str, port: int, deadline: Deadline, *, retry_refused: bool = Fals
     backoff = Backoff(*_RETRY_S)
     while True:
         try:
-            sock = _connect(_resolve(host, port, deadline), peer, deadline)
+            sock = connect(resolve(host, port, deadline), peer, deadline)
             break
         except ConnectionRefusedError:
             left = deadline.remaining()
@@ -81,16 +81,20 @@ def dial(host: str, port: int, deadline: Deadline, *, retry_refused: bool = Fals
                 raise
         time.sleep(min(backoff.pause(), left / 2))
     try:
-        return sock, _shake_hands(sock, peer, deadline)
+        return sock, shake_hands(sock, peer, deadline)
     except BaseException:
         sock.close()
         raise
 
 
-def _resolve(host: str, port: int, deadline: Deadline) -> Sequence[_Address]:
+def resolve(host: str, port: int, deadline: Deadline) -> Sequence[Address]:
+    """The addresses of a name, in the order in which to try them, or the one that it is; raises as `dial`.
+
+    Of a name that cannot be one, ``UnicodeError``.
+    """
     if _is_literal(host):
         return _lookup(host, port)
-    answers: queue.SimpleQueue[Sequence[_Address] | Exception] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Sequence[Address] | Exception] = queue.SimpleQueue()
 
     def look_up() -> None:
         try:
@@ -125,13 +129,13 @@ def _is_literal(host: str) -> bool:
     return True
 
 
-def _lookup(host: str, port: int) -> Sequence[_Address]:
+def _lookup(host: str, port: int) -> Sequence[Address]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [(family, address) for family, _, _, _, address in found]
 
 
-def _connect(addresses: Sequence[_Address], peer: str, deadline: Deadline) -> socket.socket:
-    """Connect to the first address that answers; of several failures the one that says most is raised."""
+def connect(addresses: Sequence[Address], peer: str, deadline: Deadline) -> socket.socket:
+    """Connect to the first address that answers; of several failures the one that says most is raised, as by `dial`."""
     failures: list[OSError] = []
     for index, (family, address) in enumerate(addresses):
         share = None if index == len(addresses) - 1 else deadline.remaining() * _PATIENCE
@@ -200,7 +204,8 @@ def _named(failure: OSError, peer: str) -> OSError:
     return type(failure)(failure.errno, f"{failure.strerror} ({peer})")
 
 
-def _shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
+def shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
+    """Read the greeting from a socket of `connect`, which stays open whatever comes; raises as `dial`."""
     handshake = Handshake()
     while handshake.leaves is None:
         if not _ready(sock, select.POLLIN, deadline):
