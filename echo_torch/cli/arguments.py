@@ -1,0 +1,127 @@
+"""What the commands take: addresses, samples, numbers. As argparse's types, which say what is wrong with an argument.
+
+``module:object`` is imported as ``import`` would from the current directory, and its object may be
+
+* a sample: a pytree of tensors, numpy arrays and numbers;
+* a dataset of torch: then its item 0, or the first that an iterable one gives;
+* anything to call without arguments, for one of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
+
+from echo_torch.dial import check_address
+from echo_torch.spec import SampleSpec
+
+from .errors import one_line
+
+HELP_ON_EXAMPLES = (
+    "MODULE:OBJECT is imported from the current directory or what is installed. The object is one sample, a Dataset "
+    "(then its item 0), or a function or class that gives one of these when it is called."
+)
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "address",
+        type=address,
+        metavar="HOST:PORT",
+        help="the echo server: a name or an address, IPv6 in brackets: [::1]:50051",
+    )
+
+
+def address(text: str) -> tuple[str, int]:
+    """``host:port`` or ``[v6]:port``."""
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not (colon and host) or (":" in host and not bracketed) or "/" in host:
+        raise ArgumentTypeError(f"got {text!r}, expected HOST:PORT, such as learner:50051 or [::1]:50051")
+    if not (port.isascii() and port.isdigit()):
+        raise ArgumentTypeError(f"got {text!r}, expected a number after the last colon, such as learner:50051")
+    if bracketed:
+        host = host[1:-1]
+    try:
+        check_address(host, int(port))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return host, int(port)
+
+
+def port_or_any(text: str) -> int:
+    """A port to listen on; 0 to have the system choose."""
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise ArgumentTypeError(f"got {text!r}, expected 0 to 65535")
+    return int(text)
+
+
+def count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"got {text!r}, expected seconds, more than 0")
+    return value
+
+
+def sample_spec(text: str) -> SampleSpec:
+    """What the sample that ``module:object`` names looks like."""
+    module, _, name = text.partition(":")
+    if not (module and name):
+        raise ArgumentTypeError(f"got {text!r}, expected MODULE:OBJECT, such as mymodule:dataset")
+    found = _imported(module)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ArgumentTypeError(f"{text}: {getattr(found, '__name__', type(found).__name__)} has no {part!r}")
+        found = getattr(found, part)
+    sample = _attempt(lambda: _sample_of(found), f"{text}: getting a sample from it")
+    try:
+        return SampleSpec(sample)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"{text}: {error}") from error
+
+
+def _imported(module: str) -> Any:
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return _attempt(lambda: importlib.import_module(module), f"importing {module}")
+    except ArgumentTypeError as problem:
+        missing = problem.__cause__
+        if isinstance(missing, ModuleNotFoundError) and missing.name and f"{module}.".startswith(f"{missing.name}."):
+            where = f"neither in {here} nor installed; name it as `import` does, without .py"
+            raise ArgumentTypeError(f"no module {missing.name}: {where}") from missing
+        raise
+
+
+def _sample_of(found: Any) -> Any:
+    if callable(found) and not isinstance(found, Dataset):
+        found = found()
+    if isinstance(found, IterableDataset):
+        return next(iter(found))
+    return found[0] if isinstance(found, Dataset) else found
+
+
+def _attempt(call: Callable[[], Any], what: str) -> Any:
+    """The user's code, which may raise anything, and may be a program that exits when it is imported."""
+    try:
+        return call()
+    except (Exception, SystemExit) as error:
+        raise ArgumentTypeError(f"{what} raised {one_line(error)}") from error

@@ -1,0 +1,120 @@
+"""``bench``: how many samples get from here into a server."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from echo_torch.client import SERVER_QUEUE, least_buffer
+from echo_torch.dial import peer_name
+from echo_torch.errors import DeliveryTimeoutError, HandshakeError, SpecMismatchError
+from echo_torch.leaves import Array
+from echo_torch.sink import EchoSink
+
+from .arguments import add_address, count, seconds
+from .errors import CommandError, one_line
+from .reach import TIMEOUT_S, reach
+from .table import table
+
+# Most bytes of one batch, and most that wait in the sink, so that the last of them arrive soon after time is up.
+BATCH_BYTES = 64 * 1024 * 1024
+_BACKLOG_BYTES = 64 * 1024 * 1024
+# Samples that may wait in the sink, at least: more than the window, so that it never runs dry.
+_BACKLOG_SAMPLES = 4096
+# Seconds without any ack after which a learner is taken not to drain.
+STALL_S = 10.0
+
+
+class _Run(NamedTuple):
+    """What was measured."""
+
+    samples: int
+    """Sent, and acknowledged."""
+    repeated: int
+    """Of those, how many the server got once more."""
+    wall_s: float
+    cpu_s: float
+    blocked_s: float
+
+
+def add_to(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure how many samples this machine gets into an echo server",
+        description="Send samples of zeros, of whatever size the server expects, as fast as they go. They are samples "
+        "like any other: the learner gets them.",
+    )
+    add_address(parser)
+    parser.add_argument("--seconds", type=seconds, default=3.0, help="how long to send (default: %(default)g)")
+    parser.add_argument("--batch-size", type=count, default=256, help="samples per send (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    host, port = options.address
+    peer = peer_name(host, port)
+    leaves = reach(host, port, TIMEOUT_S)
+    payload = sum(leaf.nbytes for leaf in leaves)
+    size = min(options.batch_size, max(1, BATCH_BYTES // payload))
+    try:
+        batch = [_zeros((size, *leaf.shape), leaf.itemsize) for leaf in leaves]
+        backlog = min(_BACKLOG_BYTES, payload * max(_BACKLOG_SAMPLES, 2 * size))
+        backlog = max(backlog, least_buffer(payload, SERVER_QUEUE))
+        sink = EchoSink.from_batch(host, port, batch, buffer_bytes=backlog, stall_timeout=STALL_S, reconnect=0.0)
+    except (TypeError, ValueError, MemoryError) as error:
+        what = f"samples of {payload:,} bytes cannot be made here"
+        raise CommandError(f"{peer}: {what} ({one_line(error)}); is that the right server?") from error
+    print(f"warning: this fills the learner at {peer} with samples of zeros, which it cannot tell from others")
+    print(f"sending batches of {size:,} samples of {payload:,} bytes for {options.seconds:g} s", flush=True)
+    try:
+        measured = _send(sink, batch, options.seconds)
+    except DeliveryTimeoutError as error:
+        what = f"nothing was acknowledged for {STALL_S:g} s, and {error.unacked:,} samples are left"
+        raise CommandError(f"{peer}: {what}; is the learner stopped, or does it not drain?") from error
+    except (OSError, HandshakeError, SpecMismatchError) as error:
+        raise CommandError(f"{error}; is the learner still running?") from error
+    print(f"sent {measured.samples:,} samples, all acknowledged; the last {measured.repeated:,} twice\n")
+    print(_report(measured, payload))
+    return 0
+
+
+def _zeros(shape: tuple[int, ...], itemsize: int) -> Array:
+    """Items of this size: unsigned integers where numpy has them, and else bytes without a meaning.
+
+    In memory of their own: what ``np.zeros`` gives may all be one page, and cheaper to read than any batch.
+    """
+    dtype = np.dtype(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
+    zeros: Array = np.zeros(shape, dtype).copy()
+    return zeros
+
+
+def _send(sink: EchoSink, batch: list[Array], limit_s: float) -> _Run:
+    """Send for ``limit_s`` seconds and until all is acknowledged; raises as `EchoSink`, whose end that is."""
+    with sink:
+        began, cpu_s = time.perf_counter(), time.process_time()
+        try:
+            while time.perf_counter() - began < limit_s:
+                sink.send(batch, batched=True)
+            sink.wait()
+        except DeliveryTimeoutError:
+            with suppress(DeliveryTimeoutError):
+                sink.close(0)  # or leaving the block would try to deliver the rest
+            raise
+        wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
+    stats = sink.stats()
+    return _Run(stats.samples_acked, stats.maybe_duplicated, wall_s, cpu_s, stats.blocked_seconds)
+
+
+def _report(measured: _Run, payload: int) -> str:
+    rate = measured.samples / measured.wall_s
+    rows = [
+        ("samples/s", f"{rate:,.0f}", ""),
+        ("MB/s", f"{rate * payload / 1e6:,.1f}", ""),
+        ("CPU", f"{1e6 * measured.cpu_s / measured.samples:,.2f}", "us/sample, of this process"),
+        ("blocked", f"{100 * measured.blocked_s / measured.wall_s:,.1f}", "% of the time, in send, for want of room"),
+    ]
+    return table(rows, "<><")

@@ -1,0 +1,102 @@
+"""``doctor``: whether samples could get from here to a server, and if not, why."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from echo_torch.dial import peer_name
+from echo_torch.leaves import Leaf
+from echo_torch.wire import WireLeaf
+
+from .arguments import HELP_ON_EXAMPLES, add_address, sample_spec, seconds
+from .errors import CommandError
+from .reach import TIMEOUT_S, reach
+from .table import table
+
+_REMEDY = "start the server as the command `example` prints it, or send what the server expects"
+_CANNOT_TELL = """\
+warning: the wire tells the size of items and not their dtype: float32 and int32 look the same here, and so do float64
+and int64, bfloat16 and float16, or two leaves of one size and shape that are swapped; compare with the learner"""
+
+
+def add_to(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "doctor",
+        help="say what is wrong between here and an echo server",
+        description="Resolve, connect, shake hands, and compare what the server expects with an example, leaf by "
+        "leaf. No sample is sent. Exits with 0 if all is well, and else with 1, after one line that says what is wrong "
+        "and what to do about it.",
+        epilog=HELP_ON_EXAMPLES,
+    )
+    add_address(parser)
+    parser.add_argument("--example", type=sample_spec, metavar="MODULE:OBJECT", help="a sample as it will be sent")
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=TIMEOUT_S,
+        metavar="SECONDS",
+        help="to reach the server in (default: %(default)g)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    host, port = options.address
+    peer = peer_name(host, port)
+    theirs = reach(host, port, options.timeout, _tell)
+    if options.example is None:
+        print("\n" + table([("leaf", "server", ""), *_numbered(map(_size, theirs))], "><<"))
+        verdict = "give --example to compare with what you send"
+    else:
+        ours = options.example.leaves
+        rows = _numbered(itertools.starmap(_compared, _pairs(theirs, ours)))
+        print("\n" + table([("leaf", "server", "", "example", "", "", ""), *rows], "><<<<<<"))
+        if theirs != [leaf.wire for leaf in ours]:
+            raise CommandError(f"{peer}: {_mismatch(theirs, ours)}")
+        verdict = "the example fits"
+    print(f"\n{_CANNOT_TELL}\n\nOK: {peer} takes samples; {verdict}")
+    return 0
+
+
+def _tell(step: str, took_s: float, what: str) -> None:
+    print(f"{step:9}  {1e3 * took_s:7.2f} ms  {what}", flush=True)
+
+
+def _numbered(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    return ((str(index), *row) for index, row in enumerate(rows))
+
+
+def _pairs(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> Iterable[tuple[WireLeaf | None, Leaf | None]]:
+    return itertools.zip_longest(theirs, ours)
+
+
+def _size(leaf: WireLeaf | None) -> tuple[str, str]:
+    return (f"{leaf.itemsize}-byte", str(list(leaf.shape))) if leaf else ("nothing", "")
+
+
+def _compared(server: WireLeaf | None, leaf: Leaf | None) -> tuple[str, ...]:
+    what = f"{leaf.path} {leaf.dtype}".lstrip() if leaf else ""
+    differs = "" if server and leaf and server == leaf.wire else "DIFFERS"
+    return (*_size(server), *_size(leaf.wire if leaf else None), what, differs)
+
+
+def _mismatch(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> str:
+    """What differs first, how much else does, and what to do."""
+    differing = [
+        (index, server, leaf)
+        for index, (server, leaf) in enumerate(_pairs(theirs, ours))
+        if not (server and leaf) or server != leaf.wire
+    ]
+    index, server, leaf = differing[0]
+    expected = f"server expects {' items '.join(_size(server))}" if server else "server expects nothing more"
+    got = f"example has {leaf} ({leaf.wire.itemsize}-byte items)" if leaf else "example has nothing more"
+    others = f", and {len(differing) - 1:,} more differ" if len(differing) > 1 else ""
+    return f"leaf {index} differs: {expected}, {got}{others}; {_remedy(theirs, ours)}"
+
+
+def _remedy(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> str:
+    one_each = [WireLeaf(leaf.travels_as.itemsize, leaf.shape[1:]) for leaf in ours if leaf.shape]
+    return "the example is a batch: give one sample of it" if list(theirs) == one_each else _REMEDY

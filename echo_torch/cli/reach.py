@@ -1,0 +1,126 @@
+"""From an address to what its server expects, step by step, and what keeps us from there in words.
+
+Nothing is sent on the way, not one byte: a learner that is only stopped would take it for part of a sample when it
+goes on.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from time import perf_counter
+
+from echo_torch.deadline import Deadline, bounded_wait
+from echo_torch.dial import connect, peer_name, resolve, shake_hands
+from echo_torch.errors import ConnectionClosedError, HandshakeError
+from echo_torch.wire import MAGIC, VERSION, WireLeaves
+
+from .errors import CommandError
+
+# Seconds to reach a server: even one on another continent answers in less.
+TIMEOUT_S = 5.0
+# Seconds in which a server that only waits for us to speak has noticed that we will not.
+_HANG_UP_S = 1.0
+
+Tell = Callable[[str, float, str], object]
+"""Is told of each step when it is done: its name, its seconds, what was found."""
+
+
+def reach(host: str, port: int, timeout: float, tell: Tell = lambda *_: None) -> WireLeaves:
+    """The leaves of one sample of the server at ``host:port``, to which no connection is left.
+
+    Raises:
+        CommandError: there is no way to an echo server of this wire version, with samples to send.
+    """
+    peer = peer_name(host, port)
+    deadline = Deadline(timeout)
+    began = perf_counter()
+    try:
+        addresses = resolve(host, port, deadline)
+    except (OSError, UnicodeError) as error:
+        why = _reason(error, peer)
+        raise CommandError(f"{peer}: the name does not resolve ({why}); check it, or give an IP address") from error
+    known = perf_counter()
+    tell("resolve", known - began, ", ".join(dict.fromkeys(address[0] for _, address in addresses)))
+    try:
+        sock = connect(addresses, peer, deadline)
+    except OSError as error:
+        raise CommandError(_no_connection(error, peer)) from error
+    connected = perf_counter()
+    with closing(sock):
+        tell("connect", connected - known, _remote(sock) or peer)
+        leaves = _greeting(sock, peer, deadline)
+    payload = sum(leaf.nbytes for leaf in leaves)
+    arrays = f"{len(leaves):,} array{'s' * (len(leaves) != 1)}"
+    what = f"an echo server, wire version {VERSION}, {arrays} and {payload:,} bytes per sample"
+    tell("handshake", perf_counter() - connected, what)
+    if payload == 0:
+        raise CommandError(f"{peer}: samples of no bytes are nothing to send; give the server another example")
+    return leaves
+
+
+def _reason(error: Exception, peer: str) -> str:
+    """What an error says beside the peer's name."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.removeprefix(f"{peer}: ").removesuffix(f" ({peer})")
+
+
+def _no_connection(error: OSError, peer: str) -> str:
+    why = _reason(error, peer)
+    if isinstance(error, ConnectionRefusedError):
+        return f"{peer}: nobody listens there ({why}); start the learner first, or check the port"
+    if isinstance(error, TimeoutError):
+        return f"{peer}: nothing answers there ({why}); check the address, and whether a firewall drops what is sent"
+    if isinstance(error, ConnectionClosedError):
+        return _hung_up(error)
+    return f"{peer}: no way there ({why}); check the address and the network"
+
+
+def _remote(sock: socket.socket) -> str | None:
+    """Which of the addresses it was; None if it has hung up on us already."""
+    try:
+        return peer_name(*sock.getpeername()[:2])
+    except OSError:
+        return None
+
+
+def _greeting(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
+    if not select.select([sock], [], [], bounded_wait(deadline.remaining()))[0]:
+        raise CommandError(_silent(sock, peer, deadline))
+    try:
+        return shake_hands(sock, peer, deadline)
+    except HandshakeError as error:
+        remedy = "check the port: something else listens there"
+        if "wire version" in str(error):
+            remedy = "install an echo-torch and an id-echo that speak the same"
+        raise CommandError(f"{error}; {remedy}") from error
+    except ConnectionClosedError as error:
+        raise CommandError(_hung_up(error)) from error
+    except TimeoutError as error:
+        raise CommandError(f"{error}; check the network, and whether that is an echo server") from error
+
+
+def _hung_up(error: ConnectionClosedError) -> str:
+    return f"{error}; a proxy or a forwarded port with nothing behind it does so: check that the learner runs"
+
+
+def _silent(sock: socket.socket, peer: str, deadline: Deadline) -> str:
+    """What a peer is that accepts and does not greet: hung, or one that waits for us to speak first.
+
+    The latter hangs up when we do.
+    """
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(_HANG_UP_S)
+        waits = sock.recv(1) != MAGIC[:1]
+    except TimeoutError:
+        waits = False
+    except OSError:
+        waits = True
+    if waits:
+        what = "no echo server: it waits for its client to speak first, as HTTP servers do"
+        return f"{peer}: {what}; check the port: something else listens there"
+    what = f"accepts connections and says nothing, not even when it is hung up on (waited {deadline.timeout:g} s)"
+    return f"{peer}: {what}; its process is stopped or hangs, or it is a forwarded port: look at the learner's process"

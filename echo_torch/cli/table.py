@@ -1,0 +1,20 @@
+"""Tables as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], align: str) -> str:
+    """Rows of cells, the first of which are usually headings, as lines with aligned columns.
+
+    Args:
+        rows: all with as many cells as there are columns.
+        align: for each column ``"<"`` for left or ``">"`` for right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = list(zip(align, widths, strict=True))
+    return "\n".join(
+        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True)).rstrip()
+        for row in rows
+    )
