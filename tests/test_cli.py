@@ -86,11 +86,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "exiting.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    before = set(sys.modules)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)  # for processes
     yield
-    for name in set(sys.modules) - before:
-        if name in ("mine", "failing", "exiting"):
-            del sys.modules[name]
+    for name in ("mine", "failing", "exiting"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
