@@ -48,16 +48,16 @@ def run(options: argparse.Namespace) -> int:
     peer = peer_name(host, port)
     theirs = reach(host, port, options.timeout, _tell)
     if options.example is None:
-        print("\n" + table([("leaf", "server", ""), *_numbered(map(_size, theirs))], "><<"))
+        print("\n" + table([("leaf", "server", ""), *_numbered(map(_size, theirs))], "><<"), end="\n\n")
         verdict = "give --example to compare with what you send"
     else:
         ours = options.example.leaves
         rows = _numbered(itertools.starmap(_compared, _pairs(theirs, ours)))
-        print("\n" + table([("leaf", "server", "", "example", "", "", ""), *rows], "><<<<<<"))
+        print("\n" + table([("leaf", "server", "", "example", "", "", ""), *rows], "><<<<<<"), end="\n\n")
         if theirs != [leaf.wire for leaf in ours]:
             raise CommandError(f"{peer}: {_mismatch(theirs, ours)}")
         verdict = "the example fits"
-    print(f"\n{_CANNOT_TELL}\n\nOK: {peer} takes samples; {verdict}")
+    print(f"{_CANNOT_TELL}\n\nOK: {peer} takes samples; {verdict}")
     return 0
 
 
