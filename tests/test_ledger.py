@@ -583,6 +583,7 @@ def test_threads_that_wait_and_count_while_children_come_and_go(
 # Struck before it has a name, a file is closed all the same, but not without a word.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*WeakSet:pytest.PytestUnraisableExceptionWarning")
 def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
     token: str, children: Children, descriptors: None
 ) -> None:
