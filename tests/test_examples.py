@@ -82,9 +82,9 @@ def figures(pattern: str, report: str) -> list[float]:
     return [float(number.replace(",", "")) for number in ([line] if isinstance(line, str) else line)]
 
 
-@pytest.mark.parametrize("batch_size", [64, 100])
-def test_quickstart_delivers_every_sample(batch_size: int) -> None:
-    with running(QUICKSTART, "--epochs", "2", "--batch-size", str(batch_size)) as process:
+def test_quickstart_delivers_every_sample() -> None:
+    """The last batch of an epoch is a smaller one."""
+    with running(QUICKSTART, "--epochs", "2", "--batch-size", "100") as process:
         # Both pipes end only when no process holds them any more, so nothing that it started keeps its stdout.
         report, errors = process.communicate(timeout=RUN_S)
         assert process.returncode == 0, errors
@@ -216,6 +216,7 @@ SMALLEST = ("--cases", "29B", "--rounds", "1", "--seconds", "0.02")
 def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     path, plot = tmp_path / "figures.json", tmp_path / "figures.png"
     some = ("--others", "pyzmq,gloo,queue")  # without what takes long to start
+    some += ("--quick", "--tables", "throughput,trips,room,memory,busy,loop,loaders,others")
     with running(BENCHMARK, *SMALLEST, *some, "--json", str(path), "--plot", str(plot)) as process:
         report, errors = process.communicate(timeout=RUN_S)
         assert process.returncode == 0, errors
@@ -231,7 +232,7 @@ def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     assert [row["threads"] for row in tables["memory"]] == [1, 1]
     assert {row["sender"] for row in tables["busy"]} == {"sink", "client", "stock"}
     assert all(row["alone_steps_s"] > 0 and row["samples_s"] > 0 for row in tables["loop"])
-    assert [row["sender"] for row in tables["loaders"]] == ["sink", "sink, not forwarded", "stock"] * 3
+    assert [row["sender"] for row in tables["loaders"]] == ["sink", "sink, not forwarded", "stock"]
     assert all(row["samples_s"] > 0 and row["kept"] > 0 for row in tables["loaders"])
     assert_others(tables["others"])
     assert "Left out" not in report
