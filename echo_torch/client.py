@@ -179,18 +179,18 @@ class TcpClient:
         self._connection.enter("send")  # before memory is pinned, which takes locks
         try:
             self._connection.send_rows(match.rows, self._stager.filler(match.arrays, match.batched), deadline)
+            return
         except UnstagedError as problem:
-            self._send_by_host(match, problem, deadline)
+            why, first = str(problem), problem.first
+        self._send_by_host(match, why, first, deadline)
 
-    def _send_by_host(self, match: Match, problem: UnstagedError, deadline: Deadline) -> None:
-        """Send the rows of a batch, from ``problem.first`` on, that the device copies while it is waited for."""
+    def _send_by_host(self, match: Match, why: str, first: int, deadline: Deadline) -> None:
+        """Send the rows of a batch, from ``first`` on, that the device copies while it is waited for."""
         if not self._told_unstaged:
             self._told_unstaged = True
-            _log.warning(
-                "%s: samples on a device are copied while send() waits, which is slow: %s", self._peer, problem
-            )
+            _log.warning("%s: samples on a device are copied while send() waits, which is slow: %s", self._peer, why)
         step = max(1, self._ring.capacity // UNSTAGED_SHARE)
-        done = problem.first
+        done = first
         try:
             while done < match.rows:
                 part = self._spec.on_host(match.part(done, done + step))

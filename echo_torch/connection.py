@@ -202,7 +202,7 @@ class Connection:
             slot, rows = self.ring.free_run(want)
             if rows:
                 self._check_open("send")
-                if not self.ring.settled():
+                if not self._settled():
                     return 0
                 if not self.ring.commit(rows, copy=fill(slot, first, rows)):
                     self._check_open("send")
@@ -232,14 +232,23 @@ class Connection:
 
     def _wait_to_settle(self, call: str, deadline: Deadline) -> None:
         """Wait for a copy that an interrupt has left under way: rarely, and not for long."""
+        patience = Deadline(self.stall_timeout)
         while self.ring.begun is not None:
             with self.ring.turn:
-                if self.ring.settled():
+                if self._settled():
                     return
             self._check_open(call)
-            if deadline.expired or self._patience() <= 0:
+            if deadline.expired or patience.expired:
                 self._raise_timeout(call, deadline)
             time.sleep(SETTLE_LOOK_S)
+
+    def _settled(self) -> bool:
+        """As the ring says; a copy that fails ends the connection."""
+        try:
+            return self.ring.settled()
+        except RuntimeError as error:
+            self._link.fail_to_copy(error)
+            return False
 
     def _room_at(self, rows: int) -> int:
         """The value of ``acked`` at which ``rows`` rows are free, or a good part of the ring.

@@ -226,7 +226,7 @@ class IoThread:
         try:
             self._link.ring.look()
         except RuntimeError as error:
-            self._link.fail(error, f"samples could not be copied from their device: {error}")
+            self._link.fail_to_copy(error)
 
     def _look_for_host(self) -> None:
         """With the I/O lock held: ask whether the peer's host still answers, when acks have stayed away for a while."""
@@ -310,9 +310,11 @@ class IoThread:
         link.leader.close()
         link.wake_up.close()
         link.ring.stop()
-        link.ring.abandon()
-        lifetime.end(self)
-        self._ended.release()
+        try:
+            link.ring.abandon()
+        finally:
+            lifetime.end(self)
+            self._ended.release()
 
 
 def _say(level: int, text: str, *args: Any, **options: Any) -> None:

@@ -243,6 +243,10 @@ class Link:
             self.leader.wake()
             self.wake_up.kick()
 
+    def fail_to_copy(self, error: RuntimeError) -> None:
+        """A device could not copy rows."""
+        self.fail(error, f"samples could not be copied from their device: {error}")
+
     def fail(self, error: BaseException, how: str | None = None) -> None:
         """Keep the first failure, wake everybody, and let the thread end; ``how`` in place of the error's own words."""
         if self.failure is None:

@@ -210,14 +210,16 @@ class Ring:
 
         ``last`` rows are accepted by a ring that refuses others. With a ``copy``, they are not ready before it is done.
         """
+        run = None if copy is None else _Run(self.packed, copy)
+        # Nothing comes between this and the end, but where it is of no account.
         if self.stopped or (self.refusing and not last):
             return False
         end = self.packed + rows
-        if copy is None:
+        if run is None:
             self.reserved = end
             self.packed = end
             return True
-        run, latest = _Run(self.packed, copy), self._latest
+        latest = self._latest
         # Nothing comes between the next lines: a row is counted if, and only if, its copy is in the chain.
         latest.next = run
         self._latest = run
@@ -234,7 +236,11 @@ class Ring:
             self.buffer[target * size : (target + 1) * size] = self.buffer[source * size : (source + 1) * size]
 
     def settled(self) -> bool:
-        """Whether the rows that are packed next are nobody's: who was interrupted may have left a copy under way."""
+        """Whether the rows that are packed next are nobody's: who was interrupted may have left a copy under way.
+
+        Raises:
+            RuntimeError: that copy failed.
+        """
         if self.begun is not None:
             if not self.begun.over():
                 return False

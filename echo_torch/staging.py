@@ -42,8 +42,8 @@ FULL_S = 10.0
 class UnstagedError(Exception):
     """Rows of a batch cannot be staged; those before ``first`` were."""
 
-    def __init__(self, why: Exception, first: int) -> None:
-        super().__init__(str(why))
+    def __init__(self, why: str, first: int) -> None:
+        super().__init__(why)
         self.first = first
 
 
@@ -97,8 +97,9 @@ class Stager:
         self._move = move
         self._unit = unit_of(leaf.wire.nbytes for leaf in leaves)
         self._streams: dict[torch.device, torch.Stream] = {}
-        self._unpinned: RuntimeError | None = None
-        self._full: tuple[float, Exception] = (0.0, RuntimeError())
+        # Why not, in words: an error would hold what it went through, the batch for one.
+        self._unpinned: str | None = None
+        self._full = (0.0, "")
 
     def filler(self, arrays: Sequence[Any], batched: bool) -> Fill:
         """What packs runs of the samples in ``arrays``, which were checked, and begins to copy them into rows.
@@ -124,8 +125,8 @@ class Stager:
             try:
                 packed, uploaded = self._pack(part, device)
             except (torch.OutOfMemoryError, accelerator.NotPinnedError) as error:
-                self._full = time.monotonic() + FULL_S, error
-                raise UnstagedError(error, first) from error
+                self._full = time.monotonic() + FULL_S, str(error)
+                raise UnstagedError(str(error), first) from None
             copy = DeviceCopy(copying)
             copy.keep((packed, *uploaded))
             copying.wait_stream(accelerator.current_stream(device))
@@ -154,7 +155,7 @@ class Stager:
                     memory = accelerator.pinned(ring.capacity * ring.row_bytes)
                     self._move(memory.numpy().data, memory.view(ring.capacity, ring.row_bytes))
                 except accelerator.NotPinnedError as error:
-                    self._unpinned = error
+                    self._unpinned = str(error)
         if self._unpinned is not None:
             raise UnstagedError(self._unpinned, 0)
 

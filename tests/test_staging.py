@@ -701,3 +701,50 @@ def test_only_one_thread_asks_for_copies(device: FakeDevice, monkeypatch: pytest
         assert {name for name in asked_by if name.startswith("echo_torch") or name == "MainThread"} == {
             f"echo_torch {sink.peer}"
         }
+
+
+def test_a_stall_counts_for_what_an_interrupted_send_left(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sending(stall_timeout=BRIEF_S) as (_, sink):
+        sink.send(batch(0))
+        sink.wait(SOON_S)
+        break_off(device, sink, monkeypatch)
+        with pytest.raises(DeliveryTimeoutError, match=r"stall_timeout"):
+            sink.send(batch(ROWS))
+        device.run()
+
+
+def test_what_an_interrupted_send_left_and_fails_ends_the_connection(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(event: FakeEvent) -> bool:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with Peer(listens) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
+        sink.send(batch(0))
+        sink.wait(SOON_S)
+        break_off(device, sink, monkeypatch)
+        monkeypatch.setattr(FakeEvent, "query", fails)
+        with pytest.raises(ConnectionClosedError, match="could not be copied from their device: an illegal"):
+            sink.send(batch(ROWS))
+        sink.close()
+        threads_end()
+
+
+def test_a_device_without_room_keeps_no_batch(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_out(*_: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with sending() as (_, sink):
+        with monkeypatch.context() as patch:
+            patch.setattr(staging.torch, "empty", runs_out)
+            sent = on(device, 0)
+            kept = weakref.ref(sent["a"])
+            gc.disable()
+            try:
+                sink.send(sent)
+                del sent
+                assert kept() is None
+            finally:
+                gc.enable()
+        sink.wait(SOON_S)
