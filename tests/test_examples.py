@@ -140,15 +140,15 @@ def test_quickstart_check_fails_when_it_should(
 
 
 def test_workers_deliver_every_sample() -> None:
-    with running(EXAMPLES / "workers.py", "--epochs", "2", "--samples", "100") as process:
+    with running(EXAMPLES / "workers.py", "--epochs", "2", "--samples", "250") as process:
         report, errors = process.communicate(timeout=RUN_S)
         assert (process.returncode, errors) == (0, "")
         assert_all_gone(process.pid)
-    samples = 4 * 32  # rounded up
+    samples = 8 * 32  # rounded up
     assert figures(r"sent +([\d,]+) samples", report) == [2 * samples]
     assert figures(r"received +each of ([\d,]+) samples at least (\d+) times", report) == [samples, 2]
     (accuracy,) = figures(r"accuracy +([\d.]+)%", report)
-    assert 60 < accuracy <= 100
+    assert 60 < accuracy <= 100  # 95 and more in 60 orders of 16 batches; with 8, one of them was still at 50
 
 
 @contextlib.contextmanager
