@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from . import lifetime
+from .account import Account
 from .children import KINDS
 from .claims import lives
 from .deadline import Deadline
@@ -62,8 +63,7 @@ def death_of(parent: int) -> Callable[[], bool]:
 class Reporter(Protocol):
     """What has a connection to report of: a sink's session."""
 
-    dropped: int
-    """Samples that were given to it after the learner was gone."""
+    account: Account
 
     def finish(self) -> None:
         """Deliver everything and close, as the parent asks."""
@@ -231,7 +231,7 @@ class Report:
         entry, session = self._entry, self._session()
         counts = Counts() if self.route is None else self.route.counts()
         if session is not None:
-            entry["dropped"] = session.dropped
+            entry["dropped"] = session.account.dropped
         if self.route is not None:
             entry["blocked_us"] = int(sum(self.route.times().blocked) * 1e6)
         entry["sent"] = max(entry["sent"], counts.sent)

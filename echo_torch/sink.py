@@ -19,9 +19,7 @@ from torch.utils.data import default_collate
 
 from .checks import check_count, check_seconds, check_timeout
 from .client import SERVER_QUEUE, Client, TcpClient, close_after
-from .deadline import Deadline
 from .dial import check_address, peer_name
-from .errors import ConnectionClosedError
 from .ledger import new_token
 from .locks import is_mine
 from .opener import Opener
@@ -202,12 +200,12 @@ class EchoSink:
         began = time.monotonic()
         try:
             match = self._matched(batch, batched, skip_last)
-            session.check_seconds += time.monotonic() - began
+            session.account.check_seconds += time.monotonic() - began
             if not session.told:
                 self._tell_how_read(session, match.rows, match.batched)
             if step is None:  # so that a batch that is refused takes no number
                 step = watermark.begin(None)
-            accepted = self._deliver(session, match, timeout)
+            accepted = session.deliver(self._open, match, timeout)
         except BaseException:
             if step is not None:
                 watermark.failed(step)
@@ -239,12 +237,12 @@ class EchoSink:
         check_timeout("timeout", timeout)
         session = self._session()
         if group is None:
-            self._wait(session, timeout)
+            session.wait(timeout)
             return
         check_group(group)
         problem = None
         try:
-            self._wait(session, timeout)
+            session.wait(timeout)
         except Exception as error:
             problem = error
         limits = [limit for limit in (timeout, self._stall_timeout) if limit is not None]
@@ -279,52 +277,9 @@ class EchoSink:
         match = self._spec.match(batch if self._select is None else self._select(batch), batched)
         return match.without_last(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
-    def _deliver(self, session: Session, match: Match, timeout: float | None) -> Route | None:
-        """Gives the route that took all of it; None if the learner is gone and it was dropped."""
-        if session.gone and not session.closed:
-            session.drop(match.rows)
-            return None
-        try:
-            route = session.connected(self._open, timeout)
-        except OSError as error:  # refused, unreachable, unknown, too late: whatever keeps us from the learner
-            if self._on_error == "raise" or session.closed:
-                raise
-            session.drop(match.rows, error)
-            return None
-        try:
-            route.send(match, timeout)
-            return route
-        except ConnectionClosedError as error:
-            if self._on_error == "raise" or session.closed:
-                raise
-            session.drop(match.rows - error.rows_accepted, error)
-            return None
-
     def _drop_rest(self, batch: Any, skip_last: int, accepted: int) -> None:
         """Count as dropped what `send` did not accept of ``batch``, for which there was no room."""
         self._session().drop(self._matched(batch, None, skip_last).rows - accepted)
-
-    def _wait(self, session: Session, timeout: float | None) -> None:
-        try:
-            self._wait_for_all(session, timeout)
-        finally:
-            session.give_verdict()
-
-    def _wait_for_all(self, session: Session, timeout: float | None) -> None:
-        deadline = Deadline(timeout)
-        try:
-            if session.route is not None:
-                session.route.wait(timeout)
-        except ConnectionError as error:
-            if self._on_error == "raise":
-                raise
-            session.drop(0, error)
-        try:
-            session.children.wait(deadline, self._stall_timeout)
-        except ConnectionError as error:
-            if self._on_error == "raise":
-                raise
-            _log.warning("%s", error)
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver what was sent, make the tail of it safe in the server, and end this process's connection.
@@ -341,13 +296,7 @@ class EchoSink:
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
         check_timeout("timeout", timeout)
-        session = self._session()
-        try:
-            session.close(timeout)
-        except ConnectionError as error:
-            if self._on_error == "raise":
-                raise
-            session.drop(0, error)
+        self._session().close(timeout)
 
     def collate(
         self,
@@ -405,6 +354,7 @@ class EchoSink:
                 self._origin,
                 self._opener.at_risk,
                 self._stall_timeout,
+                self._on_error == "raise",
             )
             session = self._sessions.setdefault(pid, new)
         return session

@@ -65,7 +65,7 @@ class SinkStats:
     and the last ``replay_acked`` of the others unless `close` sent them again. 0 before that."""
 
     elapsed_seconds: float = _time()
-    """Seconds since this process connected."""
+    """Seconds since this process first used the sink, or made it."""
     check_seconds: float = _time()
     """Seconds that callers of ``send`` in this process had batches compared with the example."""
     pack_seconds: float = _time()

@@ -1,0 +1,149 @@
+"""What became of a sink's samples, as one process tells it: its own, its children's, and those of runs before."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from .checks import check_count, check_seconds
+from .children import Children
+from .meter import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
+from .routes import Route
+from .stats import COUNTED, Counts, SinkStats
+
+_log = logging.getLogger(__name__)
+
+# Those that go on from another run.
+_LASTING = [name for name in COUNTED if name != "in_flight"]
+# Seconds of which rates are, at the most, and how many moments are kept for that.
+RATE_S = 10.0
+MOMENTS = 8
+# Seconds between two verdicts in the log, at the least.
+VERDICT_S = 30.0
+# The verdict is a warning if `send` was blocked for more than this share of the time.
+TOO_MUCH = 1 / 3
+
+
+class Account:
+    """Of one session.
+
+    Args:
+        peer: how messages name the learner.
+        payload_size: bytes of one sample.
+        children: whose counts are added.
+    """
+
+    def __init__(self, peer: str, payload_size: int, children: Children) -> None:
+        self.dropped = 0
+        """Samples that were given to ``send`` and not sent, for the learner was gone."""
+        self.check_seconds = 0.0
+        """Seconds that batches were compared with the example."""
+        self._peer = peer
+        self._payload_size = payload_size
+        self._children = children
+        self._began = self._verdict_at = time.monotonic()
+        self._moments = deque([(self._began, 0, 0)], maxlen=MOMENTS)
+        self._at_verdict = SinkStats(0, 0, 0, 0, 0, 0, 0.0)
+        self._before: dict[str, Any] = dict.fromkeys(_LASTING, 0)  # what was counted before, in another process or run
+
+    def stats(self, route: Route | None) -> SinkStats:
+        """With what was sent by ``route``."""
+        counted = self._with_children(route)
+        total = {name: getattr(counted, name) + self._before[name] for name in _LASTING}
+        return dataclasses.replace(counted, **total, **self._rates(counted))
+
+    def give_verdict(self, route: Route | None) -> None:
+        """Log what holds things up, if that was not done for a while."""
+        if time.monotonic() - self._verdict_at < VERDICT_S:
+            return
+        now = self.stats(route)
+        lately = now.since(self._at_verdict)
+        self._verdict_at, self._at_verdict = time.monotonic(), now
+        level = logging.WARNING if lately.blocked_seconds > TOO_MUCH * lately.elapsed_seconds > 0 else logging.INFO
+        _log.log(level, "%s: %s", self._peer, lately.bottleneck)
+
+    def state_dict(self, route: Route | None) -> dict[str, Any]:
+        """What of `stats` another run can go on from."""
+        stats = self.stats(route)
+        return {name: getattr(stats, name) for name in COUNTED}
+
+    def load_state_dict(self, state: Mapping[str, Any], route: Route | None) -> None:
+        """Go on from there; nothing is changed if ``state`` is none."""
+        loaded: dict[str, Any] = {}
+        for name in COUNTED:
+            check = check_seconds if name == "blocked_seconds" else _check_number
+            loaded[name] = check(f"state[{name!r}]", state.get(name))  # type: ignore[arg-type]
+        loaded["maybe_lost"] += loaded.pop("in_flight")
+        counted = self._with_children(route)
+        self._before = {name: loaded[name] - getattr(counted, name) for name in _LASTING}
+
+    def _rates(self, counted: SinkStats) -> dict[str, Any]:
+        """Samples per second since the moment, of those that are kept, that is ``RATE_S`` ago at the most."""
+        now, kept = time.monotonic(), self._moments
+        while len(kept) > 1 and now - kept[0][0] > RATE_S:
+            kept.popleft()
+        began, sent, acked = kept[0]
+        seconds = now - began
+        if now - kept[-1][0] >= RATE_S / MOMENTS:
+            kept.append((now, counted.samples_sent, counted.samples_acked))
+        if seconds <= 0:
+            return {}
+        return {
+            "sent_per_second": (counted.samples_sent - sent) / seconds,
+            "acked_per_second": (counted.samples_acked - acked) / seconds,
+        }
+
+    def _with_children(self, route: Route | None) -> SinkStats:
+        counted, theirs = self._counted(route), self._children.counts()
+        sent, acked = counted.samples_sent + theirs["sent"], counted.samples_acked + theirs["acked"]
+        return dataclasses.replace(
+            counted,
+            samples_sent=sent,
+            bytes_sent=sent * self._payload_size,
+            samples_acked=acked,
+            bytes_acked=acked * self._payload_size,
+            in_flight=counted.in_flight + theirs["sent"] - theirs["acked"],
+            dropped=counted.dropped + theirs["dropped"],
+            blocked_seconds=counted.blocked_seconds + theirs["blocked_us"] / 1e6,
+            reconnects=counted.reconnects + theirs["reconnects"],
+            resent=counted.resent + theirs["resent"],
+            maybe_duplicated=counted.maybe_duplicated + theirs["maybe_duplicated"],
+            maybe_lost=counted.maybe_lost + theirs["maybe_lost"],
+        )
+
+    def _counted(self, route: Route | None) -> SinkStats:
+        """In this process alone."""
+        counts, times = (Counts(), Times()) if route is None else (route.counts(), route.times())
+        acked, blocked = counts.sent - counts.unacked, sum(times.blocked)
+        return SinkStats(
+            samples_sent=counts.sent,
+            bytes_sent=counts.sent * self._payload_size,
+            samples_acked=acked,
+            bytes_acked=acked * self._payload_size,
+            in_flight=counts.unacked,
+            dropped=self.dropped,
+            blocked_seconds=blocked,
+            reconnects=counts.reconnects,
+            resent=counts.resent,
+            maybe_duplicated=counts.maybe_duplicated,
+            maybe_lost=counts.maybe_lost,
+            elapsed_seconds=time.monotonic() - self._began,
+            check_seconds=self.check_seconds,
+            pack_seconds=max(0.0, times.sending - blocked),
+            blocked_by_learner_seconds=times.blocked[LEARNER] + times.blocked[NOTHING],
+            blocked_by_network_seconds=times.blocked[NETWORK],
+            blocked_by_device_seconds=times.blocked[DEVICE],
+            learner_seconds=times.waiting[LEARNER],
+            network_seconds=times.waiting[NETWORK],
+            device_seconds=times.waiting[DEVICE],
+            ack_p50_seconds=quantile(times.latencies, 0.5),
+            ack_p99_seconds=quantile(times.latencies, 0.99),
+        )
+
+
+def _check_number(name: str, number: int) -> int:
+    return check_count(name, number, least=0)
