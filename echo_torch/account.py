@@ -52,9 +52,13 @@ class Account:
 
     def stats(self, route: Route | None) -> SinkStats:
         """With what was sent by ``route``."""
-        counted = self._with_children(route)
+        counted = self._counted(route)
         total = {name: getattr(counted, name) + self._before[name] for name in _LASTING}
         return dataclasses.replace(counted, **total, **self._rates(counted))
+
+    def times(self, route: Route | None) -> Times:
+        """Where the time went in this process."""
+        return (Times() if route is None else route.times())._replace(checking=self.check_seconds)
 
     def give_verdict(self, route: Route | None) -> None:
         """Log what holds things up, if that was not done for a while."""
@@ -63,7 +67,7 @@ class Account:
         now = self.stats(route)
         lately = now.since(self._at_verdict)
         self._verdict_at, self._at_verdict = time.monotonic(), now
-        level = logging.WARNING if lately.blocked_seconds > TOO_MUCH * lately.elapsed_seconds > 0 else logging.INFO
+        level = logging.WARNING if lately.blocked_seconds > TOO_MUCH * lately.connected_seconds > 0 else logging.INFO
         _log.log(level, "%s: %s", self._peer, lately.bottleneck)
 
     def state_dict(self, route: Route | None) -> dict[str, Any]:
@@ -78,7 +82,7 @@ class Account:
             check = check_seconds if name == "blocked_seconds" else _check_number
             loaded[name] = check(f"state[{name!r}]", state.get(name))  # type: ignore[arg-type]
         loaded["maybe_lost"] += loaded.pop("in_flight")
-        counted = self._with_children(route)
+        counted = self._counted(route)
         self._before = {name: loaded[name] - getattr(counted, name) for name in _LASTING}
 
     def _rates(self, counted: SinkStats) -> dict[str, Any]:
@@ -97,43 +101,27 @@ class Account:
             "acked_per_second": (counted.samples_acked - acked) / seconds,
         }
 
-    def _with_children(self, route: Route | None) -> SinkStats:
-        counted, theirs = self._counted(route), self._children.counts()
-        sent, acked = counted.samples_sent + theirs["sent"], counted.samples_acked + theirs["acked"]
-        return dataclasses.replace(
-            counted,
+    def _counted(self, route: Route | None) -> SinkStats:
+        """In this process and its children, since the sink was made here."""
+        counts, theirs = Counts() if route is None else route.counts(), self._children.counts()
+        times = self.times(route).plus(self._children.times())
+        sent, unacked = counts.sent + theirs["sent"], counts.unacked + theirs["sent"] - theirs["acked"]
+        return SinkStats(
             samples_sent=sent,
             bytes_sent=sent * self._payload_size,
-            samples_acked=acked,
-            bytes_acked=acked * self._payload_size,
-            in_flight=counted.in_flight + theirs["sent"] - theirs["acked"],
-            dropped=counted.dropped + theirs["dropped"],
-            blocked_seconds=counted.blocked_seconds + theirs["blocked_us"] / 1e6,
-            reconnects=counted.reconnects + theirs["reconnects"],
-            resent=counted.resent + theirs["resent"],
-            maybe_duplicated=counted.maybe_duplicated + theirs["maybe_duplicated"],
-            maybe_lost=counted.maybe_lost + theirs["maybe_lost"],
-        )
-
-    def _counted(self, route: Route | None) -> SinkStats:
-        """In this process alone."""
-        counts, times = (Counts(), Times()) if route is None else (route.counts(), route.times())
-        acked, blocked = counts.sent - counts.unacked, sum(times.blocked)
-        return SinkStats(
-            samples_sent=counts.sent,
-            bytes_sent=counts.sent * self._payload_size,
-            samples_acked=acked,
-            bytes_acked=acked * self._payload_size,
-            in_flight=counts.unacked,
-            dropped=self.dropped,
-            blocked_seconds=blocked,
-            reconnects=counts.reconnects,
-            resent=counts.resent,
-            maybe_duplicated=counts.maybe_duplicated,
-            maybe_lost=counts.maybe_lost,
+            samples_acked=sent - unacked,
+            bytes_acked=(sent - unacked) * self._payload_size,
+            in_flight=unacked,
+            dropped=self.dropped + theirs["dropped"],
+            blocked_seconds=sum(times.blocked),
+            reconnects=counts.reconnects + theirs["reconnects"],
+            resent=counts.resent + theirs["resent"],
+            maybe_duplicated=counts.maybe_duplicated + theirs["maybe_duplicated"],
+            maybe_lost=counts.maybe_lost + theirs["maybe_lost"],
             elapsed_seconds=time.monotonic() - self._began,
-            check_seconds=self.check_seconds,
-            pack_seconds=max(0.0, times.sending - blocked),
+            connected_seconds=times.connected,
+            check_seconds=times.checking,
+            pack_seconds=max(0.0, times.sending - sum(times.blocked)),
             blocked_by_learner_seconds=times.blocked[LEARNER] + times.blocked[NOTHING],
             blocked_by_network_seconds=times.blocked[NETWORK],
             blocked_by_device_seconds=times.blocked[DEVICE],

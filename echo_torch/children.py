@@ -19,6 +19,7 @@ from . import ledger
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
 from .ledger import COUNTED, Entry, entries_of
+from .meter import Times
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Children:
         self._token = token
         self._at_risk = at_risk
         self._parent = os.getpid()
-        self._state: tuple[dict[str, Entry], dict[str, int]] = {}, dict.fromkeys(COUNTED, 0)
+        self._state: tuple[dict[str, Entry], dict[str, int], Times] = {}, dict.fromkeys(COUNTED, 0), Times()
         self._told: set[str] = set()  # of those whose failure was raised
         weakref.finalize(self, ledger.forget, token, self._parent).atexit = False
 
@@ -68,11 +69,20 @@ class Children:
         """Their numbers, added up, by the names of `ledger.COUNTED`."""
         with self._lock:
             self._look()
-            entries, ended = self._state
+            entries, ended, _ = self._state
             # What is acked before what is sent, which is at least as much by then.
             return {
                 field: ended[field] + sum(entry[field] for entry in entries.values()) for field in reversed(COUNTED)
             }
+
+    def times(self) -> Times:
+        """Where their time went, added up."""
+        with self._lock:
+            self._look()
+            entries, _, total = self._state
+            for entry in entries.values():
+                total = total.plus(entry.times)
+            return total
 
     def wait(self, deadline: Deadline, stall_timeout: float | None) -> None:
         """Wait until all that they sent so far is acked.
@@ -135,7 +145,7 @@ class Children:
             for entry in list(self._state[0].values()):
                 self._bury_if_over(entry)
             for path in entries_of(self._token, self._parent):
-                entries, ended = self._state
+                entries, ended, times = self._state
                 if path.name not in entries:
                     try:
                         new = Entry(path)
@@ -143,7 +153,7 @@ class Children:
                         continue
                     except OSError as error:  # too many files are open, say
                         raise OSError(error.errno, f"{self._peer}: {error.strerror}, for what a child tells") from error
-                    self._state = {**entries, path.name: new}, ended
+                    self._state = {**entries, path.name: new}, ended, times
                     self._bury_if_over(new)  # at once: of those that ended there may be more than files can be open
             return list(self._state[0].values())
 
@@ -156,12 +166,13 @@ class Children:
         name = entry.path.name
         died = entry.dead and not entry["closed"]
         entry.path.unlink(missing_ok=True)
-        entries, ended = self._state
+        entries, ended, times = self._state
         total = {field: ended[field] + entry[field] for field in COUNTED}
         if died:  # it may have counted by itself what it lost with its connection
             lost = entry["sent"] - entry["acked"] + min(entry["acked"], self._at_risk)
             total["maybe_lost"] = ended["maybe_lost"] + max(lost, entry["maybe_lost"])
-        self._state = {other: theirs for other, theirs in entries.items() if other != name}, total
+        left = {other: theirs for other, theirs in entries.items() if other != name}
+        self._state = left, total, times.plus(entry.times)
         entry.close()
         self._told.discard(name)
 

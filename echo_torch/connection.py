@@ -62,6 +62,7 @@ class Connection:
         self.peer = peer
         self.ring = ring
         self.stall_timeout = stall_timeout
+        self._began = time.monotonic()
         self._sending = 0.0
         self._blocked = [0.0, 0.0, 0.0, 0.0]
         self._pid = os.getpid()
@@ -80,7 +81,13 @@ class Connection:
     def times(self) -> Times:
         """Where the time went, of callers and of the thread."""
         waiting, latencies = self._link.waiting, self._link.line.latencies.counts
-        return Times(self._sending, tuple(self._blocked), tuple(waiting), tuple(latencies))  # type: ignore[arg-type]
+        return Times(
+            connected=time.monotonic() - self._began if self._link.sent else 0.0,
+            sending=self._sending,
+            blocked=tuple(self._blocked),  # type: ignore[arg-type]
+            waiting=tuple(waiting),  # type: ignore[arg-type]
+            latencies=tuple(latencies),
+        )
 
     def progress(self) -> tuple[int, int]:
         """How many rows were accepted, and how many of them are acked as far as was noted."""

@@ -5,9 +5,9 @@ made with, and its parent reads it::
 
     echo_torch-<token of the sink>/<pid of the parent>.<pid of the child>.<random>
 
-* The file holds `FIELDS`, numbers of 8 bytes, each stored at once, then an error's text. The child maps and writes it,
-  but for ``finish``, by which the parent asks the child to deliver everything and end its connection. That is for
-  daemonic children, such as a DataLoader's workers, which end with their parent, and not by themselves.
+* The file holds `FIELDS`, numbers of 8 bytes, each stored at once, then times, and an error's text. The child maps and
+  writes it, but for ``finish``, by which the parent asks the child to deliver everything and end its connection. That
+  is for daemonic children, such as a DataLoader's workers, which end with their parent, and not by themselves.
 * A child holds a lock on its file for as long as it lives: the system takes it away when the child dies, in whatever
   way, or closes the file, however often it is open there. So each file has one writer, and its parent as the reader.
 * An interrupt may break off whatever a parent does here: its descriptors belong to objects that C code closes.
@@ -31,6 +31,7 @@ from pathlib import Path
 
 from .claims import claim, has_ended, lives, lock
 from .errors import ConnectionClosedError
+from .meter import TIMES_BYTES, Times
 
 FIELDS = (
     "sent",
@@ -40,17 +41,17 @@ FIELDS = (
     "resent",
     "maybe_duplicated",
     "maybe_lost",
-    "blocked_us",
     "daemon",
     "closed",
     "finish",
     "error_kind",
     "error_bytes",
 )
-COUNTED = FIELDS[:8]
+COUNTED = FIELDS[:7]
 """Those that add up over children."""
 _SIZE = 4096
-_TEXT_AT = 8 * len(FIELDS)
+_TIMES_AT = 8 * len(FIELDS)
+_TEXT_AT = _TIMES_AT + TIMES_BYTES
 CLOSED = "closed"
 """The mark of a parent that has closed the sink, which ends it for daemonic children."""
 GONE = "gone"
@@ -74,13 +75,22 @@ class Entry:
         with io.FileIO(path if descriptor is None else descriptor, "r+", closefd=descriptor is None) as file:
             mapped = mmap.mmap(file.fileno(), _SIZE)
         self._bytes: memoryview | bytearray = memoryview(mapped)
-        self._numbers: memoryview | list[int] = self._bytes[:_TEXT_AT].cast("q")
+        self._numbers: memoryview | list[int] = self._bytes[:_TIMES_AT].cast("q")
 
     def __getitem__(self, field: str) -> int:
         return self._numbers[_INDEX[field]]
 
     def __setitem__(self, field: str, number: int) -> None:
         self._numbers[_INDEX[field]] = number
+
+    @property
+    def times(self) -> Times:
+        """Where the child's time went."""
+        return Times.unpack(self._bytes[_TIMES_AT:_TEXT_AT])
+
+    def tell_times(self, times: Times) -> None:
+        """Not all at once: who reads them meanwhile gets some from before."""
+        self._bytes[_TIMES_AT:_TEXT_AT] = times.pack()
 
     @property
     def child(self) -> int:

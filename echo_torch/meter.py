@@ -7,9 +7,11 @@ lock. What is read meanwhile may be a moment old.
 from __future__ import annotations
 
 import math
+import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 LEARNER, NETWORK, DEVICE, NOTHING = range(4)
 """What holds rows up: acks that do not come, a socket that is full, a copy that is under way; or there are none."""
@@ -22,17 +24,50 @@ _CLASSES = 140  # up to a day
 _MARKS = 64
 
 
-class Times(NamedTuple):
-    """Seconds, since the connection was opened."""
+# What `Times.pack` makes: all seconds, and the latencies.
+_PACKED = struct.Struct(f"=11d{_CLASSES}q")
+TIMES_BYTES = _PACKED.size
 
+_ByCause = tuple[float, float, float, float]
+
+
+class Times(NamedTuple):
+    """Seconds, since the connection was opened; or of several, added up."""
+
+    connected: float = 0.0
+    """Of these, 0 if nothing was sent."""
+    checking: float = 0.0
+    """That callers had batches compared with the example."""
     sending: float = 0.0
     """In ``send``, without checking."""
-    blocked: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    blocked: _ByCause = (0.0, 0.0, 0.0, 0.0)
     """Of those, waiting for room: by what held it up."""
-    waiting: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    waiting: _ByCause = (0.0, 0.0, 0.0, 0.0)
     """That the I/O thread waited: by what held rows up."""
     latencies: tuple[int, ...] = ()
     """How many acks took how long, by classes of `quantile`."""
+
+    def plus(self, other: Times) -> Times:
+        """Of both."""
+        return Times._make(map(_sum, self, other))
+
+    def pack(self) -> bytes:
+        """``TIMES_BYTES`` bytes, for another process."""
+        latencies = self.latencies or (0,) * _CLASSES
+        return _PACKED.pack(self.connected, self.checking, self.sending, *self.blocked, *self.waiting, *latencies)
+
+    @classmethod
+    def unpack(cls, packed: bytes | memoryview | bytearray) -> Times:
+        """What was packed."""
+        connected, checking, sending, *numbers = _PACKED.unpack(packed)
+        causes = tuple(numbers[:4]), tuple(numbers[4:8])
+        return cls(connected, checking, sending, *causes, tuple(numbers[8:]))
+
+
+def _sum(one: Any, other: Any) -> Any:
+    if isinstance(one, tuple):
+        return tuple(map(sum, zip_longest(one, other, fillvalue=0)))
+    return one + other
 
 
 class Latencies:

@@ -232,8 +232,7 @@ class Report:
         counts = Counts() if self.route is None else self.route.counts()
         if session is not None:
             entry["dropped"] = session.account.dropped
-        if self.route is not None:
-            entry["blocked_us"] = int(sum(self.route.times().blocked) * 1e6)
+            entry.tell_times(session.account.times(self.route))
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)

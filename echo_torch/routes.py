@@ -93,10 +93,12 @@ class RowRoute:
         self._sent = 0
         self._lost = False
         self.closed = False
+        self._began = time.monotonic()
         self._sending = 0.0
 
     def times(self) -> Times:
-        return Times(self._sending, (self._sending, 0.0, 0.0, 0.0))
+        connected = time.monotonic() - self._began if self._sent else 0.0
+        return Times(connected=connected, sending=self._sending, blocked=(self._sending, 0.0, 0.0, 0.0))
 
     def counts(self) -> Counts:
         """Such a client tells nothing of what comes after ``wait``."""

@@ -66,24 +66,26 @@ class SinkStats:
 
     elapsed_seconds: float = _time()
     """Seconds since this process first used the sink, or made it."""
+    connected_seconds: float = _time()
+    """Seconds for which there was a connection, in each process that sent samples: what the next ones are a part of."""
     check_seconds: float = _time()
-    """Seconds that callers of ``send`` in this process had batches compared with the example."""
+    """Seconds that callers of ``send`` had batches compared with the example."""
     pack_seconds: float = _time()
     """Seconds that they copied samples into the buffer, and wrote those that could be written at once."""
     blocked_by_learner_seconds: float = _time()
-    """Of ``blocked_seconds``, those in this process in which the window was full: acks did not come."""
+    """Of ``blocked_seconds``, those in which the window was full: acks did not come."""
     blocked_by_network_seconds: float = _time()
     """In which the socket was full."""
     blocked_by_device_seconds: float = _time()
     """In which copies from a device were under way."""
     learner_seconds: float = _time()
-    """Seconds for which this process' connection waited for acks with samples left to write, or with `wait` called."""
+    """Seconds for which connections waited for acks with samples left to write, or with `wait` called."""
     network_seconds: float = _time()
-    """Seconds for which it waited for the socket to take more."""
+    """Seconds for which they waited for the socket to take more."""
     device_seconds: float = _time()
-    """Seconds for which it waited for copies from a device."""
+    """Seconds for which they waited for copies from a device."""
     ack_p50_seconds: float = _time()
-    """Seconds from when samples of this process were written to their acks: of half of those that were looked at."""
+    """Seconds from when samples were written to their acks: of half of those that were looked at."""
     ack_p99_seconds: float = _time()
     """The same of 99 in 100, to within a fifth."""
     sent_per_second: float = _time()
@@ -94,25 +96,27 @@ class SinkStats:
     @property
     def bottleneck(self) -> str:
         """What holds things up, in words: the learner, the network, the device, or the training, and by how much."""
-        elapsed = self.elapsed_seconds
-        if not self.samples_sent or elapsed <= 0:
+        elapsed, connected = self.elapsed_seconds, self.connected_seconds
+        if elapsed <= 0 or connected <= 0 or not (self.samples_sent or self.in_flight):
             return "idle: nothing was sent"
-        share = (self.check_seconds + self.pack_seconds + self.blocked_seconds) / elapsed
+        share = (self.check_seconds + self.pack_seconds + self.blocked_seconds) / connected
         cost = f"send took {share:.1%} of the time"
-        held_up = {
-            f"learner-bound: the server acks {self.samples_acked / elapsed:,.0f} samples/s, and waits are for it": (
-                self.learner_seconds + self.blocked_by_learner_seconds
+        waiting = {
+            f"learner-bound: the server acks {self.samples_acked / elapsed:,.0f} samples/s": (
+                self.learner_seconds,
+                self.blocked_by_learner_seconds,
             ),
-            f"network-bound: the connection takes {self.bytes_acked / elapsed / 1e6:,.1f} MB/s, and waits are for it": (
-                self.network_seconds + self.blocked_by_network_seconds
+            f"network-bound: the connection takes {self.bytes_acked / elapsed / 1e6:,.1f} MB/s": (
+                self.network_seconds,
+                self.blocked_by_network_seconds,
             ),
-            "device-bound: samples wait for their copies from the device": (
-                self.device_seconds + self.blocked_by_device_seconds
-            ),
+            "device-bound: samples are copied from the device": (self.device_seconds, self.blocked_by_device_seconds),
         }
-        waiting = self.learner_seconds + self.network_seconds + self.device_seconds
-        if max(self.blocked_seconds / BLOCKED_SHARE, waiting / WAITING_SHARE) >= elapsed:
-            return f"{max(held_up, key=held_up.__getitem__)}; {cost}"
+        threads, callers = map(sum, zip(*waiting.values(), strict=True))
+        if max(callers / BLOCKED_SHARE, threads / WAITING_SHARE) >= connected:
+            what = max(waiting, key=lambda what: sum(waiting[what]))
+            waited = min(1.0, max(waiting[what]) / connected)
+            return f"{what}, and was waited for {waited:.0%} of the time; {cost}"
         return f"training-bound: the sink waits for data, {self.samples_sent / elapsed:,.0f} samples/s; {cost}"
 
     def since(self, before: SinkStats) -> SinkStats:

@@ -36,6 +36,7 @@ from peers import Line, Peer
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError, ledger
 from echo_torch.children import KINDS, Children
 from echo_torch.deadline import Deadline
+from echo_torch.meter import Times
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -75,6 +76,9 @@ class Child:
     def fail(self, kind: int, text: str) -> None:
         self._ask("fail", kind, text)
 
+    def tell_times(self, times: Times) -> None:
+        self._ask("tell_times", times)
+
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
@@ -102,6 +106,8 @@ def _keep(pipe: Pipe, token: str, parent: int) -> None:
                 entry[field] = number
         elif request == "fail":
             entry.fail(*arguments)
+        elif request == "tell_times":
+            entry.tell_times(*arguments)
         pipe.send(entry[arguments[0]] if request == "get" else None)
 
 
@@ -153,11 +159,14 @@ def test_a_child_writes_and_its_parent_reads(token: str, home: Path) -> None:
         assert (entry["sent"], entry["acked"], entry["maybe_lost"]) == (5, 3, 1 << 40)
         entry["finish"] = 1
         assert child.get("finish") == 1
+        times = Times(connected=1.5, latencies=tuple(range(140)))
+        child.tell_times(times)
         child.fail(2, "über" * 2000)
         child.fail(1, "said later")
         assert entry["error_kind"] == 2
         assert entry.error.startswith("überüber")
-        assert len(entry.error.encode()) > 3000
+        assert len(entry.error.encode()) > 2500
+        assert entry.times == times
         assert not entry.dead
         child.kill()
         assert entry.dead
@@ -333,8 +342,12 @@ def test_wait_that_is_not_done_in_time_names_the_processes_and_goes_on(token: st
 
 def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, children: Children) -> None:
     with Child(token) as one, Child(token) as two:
-        one.set(sent=30, acked=20, blocked_us=7)
+        one.set(sent=30, acked=20)
+        one.tell_times(Times(blocked=(0.25, 0.0, 0.5, 0.0), latencies=(1,) * 140))
         two.set(sent=2, acked=2)
+        two.tell_times(Times(connected=3.0, checking=1.0, sending=2.0, waiting=(1.0, 2.0, 3.0, 4.0)))
+        times = Times(3.0, 1.0, 2.0, (0.25, 0.0, 0.5, 0.0), (1.0, 2.0, 3.0, 4.0), (1,) * 140)
+        assert children.times() == times
         with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
             time.sleep(0.05)
             one.kill()
@@ -342,12 +355,13 @@ def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, childre
         assert f"process {one.pid}: died with 10 samples un-acked" in str(outcomes[0])
         children.wait(Deadline(LONG_S), None)
         counts = children.counts()
-        assert (counts["sent"], counts["acked"], counts["blocked_us"]) == (32, 22, 7)
+        assert (counts["sent"], counts["acked"]) == (32, 22)
         assert counts["maybe_lost"] == 10 + AT_RISK
         assert not one.path.exists()
         two.kill()
         children.wait(Deadline(LONG_S), None)
         assert children.counts() == {**counts, "maybe_lost": counts["maybe_lost"] + 2}
+        assert children.times() == times
         assert not two.path.parent.exists() or not list(two.path.parent.iterdir())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from peers import Line, Peer
 
 from echo_torch import DeliveryTimeoutError, EchoSink, account
-from echo_torch.meter import Latencies, quantile
+from echo_torch.meter import Latencies, Times, quantile
 from echo_torch.stats import SinkStats
 
 EXAMPLE = torch.zeros(1 << 15, dtype=torch.uint8)
@@ -64,7 +65,8 @@ def test_a_slow_learner() -> None:
         sink.wait(SOON_S)
         stats = sink.stats()
         assert re.match(
-            r"learner-bound: the server acks \d+ samples/s, and waits are for it; send took", stats.bottleneck
+            r"learner-bound: the server acks \d+ samples/s, and was waited for \d+% of the time; send took",
+            stats.bottleneck,
         )
         assert stats.blocked_by_learner_seconds > 5 * stats.blocked_by_network_seconds
         assert stats.learner_seconds > stats.network_seconds
@@ -90,7 +92,8 @@ def test_a_throttled_link() -> None:
         sink.wait(SOON_S)
         stats = sink.stats()
         assert re.match(
-            r"network-bound: the connection takes \d+\.\d MB/s, and waits are for it; send", stats.bottleneck
+            r"network-bound: the connection takes \d+\.\d MB/s, and was waited for \d+% of the time; send took",
+            stats.bottleneck,
         )
         assert stats.network_seconds > stats.learner_seconds
 
@@ -103,7 +106,7 @@ def test_a_slow_trainer() -> None:
         sink.wait(SOON_S)
         stats = sink.stats()
         assert re.match(r"training-bound: the sink waits for data, \d+ samples/s; send took", stats.bottleneck)
-        share = (stats.check_seconds + stats.pack_seconds + stats.blocked_seconds) / stats.elapsed_seconds
+        share = (stats.check_seconds + stats.pack_seconds + stats.blocked_seconds) / stats.connected_seconds
         assert f"send took {share:.1%} of the time" in stats.bottleneck
         assert 0 < stats.check_seconds < stats.elapsed_seconds
         assert 0 < stats.pack_seconds < stats.elapsed_seconds
@@ -118,8 +121,40 @@ def test_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
         device.run()
         sink.wait(SOON_S)
         stats = sink.stats()
-        assert stats.bottleneck.startswith("device-bound: samples wait for their copies from the device; send took")
+        assert stats.bottleneck.startswith("device-bound: samples are copied from the device, and was waited for ")
         assert stats.device_seconds > 0.2
+
+
+def test_a_slow_learner_of_a_worker() -> None:
+    """Whose times count; while the connection of the process that made it, which sends nothing, does not."""
+
+    def slow(line: Line) -> None:
+        line.greet(EXAMPLE.numpy())
+        for _ in range(5 * len(BATCH)):
+            line.hear(SIZE)
+            time.sleep(0.005)
+            line.ack()
+        line.hear_all()
+
+    with sending(slow, max_inflight_msgs=4) as (_, sink):
+        worker = multiprocessing.get_context("fork").Process(target=send_all, args=(sink,))
+        worker.start()
+        worker.join()
+        stats = sink.stats()
+        assert worker.exitcode == 0
+        assert stats.samples_acked == 5 * len(BATCH)
+        assert stats.bottleneck.startswith("learner-bound: ")
+        assert 0.5 < stats.learner_seconds / stats.connected_seconds <= 1
+        assert stats.connected_seconds < stats.elapsed_seconds
+        assert stats.blocked_by_learner_seconds > 5 * stats.blocked_by_network_seconds
+        assert 0 < stats.check_seconds < stats.connected_seconds
+        assert 0.005 < stats.ack_p50_seconds <= stats.ack_p99_seconds < SOON_S
+
+
+def send_all(sink: EchoSink) -> None:
+    for _ in range(5):
+        sink.send(BATCH)
+    sink.close()
 
 
 def test_nothing_was_sent() -> None:
@@ -209,6 +244,14 @@ def test_quantiles_of_latencies_are_right_to_within_a_fifth(latencies: list[floa
     exact = max(1e-6, float(np.quantile(latencies, share, method="inverted_cdf")))
     assert exact / 1.0001 <= quantile(found.counts, share) <= exact * 1.2001
     assert quantile([0] * 10, share) == 0
+
+
+def test_times_of_several_processes_add_up() -> None:
+    one = Times(1.0, 2.0, 3.0, (1.0, 2.0, 3.0, 4.0), (0.5, 0.0, 0.0, 0.25), tuple(range(140)))
+    assert Times.unpack(one.pack()) == one
+    assert Times.unpack(Times().pack()).plus(one) == one.plus(Times()) == one
+    twice = Times(2.0, 4.0, 6.0, (2.0, 4.0, 6.0, 8.0), (1.0, 0.0, 0.0, 0.5), tuple(range(0, 280, 2)))
+    assert one.plus(one) == twice
 
 
 def test_an_ack_is_of_all_rows_written_before_it() -> None:
