@@ -6,6 +6,7 @@ which process that is, is looked up before any lock is touched, so that a fork a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import multiprocessing.util
@@ -23,6 +24,7 @@ from .dial import check_address, peer_name
 from .ledger import new_token
 from .locks import is_mine
 from .opener import Opener
+from .progress import of_acks
 from .ranks import agree, check_group
 from .routes import Route
 from .session import Session
@@ -216,7 +218,7 @@ class EchoSink:
         else:
             session.accepted(watermark, step, accepted)
 
-    def wait(self, timeout: float | None = None, group: ProcessGroup | None = None) -> None:
+    def wait(self, timeout: float | None = None, group: ProcessGroup | None = None, *, progress: bool = False) -> None:
         """Block until everything sent so far, by this process and by its DataLoader workers, is acked.
 
         Other children count as well, from the moment that their `send` returns; those of another sink do not.
@@ -227,6 +229,7 @@ class EchoSink:
                 of them, all raise, rather than that some go on to wait for those that do not come any more. A group
                 for CPU tensors, such as ``torch.distributed.new_group(backend="gloo")``. The others are waited for
                 up to a minute longer than for the server.
+            progress: whether to show a bar of the samples that are waited for; needs tqdm.
 
         Raises:
             ConnectionClosedError: the connection ended before that, or a child died or lost its own, which is said once
@@ -235,6 +238,10 @@ class EchoSink:
                 if that happened to another process of it; or not all of them came.
         """
         check_timeout("timeout", timeout)
+        with of_acks(self) if progress else contextlib.nullcontext():
+            self._wait(timeout, group)
+
+    def _wait(self, timeout: float | None, group: ProcessGroup | None) -> None:
         session = self._session()
         if group is None:
             session.wait(timeout)
@@ -312,9 +319,14 @@ class EchoSink:
         """A ``worker_init_fn`` for a ``DataLoader``: connects a worker before its first batch; raises as `connect`."""
         self.connect()
 
-    def tee(self, loader: Iterable[_Batch]) -> Tee[_Batch]:
-        """Iterate over ``loader``, sending each batch before it is handed on, and `wait` when it is exhausted."""
-        return Tee(self, loader)
+    def tee(self, loader: Iterable[_Batch], *, progress: bool = False) -> Tee[_Batch]:
+        """Iterate over ``loader``, sending each batch before it is handed on, and `wait` when it is exhausted.
+
+        Args:
+            loader: what it yields is sent.
+            progress: whether to show a bar of its batches, with the samples acked and in flight; needs tqdm.
+        """
+        return Tee(self, loader, progress)
 
     def stats(self) -> SinkStats:
         """What was sent, acked and dropped by this process and its DataLoader workers, and what that cost."""

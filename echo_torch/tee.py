@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from . import progress
+
 if TYPE_CHECKING:
     from .sink import EchoSink
 
@@ -14,15 +16,36 @@ _Batch = TypeVar("_Batch")
 class Tee(Generic[_Batch]):
     """See `EchoSink.tee`."""
 
-    def __init__(self, sink: EchoSink, loader: Iterable[_Batch]) -> None:
+    def __init__(self, sink: EchoSink, loader: Iterable[_Batch], show: bool) -> None:
         self._sink = sink
         self._loader = loader
+        self._shows = show
 
     def __iter__(self) -> Iterator[_Batch]:
+        return self._show() if self._shows else self._pass()
+
+    def _pass(self) -> Iterator[_Batch]:
+        yield from self._send()
+        self._sink.wait()
+
+    def _show(self) -> Iterator[_Batch]:
+        with progress.of_batches(self._sink, self._length()) as shown:
+            for batch in self._send():
+                yield batch
+                shown.passed()
+            with shown.waiting():
+                self._sink.wait()
+
+    def _send(self) -> Iterator[_Batch]:
         for batch in self._loader:
             self._sink.send(batch)
             yield batch
-        self._sink.wait()
+
+    def _length(self) -> int | None:
+        try:
+            return len(self)
+        except TypeError:
+            return None
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]  # raises as the loader does

@@ -70,8 +70,7 @@ def trainer(path: Path, *callbacks: Callback, **options: Any) -> Trainer:
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=False,
-        **{"accelerator": "cpu", "max_epochs": 2, **options},
+        **{"accelerator": "cpu", "max_epochs": 2, "logger": False, **options},
     )
 
 

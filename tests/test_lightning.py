@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from learner import Learner
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning_digits import ODD, Model, ReportingSink, WaitsForWorkers, loader, trainer
 from torch.multiprocessing import ProcessRaisedException
 from training import Classifier, Digits, Item, arrived, came, learner, numbers_of, sink_to
@@ -151,6 +153,34 @@ def test_each_micro_batch_is_sent_when_gradients_are_accumulated(tmp_path: Path)
         assert running.global_step == 4
         assert len(model.trained) == 2 * BATCHES
         check(received, sink, model.trained)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loggers_get_the_stats(tmp_path: Path, accumulate: int) -> None:
+    """At the steps of Lightning's own numbers, and when an epoch ends, with everything acked."""
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "log_every_n_steps": 2, "max_epochs": 3}
+    with receiving() as (received, sink):
+        model, logger = Model(), CSVLogger(tmp_path)
+        trainer(tmp_path, SinkCallback(sink), logger=logger, **options).fit(model, loader(SAMPLES))
+        check(received, sink, model.trained)
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ours = [(int(row["step"]), int(row["echo/samples_sent"])) for row in rows if row["echo/samples_sent"]]
+    acked = [int(row["echo/samples_acked"]) for row in rows if row["echo/in_flight"] == "0"]
+    assert {step for step, _ in ours} >= {int(row["step"]) for row in rows if row["constant"]}
+    assert len(set(ours)) == len(ours)
+    assert [count for count in acked if count % SAMPLES == 0] == [SAMPLES, 2 * SAMPLES, 3 * SAMPLES]
+    assert ours[-1][1] == 3 * SAMPLES
+    assert set(rows[0]) >= set(sink.stats().as_dict("echo/"))
+
+
+def test_loggers_get_no_stats_if_not_wanted(tmp_path: Path) -> None:
+    with receiving() as (received, sink):
+        model, logger = Model(), CSVLogger(tmp_path)
+        callback = SinkCallback(sink, log_stats=False)
+        trainer(tmp_path, callback, logger=logger, log_every_n_steps=1).fit(model, loader(SAMPLES))
+        check(received, sink, model.trained)
+    assert "echo" not in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
 def test_two_sinks_on_one_trainer(tmp_path: Path) -> None:

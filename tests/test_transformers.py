@@ -25,7 +25,7 @@ from training import STALLING, Classifier, Digits, Item, arrived, learner, numbe
 from transformers import BatchEncoding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from echo_torch import DeliveryTimeoutError, EchoSink, SpecMismatchError
-from echo_torch.callbacks.transformers import SinkCallback, SinkTrainerMixin
+from echo_torch.callbacks.transformers import LOGGED, SinkCallback, SinkTrainerMixin
 from echo_torch.ranks import cpu_group
 
 COUNT = 36
@@ -564,6 +564,37 @@ class Rank(Spawned):
 
     def end(self) -> Any:
         return self._answer()
+
+
+@pytest.mark.parametrize("mixin", [True, False])
+def test_losses_are_logged_with_stats(server: Learner, sink: EchoSink, tmp_path: Path, mixin: bool) -> None:
+    """Reporters that were there before get them of the mixin only; an evaluation's metrics are its own."""
+    args = {"logging_strategy": "steps", "logging_steps": 2, "eval_strategy": "epoch"}
+    reporter = Reporter()
+    if mixin:
+        trainer: Trainer = trainer_for(sink, tmp_path, args=args, eval_dataset=HELD, callbacks=[reporter])
+    else:
+        kinds = {"args": arguments(tmp_path, **args), "train_dataset": Digits(COUNT), "eval_dataset": HELD}
+        trainer = Trainer(model=Recorder(), callbacks=[reporter, SinkCallback(sink)], **kinds)
+    trainer.train()
+    logged = [logs for logs in trainer.state.log_history if "loss" in logs]
+    assert [logs["step"] for logs in logged] == [2, 4, 6, 8, 10]
+    for logs in logged:
+        assert {name for name in logs if name.startswith("echo/")} == {f"echo/{name}" for name in LOGGED}
+    sent = [logs["echo/samples_sent"] for logs in logged]
+    assert sent == ([16, 32, 36 + 8, 36 + 24, 72] if mixin else [0] * 5)
+    assert sum("echo/in_flight" in logs for logs in reporter.logs) == (len(logged) if mixin else 0)
+    assert not any(name.startswith("echo/") for name in trainer.evaluate())
+
+
+class Reporter(TrainerCallback):
+    """Such as TensorBoard's: keeps what it is told when it is told."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
 
 
 class _Training:
