@@ -1,12 +1,15 @@
-"""The README's examples run as they are written, but for the port, which the system picks."""
+"""The README's examples and commands run as they are written, but for ports, which the system picks."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,15 @@ from calls import Gate
 from peers import Line, Peer
 
 LIMIT_S = 60.0
-README = Path(__file__).parents[1] / "README.md"
-LEARNER, TRAINER, LOOP, WORKERS, SIGTERM = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+LEARNER, TRAINER, LOOP, WORKERS, SIGTERM, MODULE = blocks("python")
 
 
 def with_port(program: str, port: int | str) -> str:
@@ -90,3 +100,134 @@ def test_sigterm_delivers_what_was_sent() -> None:
     sent = len(heard) - 8  # the tail is sent twice
     assert sent >= IN_THE_BUFFER
     assert heard == [*range(sent), *range(sent - 8, sent)]
+
+
+# Commands, and what they print.
+
+WELL, DIFFERS, NO_ECHO, NOBODY, STOPPED, EXAMPLE, BENCH = blocks("console")
+
+
+def test_everything_in_the_readme_is_of_a_kind_that_is_run() -> None:
+    """And what is only shown is not more than two blocks: the verdicts, which test_stats forces, and the picture."""
+    fences = re.findall(r"^```(.*)$", README, re.MULTILINE)
+    assert set(fences[::2]) == {"bash", "python", "console", "text"}
+    assert set(fences[1::2]) == {""}
+    assert (len(blocks("bash")), len(blocks("text"))) == (1, 2)
+
+
+@contextlib.contextmanager
+def started(*command: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], str]]]:
+    """A program of Python's, and what waits for a line that it prints, and gives the group that was found in it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, **pipes) as process:  # type: ignore[call-overload]
+
+        def told(pattern: str) -> str:
+            for line in process.stdout:
+                if found := re.search(pattern, line):
+                    return found[1]
+            raise AssertionError(f"{command} ended with {process.wait()} before it said {pattern!r}")
+
+        try:
+            yield process, told
+        finally:
+            process.kill()  # also one that is stopped
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The current directory of the commands, with the README's module."""
+    path = tmp_path_factory.mktemp("commands")
+    (path / "mymodule.py").write_text(MODULE)
+    return path
+
+
+SERVE = shlex.split(next(iter(re.findall(r"`python (-m echo_torch serve [^`]*)`", README))))
+HTTP = shlex.split(next(iter(re.findall(r"`python (-m http.server) 8080`", README))))
+
+
+@pytest.fixture(scope="module")
+def port(folder: Path) -> Iterator[str]:
+    """Of a learner that is started as the README says."""
+    with started(*SERVE, "--port", "0", folder=folder) as (_, told):
+        yield told(r"port (\d+)")
+
+
+def shown(text: str) -> str:
+    """Without what is measured, and how it is aligned."""
+    text = re.sub(r"[\d,]+\.\d+|\d{1,3}(,\d{3})+", "#", text)
+    return re.sub(r" +", " ", text)
+
+
+def check(block: str, folder: Path, at: str, code: int) -> None:
+    """Run the block's command with another port; it prints what is there."""
+    first, expected = block.split("\n", 1)
+    assert first.startswith("$ python ")
+    written = next(iter(re.findall(r"127\.0\.0\.1:(\d+)", first)), at)
+    command = first.removeprefix("$ python ").replace(written, at)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert shown(done.stdout.replace(f":{at}", f":{written}")) == shown(expected)
+    assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("block", "code"), [(WELL, 0), (DIFFERS, 1), (BENCH, 0), (EXAMPLE, 0)], ids=["well", "differs", "bench", "example"]
+)
+def test_commands_that_reach_a_learner(folder: Path, port: str, block: str, code: int) -> None:
+    check(block, folder, port, code)
+
+
+def test_the_doctor_of_a_web_server(folder: Path) -> None:
+    with started(*HTTP, "0", folder=folder) as (_, told):
+        check(NO_ECHO, folder, told(r"port (\d+)"), 1)
+
+
+def test_the_doctor_of_a_closed_port(folder: Path) -> None:
+    with Peer(lambda line: None) as peer:
+        peer.refuse()
+        check(NOBODY, folder, str(peer.port), 1)
+
+
+def test_the_doctor_of_a_learner_that_is_stopped(folder: Path) -> None:
+    with started(*SERVE, "--port", "0", folder=folder) as (process, told):
+        at = told(r"port (\d+)")
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        check(STOPPED, folder, at, 1)
+
+
+RUN_ELSEWHERE = {
+    "python examples/quickstart.py": "test_examples",
+    "python examples/workers.py": "test_examples",
+    "python -m pytest -n 4": "the tests",
+    "python -m pytest -m cuda": "test_cuda, where there is a GPU",
+    "python -m http.server 8080": "here",
+    "python -m echo_torch": "here",
+    "python -m echo_torch serve --example mymodule:dataset": "here",
+}
+
+
+def test_every_command_in_the_text_is_there(folder: Path) -> None:
+    """What takes longer than a test may is only asked whether it knows its options, and finds its tests."""
+    commands = set(re.findall(r"`(python [^`\n]*)`", README))
+    for line in blocks("bash")[0].splitlines():
+        commands.add(line.split("#")[0].split("&&")[1].strip())
+    long = commands - RUN_ELSEWHERE.keys()
+    assert RUN_ELSEWHERE.keys() <= commands
+    for command in long:
+        program, *options = shlex.split(command)[1:]
+        known = ["-m", *options, "--collect-only", "-q"] if program == "-m" else [program, "--help"]
+        done = subprocess.run([sys.executable, *known], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        if program != "-m":
+            assert {option for option in options if option.startswith("--")} <= set(
+                re.findall(r"--[\w-]+", done.stdout)
+            )
