@@ -133,7 +133,7 @@ class SampleSpec:
         leaves = self._flat_like_last(sample)
         if leaves is None or self._any_opaque or not _NUMPY_TYPES.issuperset(map(type, leaves)):
             return None
-        return leaves if self._are_right(leaves, self._shapes(1, False)) else None
+        return leaves if self._are_right(leaves, self._shapes(1, False), on_device=False) else None
 
     def match(self, batch: Any, batched: bool | None = None) -> Match:
         """Check ``batch`` against the example, leaf by leaf.
@@ -154,9 +154,10 @@ class SampleSpec:
         first = arrays[0]
         stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
         rows = len(first) if stacked and first.ndim else 1
-        if not self._are_right(arrays, self._shapes(rows, stacked)):
+        on_device = _any_tensor(arrays)
+        if not self._are_right(arrays, self._shapes(rows, stacked), on_device):
             raise leaves_error(self.root, leaves, self._in_wire_order(batch), batched)
-        return Match(arrays, rows, stacked, _any_tensor(arrays))
+        return Match(arrays, rows, stacked, on_device)
 
     def on_host(self, match: Match) -> list[Array]:
         """The arrays of a match, after waiting for those that are on a device.
@@ -222,10 +223,10 @@ class SampleSpec:
         self._misses = 0
         return flat if order == self._in_order else [flat[i] for i in order]
 
-    def _are_right(self, arrays: list[Any], shapes: list[tuple[int, ...]]) -> bool:
+    def _are_right(self, arrays: list[Any], shapes: list[tuple[int, ...]], on_device: bool) -> bool:
         if [array.shape for array in arrays] != shapes:
             return False
-        if not _any_tensor(arrays):
+        if not on_device:
             return [array.dtype for array in arrays] == self._dtypes
         # A tensor has its leaf's dtype, or it would not be here.
         pairs = zip(arrays, self._dtypes, strict=True)
