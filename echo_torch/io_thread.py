@@ -166,11 +166,12 @@ class IoThread:
         poller = select.poll()
         poller.register(link.wake_up.reader, select.POLLIN)
         writable = True
-        while (nap := self._pass(writable)) is not None:
+        while self._pass(writable):
             pause = pace.nap(line.acked)
             if pause and line.waits_for_acks:
                 time.sleep(pause)
             poller.register(line.sock, self._interest())
+            nap = self._nap()
             held_up_by, began = link.held_up_by, time.monotonic()
             events = dict(poller.poll(nap * 1000))
             link.waiting[held_up_by] += time.monotonic() - began
@@ -189,12 +190,27 @@ class IoThread:
             ring.wake_one()  # to lead
         return _HANG_UP | (select.POLLIN if link.listening else 0) | (select.POLLOUT if link.line.full else 0)
 
-    def _pass(self, writable: bool) -> float | None:
-        """One look at everything; gives the seconds until the next, or None when there is an end to that."""
+    def _nap(self) -> float:
+        """Seconds until the next look at everything, unless something wakes us."""
+        link = self._link
+        link.watching = False  # a caller whose copy begins from here on, and finds it so, kicks
+        if link.line.writable and not link.line.full:
+            return 0.0
+        copying_since = link.ring.copying_since
+        if copying_since is not None:
+            link.watching = True
+            took = time.monotonic() - copying_since
+            return min(max(took * COPY_SHARE, COPY_LOOK_S[0]), COPY_LOOK_S[1])
+        if link.lingering:
+            return LINGER_S
+        return FAREWELL_HEARTBEAT_S if self.abandoned else HEARTBEAT_S
+
+    def _pass(self, writable: bool) -> bool:
+        """One look at everything; gives whether there is to be another."""
         link = self._link
         with link.lock:
             if self._over() or link.lost is not None:
-                return None
+                return False
             if writable:
                 link.line.full = False
             lingered, link.lingering = link.lingering, False
@@ -206,17 +222,7 @@ class IoThread:
         self._warn_of_stall()
         if self._said_farewell():
             self._stopping = True
-        if self._over() or link.lost is not None:
-            return None
-        if link.line.writable and not link.line.full:
-            return 0.0
-        copying_since = link.ring.copying_since
-        if copying_since is not None:
-            took = time.monotonic() - copying_since
-            return min(max(took * COPY_SHARE, COPY_LOOK_S[0]), COPY_LOOK_S[1])
-        if link.lingering:
-            return LINGER_S
-        return FAREWELL_HEARTBEAT_S if self.abandoned else HEARTBEAT_S
+        return not self._over() and link.lost is None
 
     def _over(self) -> bool:
         return self._stopping or self._link.failure is not None

@@ -71,6 +71,8 @@ class Link:
         """Whether anybody waited when it came, and will be told."""
         self.listening = False
         """Whether the I/O thread polls for acks, or will."""
+        self.watching = False
+        """Whether it looks at a device's copies soon, and again until all are done."""
         self.lingering = False
         """Whether the I/O thread will look within LINGER_S."""
         self.lock = threading.RLock()
@@ -171,7 +173,9 @@ class Link:
         """Pump here and now if possible, and have the thread see to what is left."""
         ring, line = self.ring, self.line
         pumped = self._try_pump(read_acks)
-        if not pumped or line.full or line.writable or (ring.packed > ring.written and not self.listening):
+        waits = ring.packed > ring.written and not self.listening
+        copies = ring.copying_since is not None and not self.watching
+        if not pumped or line.full or line.writable or waits or copies:
             self.wake_up.kick()
 
     def look(self) -> None:

@@ -26,6 +26,8 @@ from hypothesis import strategies as st
 from peers import Line, Peer, Scripts
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, accelerator, staging
+from echo_torch.io_thread import HEARTBEAT_S
+from echo_torch.pace import Pace
 from echo_torch.ring import Ring
 from echo_torch.spec import SampleSpec
 from echo_torch.staging import DeviceCopy, device_of, pack_rows, unit_of
@@ -385,6 +387,39 @@ def test_threads_that_each_have_a_stream(device: FakeDevice) -> None:
             rows = rows_of(batch(first, 10 * ROWS))
             assert [row for row in got if row in rows] == rows
         assert len(got) == 20 * ROWS
+
+
+def test_a_copy_that_begins_while_the_thread_lies_down_wakes_it(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it has looked and found none under way, and before it sleeps: no ack will come to wake it."""
+    asked, lies_down, sent = set(), Gate(), Gate()
+    query, nap = FakeEvent.query, Pace.nap
+
+    def noted(event: FakeEvent) -> bool:
+        passed = query(event)
+        if threading.current_thread().name.startswith("echo_torch"):
+            asked.add(passed)
+        return passed
+
+    def held_up(pace: Pace, acked: int) -> float:
+        if True in asked:
+            lies_down.open()
+            sent.wait()
+        return nap(pace, acked)
+
+    with sending() as (_, sink):
+        monkeypatch.setattr(FakeEvent, "query", noted)
+        monkeypatch.setattr(Pace, "nap", held_up)
+        sink.send(on(device, 0))
+        eventually(lambda: asked == {False})
+        device.run()
+        lies_down.wait()
+        eventually(lambda: sink.stats().samples_acked == ROWS)
+        sink.send(on(device, ROWS))
+        device.run()
+        sent.open()
+        sink.wait(HEARTBEAT_S / 2)
 
 
 # What goes wrong.
