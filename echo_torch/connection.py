@@ -192,7 +192,7 @@ class Connection:
         tail = self._link.tail
         self._check_open("close")
         self._wait_for("close", self._link.sent, deadline)
-        while left := tail.pack():
+        while left := self._link.pack_tail():
             self._check_open("close")
             self._link.push()
             self._wait_for("close", self._room_at(left), deadline)

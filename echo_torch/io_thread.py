@@ -257,7 +257,7 @@ class IoThread:
         link, deadline = self._link, self._until_farewell()
         if link.tail.begins is None:
             link.refuse()
-        if not link.unacked and link.tail.pack() == 0 and not link.ring.unacked:
+        if not link.unacked and link.pack_tail() == 0 and not link.ring.unacked:
             self.linger(deadline)
             return True
         return deadline.expired

@@ -4,8 +4,8 @@
   rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch, and for
   more if it cannot run ahead of the acks anyway (`backlog`). When everything is written, one of the callers that wait
   leads: it polls the socket itself, and wakes the others. Nobody blocks while holding it. Of the locks (``ring.turn``,
-  the I/O lock, the leader's, the wake-up's) no two are held at once, but the wake-up's inside the I/O lock, and that
-  inside the turn, once, when the ring moves.
+  the I/O lock, the leader's, the wake-up's) no two are held at once, but the last two inside the others, and the I/O
+  lock inside the turn, once, when the ring moves.
 * An interrupt (Ctrl-C) may break off whatever the main thread does here; the I/O thread makes good what that left
   undone, soon (`io_thread`).
 * Whoever finds the connection lost says so (``lost``) under the I/O lock, and nobody touches the socket after that but
@@ -246,6 +246,14 @@ class Link:
             self.listening = True  # nobody leads
             self.leader.wake()
             self.wake_up.kick()
+
+    def pack_tail(self) -> int:
+        """As `Tail.pack`; a copy that fails ends the connection, and none are left."""
+        try:
+            return self.tail.pack()
+        except RuntimeError as error:
+            self.fail_to_copy(error)
+            return 0
 
     def fail_to_copy(self, error: RuntimeError) -> None:
         """A device could not copy rows."""

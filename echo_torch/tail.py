@@ -35,21 +35,18 @@ class Tail:
         """How many of them are packed."""
         return 0 if self.begins is None else self._ring.packed - self.begins
 
-    def _settled(self) -> bool:
-        try:
-            return self._ring.settled()
-        except RuntimeError:  # as callers will find, and say
-            return False
-
     def pack(self) -> int:
         """Pack as many of them as there is room for, in cycles if there were fewer rows; gives how many are left.
 
         To be called when all rows before them are acked: so there is always room for one more soon.
+
+        Raises:
+            RuntimeError: a copy failed, as `Ring.settled` says.
         """
         ring = self._ring
         with ring.turn:
             period = min(ring.replay, self.begins or 0)
-            while ring.packed < self.ends and self._settled():
+            while ring.packed < self.ends and ring.settled():
                 slot, rows = ring.free_run(self.ends - ring.packed)
                 if rows:
                     ring.repeat(slot, rows, period)

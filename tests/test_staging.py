@@ -786,6 +786,26 @@ def test_what_an_interrupted_send_left_and_fails_ends_the_connection(
         threads_end()
 
 
+def test_what_an_interrupted_send_left_and_fails_ends_a_sink_that_was_dropped(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its thread finds that out when it is about to repeat the last samples."""
+
+    def fails(event: FakeEvent) -> bool:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with Peer(listens) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
+        sink.send(batch(0))
+        sink.wait(SOON_S)
+        break_off(device, sink, monkeypatch)
+        monkeypatch.setattr(FakeEvent, "query", fails)
+        del sink
+        gc.collect()
+        threads_end()
+    assert "could not be copied from their device: an illegal memory access was encountered; ended with" in caplog.text
+
+
 def test_a_device_without_room_keeps_no_batch(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     def runs_out(*_: Any, **options: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("out of memory")
