@@ -97,10 +97,10 @@ def enqueue(work: Callable[[], object]) -> None:
     work()
 
 
-def run_on(stream: torch.Stream, enqueue: Callable[[], object]) -> None:
-    """Have what ``enqueue`` enqueues on the device run in this stream."""
+def run_on(stream: torch.Stream, work: Callable[[], object]) -> None:
+    """Have what ``work`` enqueues on the device run in this stream."""
     with _current(stream):
-        enqueue()
+        work()
 
 
 def _current(stream: torch.Stream) -> contextlib.AbstractContextManager[Any]:

@@ -248,12 +248,10 @@ class Ring:
         return True
 
     def move(self, buffer: memoryview, staged: Any) -> None:
-        """Go on in other memory of the same size, in which all rows lie in order; with the I/O lock held, too.
+        """Go on in other memory of the same size, in which all rows lie in order.
 
-        Only while no copies are under way.
-
-        A chunk is all of it then, for what is copied here by a device comes in runs that are as long as can be, and
-        does not go through the caches.
+        With the turn and the I/O lock held, and only while no copies are under way. A chunk is all of the memory then:
+        what a device copies here comes in runs that are as long as can be, and does not go through the caches.
         """
         size, target = self.row_bytes, buffer.cast("B")
         row = self.released

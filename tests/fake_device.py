@@ -95,13 +95,13 @@ class FakeDevice:
         pack.args[-1].fill_(0xA5)
         self.current.enqueue(pack)
 
-    def run_on(self, stream: FakeStream, enqueue: Callable[[], object]) -> None:
+    def run_on(self, stream: FakeStream, work: Callable[[], object]) -> None:
         """A copy into host memory holds what it copies weakly, as a device does."""
-        assert isinstance(enqueue, functools.partial)
-        assert enqueue.keywords == {"non_blocking": True}
-        (source,) = enqueue.args
+        assert isinstance(work, functools.partial)
+        assert work.keywords == {"non_blocking": True}
+        (source,) = work.args
         whole = weakref.ref(source if source._base is None else source._base)
-        write, layout = enqueue.func, (source.size(), source.stride(), source.storage_offset())
+        write, layout = work.func, (source.size(), source.stride(), source.storage_offset())
 
         def copy() -> None:
             memory = whole()

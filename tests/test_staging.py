@@ -482,15 +482,16 @@ def test_closing_while_a_device_hangs_ends(device: FakeDevice) -> None:
         device.run()
 
 
+def _fails(event: FakeEvent) -> bool:
+    raise RuntimeError("an illegal memory access was encountered")
+
+
 def test_a_copy_that_fails_ends_the_connection_in_clear_words(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(event: FakeEvent) -> bool:
-        raise RuntimeError("an illegal memory access was encountered")
-
     with Peer(listens) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
-        monkeypatch.setattr(FakeEvent, "query", fails)
+        monkeypatch.setattr(FakeEvent, "query", _fails)
         sink.send(on(device, 0))
         says_why = "samples could not be copied from their device: an illegal memory access was encountered"
         with pytest.raises(ConnectionClosedError, match=says_why) as caught:
@@ -771,15 +772,12 @@ def test_a_stall_counts_for_what_an_interrupted_send_left(device: FakeDevice, mo
 def test_what_an_interrupted_send_left_and_fails_ends_the_connection(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(event: FakeEvent) -> bool:
-        raise RuntimeError("an illegal memory access was encountered")
-
     with Peer(listens) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
         sink.send(batch(0))
         sink.wait(SOON_S)
         break_off(device, sink, monkeypatch)
-        monkeypatch.setattr(FakeEvent, "query", fails)
+        monkeypatch.setattr(FakeEvent, "query", _fails)
         with pytest.raises(ConnectionClosedError, match="could not be copied from their device: an illegal"):
             sink.send(batch(ROWS))
         sink.close()
@@ -790,16 +788,12 @@ def test_what_an_interrupted_send_left_and_fails_ends_a_sink_that_was_dropped(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its thread finds that out when it is about to repeat the last samples."""
-
-    def fails(event: FakeEvent) -> bool:
-        raise RuntimeError("an illegal memory access was encountered")
-
     with Peer(listens) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
         sink.send(batch(0))
         sink.wait(SOON_S)
         break_off(device, sink, monkeypatch)
-        monkeypatch.setattr(FakeEvent, "query", fails)
+        monkeypatch.setattr(FakeEvent, "query", _fails)
         del sink
         gc.collect()
         threads_end()

@@ -45,22 +45,22 @@ def listens(line: Line) -> None:
     line.hear_all(SIZE)
 
 
+def slow(line: Line) -> None:
+    """Acks less than 200 samples a second, of 5 batches."""
+    line.greet(EXAMPLE.numpy())
+    for _ in range(5 * len(BATCH)):
+        line.hear(SIZE)
+        time.sleep(0.005)
+        line.ack()
+    line.hear_all()
+
+
 # What holds things up.
 
 
 def test_a_slow_learner() -> None:
-    """It acks 200 samples a second, of a window of 4."""
-
-    def slow(line: Line) -> None:
-        line.greet(EXAMPLE.numpy())
-        for _ in range(10 * len(BATCH)):
-            line.hear(SIZE)
-            time.sleep(0.005)
-            line.ack()
-        line.hear_all()
-
     with sending(slow, max_inflight_msgs=4) as (_, sink):
-        for _ in range(10):
+        for _ in range(5):
             sink.send(BATCH)
         sink.wait(SOON_S)
         stats = sink.stats()
@@ -127,15 +127,6 @@ def test_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slow_learner_of_a_worker() -> None:
     """Whose times count; while the connection of the process that made it, which sends nothing, does not."""
-
-    def slow(line: Line) -> None:
-        line.greet(EXAMPLE.numpy())
-        for _ in range(5 * len(BATCH)):
-            line.hear(SIZE)
-            time.sleep(0.005)
-            line.ack()
-        line.hear_all()
-
     with sending(slow, max_inflight_msgs=4) as (_, sink):
         worker = multiprocessing.get_context("fork").Process(target=send_all, args=(sink,))
         worker.start()
