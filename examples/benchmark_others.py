@@ -1,16 +1,16 @@
 """What else carries batches to another process of the machine, beside the sink, as a table of ``benchmark.py``.
 
-* ``pyzmq``: PUSH to PULL over TCP; ``pickle`` of the batch as numpy arrays, which is faster than tensors, large ones as
-  frames of their own;
+* ``pyzmq``: PUSH to PULL over TCP; ``pickle`` of the batch made numpy arrays, which is faster than of tensors, large
+  ones as frames of their own;
 * ``gloo``: ``torch.distributed.isend`` of all leaves of a batch, and waiting for them; one blocking ``send`` after the
   other is a third as fast for small leaves. The receiver knows what comes, and always receives into the same tensors;
 * ``queue``: ``torch.multiprocessing.Queue``, which hands over the memory that tensors are in. Each batch is a clone:
   with the sink and all the others, a batch is its owner's again when ``send`` returns;
 * ``queue, shared``: the same without the clone, of a batch that is in shared memory already. It carries no bytes, only
   where they are: whoever writes to the batch later changes what is received;
-* ``ray``: ``ray.put`` of the batch as numpy arrays, and an actor that is called with the reference.
+* ``ray``: ``ray.put`` of the batch made numpy arrays, and an actor that is called with the reference.
 
-Each with its default configuration, and with at most 64 MiB under way, as much as the sink's buffer holds. Only one of
+Each gets a batch of tensors, as a loop has it, with its default configuration, and with at most 64 MiB under way, as much as the sink's buffer holds. Only one of
 them exists at a time. The other side takes whole batches, one after the other, and drops them. It answers ``wait()``
 with how many it has taken and what the first one was, and both have to be right; it does not ack each one, and nobody
 checks what is sent, or sends it again. The sink sends to the null peer, over TCP.
@@ -196,14 +196,14 @@ def is_small(apart: list[pickle.PickleBuffer], leaf: pickle.PickleBuffer) -> boo
 def by_pyzmq(case: Case) -> Iterator[Compared]:
     import zmq
 
-    arrays, most = arrays_of(case), batches_ahead(case)
+    most = batches_ahead(case)
     with zmq.Context() as context, context.socket(zmq.PUSH) as line:
         line.sndhwm, line.linger = most, 0
         port = line.bind_to_random_port(f"tcp://{HOST}")
 
         def send() -> None:
             apart: list[pickle.PickleBuffer] = []
-            pickled = pickle.dumps(arrays, 5, buffer_callback=functools.partial(is_small, apart))
+            pickled = pickle.dumps(arrays_of(case), 5, buffer_callback=functools.partial(is_small, apart))
             line.send_multipart([pickled, *apart])
 
         with Child(run_receiver, take_from_pull, port, most) as receiver:
@@ -267,12 +267,12 @@ def by_ray(case: Case) -> Iterator[Compared]:
     try:
         taker = ray.remote(Taker).remote()
         add = taker.add.options(num_returns=0)
-        arrays, half = arrays_of(case), batches_ahead(case) // 2
+        half = batches_ahead(case) // 2
         sent, told = 0, []
 
         def send() -> None:
             nonlocal sent
-            add.remote(ray.put(arrays))
+            add.remote(ray.put(arrays_of(case)))
             sent += 1
             if sent % half == 0:
                 told.append(taker.report.remote())
