@@ -6,8 +6,6 @@
   are not aligned to their item size; numpy is told so by the view and copies bytes where it has to. Measured on rows of
   29 bytes to 602 KB, this was never slower than columns of raw bytes and at the speed of memcpy from 256 bytes a leaf
   on.
-* Small leaves of several elements, if they are contiguous, are copied as if each were one element: 256 of 16 bytes in
-  half the time, and numpy does not let go of the interpreter for them, to wait for it afterwards.
 """
 
 from __future__ import annotations
@@ -19,10 +17,6 @@ import numpy as np
 from .leaves import Array, Leaf
 from .ring import Fill, Ring
 
-# Up to this many bytes, a leaf of several elements is copied as one of raw bytes, if there are so many rows of it: to
-# look at it that way takes as long as is gained by 100 rows.
-WHOLE_LEAF_BYTES = 1024
-WHOLE_ROWS = 128
 # Up to this many bytes per leaf on average, joining leaves and copying the whole is faster than copying one by one.
 JOIN_LEAF_BYTES = 2048
 
@@ -34,7 +28,6 @@ class Packer:
         self._ring = ring
         self._leaves = leaves
         self._joins = ring.row_bytes <= JOIN_LEAF_BYTES * len(leaves)
-        self._wholes = {at: np.dtype(f"V{leaf.wire.nbytes}") for at, leaf in enumerate(leaves) if _is_whole(leaf)}
 
     def filler(self, arrays: Sequence[Array], batched: bool) -> Fill:
         """What copies runs of the samples in ``arrays``, which were checked, into rows.
@@ -68,40 +61,25 @@ class Packer:
         return fill
 
     def _batch_filler(self, arrays: Sequence[Array]) -> Fill:
-        as_wholes = len(arrays[0]) >= WHOLE_ROWS and all(arrays[at].flags.c_contiguous for at in self._wholes)
-        if as_wholes and self._wholes:
-            arrays = list(arrays)
-            for at, whole in self._wholes.items():
-                arrays[at] = np.ndarray(len(arrays[at]), whole, arrays[at])
-
         def fill(slot: int, first: int, rows: int) -> None:
             run = slice(slot, slot + rows)
             if rows < len(arrays[0]):
                 part = slice(first, first + rows)
-                for target, array in zip(self._targets(as_wholes), arrays, strict=True):
+                for target, array in zip(self._targets(), arrays, strict=True):
                     target[run] = array[part]
             else:
-                for target, array in zip(self._targets(as_wholes), arrays, strict=True):
+                for target, array in zip(self._targets(), arrays, strict=True):
                     target[run] = array
 
         return fill
 
-    def _targets(self, as_wholes: bool = False) -> tuple[Array, ...]:
-        """The columns of the memory in which the rows are; ``as_wholes``, of small leaves as one element."""
+    def _targets(self) -> tuple[Array, ...]:
+        """The columns of the memory in which the rows are."""
         ring = self._ring
         if ring.columns is None:
-            typed = columns(ring.buffer, ring.capacity, ring.row_bytes, self._leaves)
-            wholes = list(typed)
-            for at, whole in self._wholes.items():
-                offset = self._leaves[at].offset
-                wholes[at] = np.ndarray(ring.capacity, whole, ring.buffer, offset, ring.row_bytes)
-            ring.columns = typed, tuple(wholes)
-        targets: tuple[Array, ...] = ring.columns[as_wholes]
+            ring.columns = columns(ring.buffer, ring.capacity, ring.row_bytes, self._leaves)
+        targets: tuple[Array, ...] = ring.columns
         return targets
-
-
-def _is_whole(leaf: Leaf) -> bool:
-    return leaf.travels_as.itemsize < leaf.wire.nbytes <= WHOLE_LEAF_BYTES
 
 
 def columns(buffer: memoryview, rows: int, row_bytes: int, leaves: Iterable[Leaf]) -> tuple[Array, ...]:

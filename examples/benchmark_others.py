@@ -10,10 +10,10 @@
   where they are: whoever writes to the batch later changes what is received;
 * ``ray``: ``ray.put`` of the batch made numpy arrays, and an actor that is called with the reference.
 
-Each gets a batch of tensors, as a loop has it, with its default configuration, and with at most 64 MiB under way, as much as the sink's buffer holds. Only one of
-them exists at a time. The other side takes whole batches, one after the other, and drops them. It answers ``wait()``
-with how many it has taken and what the first one was, and both have to be right; it does not ack each one, and nobody
-checks what is sent, or sends it again. The sink sends to the null peer, over TCP.
+Each gets a batch of tensors, as a loop has it, has its default configuration, and at most 64 MiB under way, as much as
+the sink's buffer holds. Only one of them exists at a time. The other side takes whole batches, one after the other, and
+drops them. It answers ``wait()`` with how many it has taken and what the first one was, and both have to be right; it
+does not ack each one, and nobody checks what is sent, or sends it again. The sink sends to the null peer, over TCP.
 """
 
 from __future__ import annotations

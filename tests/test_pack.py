@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,16 +76,6 @@ def batches(draw: st.DrawFn) -> tuple[list[Array], list[Array]]:
     return [np.zeros(shape, dtype) for dtype, shape, _ in kinds], arrays
 
 
-@pytest.fixture(params=["as wholes", "by element"], scope="module")
-def wholes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Small leaves of several elements are copied as one element each in a large batch; here, in each."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "as wholes":
-            patch.setattr("echo_torch.pack.WHOLE_ROWS", 0)
-        yield
-
-
-@pytest.mark.usefixtures("wholes")
 @settings(deadline=None)
 @given(batches(), st.data())
 def test_a_run_of_rows_is_the_payloads_and_touches_nothing_else(
