@@ -209,7 +209,7 @@ class Connection:
             slot, rows = self.ring.free_run(want)
             if rows:
                 self._check_open("send")
-                if not self._settled():
+                if self.ring.begun is not None and not self._settled():
                     return 0
                 if not self.ring.commit(rows, copy=fill(slot, first, rows)):
                     self._check_open("send")

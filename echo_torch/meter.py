@@ -20,8 +20,10 @@ LEARNER, NETWORK, DEVICE, NOTHING = range(4)
 _GROWTH = math.log(1.2)
 _LEAST_S = 1e-6
 _CLASSES = 140  # up to a day
-# How many moments of writing are kept: with more rows out, the latency of some is not known.
+# How many moments of writing are kept, and seconds between two: the latency of other rows is not known, for counting
+# all of them would cost more than a hundredth of sending.
 _MARKS = 64
+_MARK_S = 0.001
 
 
 # What `Times.pack` makes: all seconds, and the latencies.
@@ -71,16 +73,18 @@ def _sum(one: Any, other: Any) -> Any:
 
 
 class Latencies:
-    """How long acks took, from when rows were written to when their acks were read."""
+    """How long acks took, from when rows were written to when their acks were read; of some of them."""
 
     def __init__(self) -> None:
         self.counts = [0] * _CLASSES
         self._marks: deque[tuple[int, float]] = deque()
+        self._next_mark = -math.inf
 
     def wrote(self, end: int, now: float) -> None:
         """Rows up to ``end`` are written."""
-        if len(self._marks) < _MARKS:
+        if now >= self._next_mark and len(self._marks) < _MARKS:
             self._marks.append((end, now))
+            self._next_mark = now + _MARK_S
 
     def acked(self, end: int, now: float) -> None:
         """Rows up to ``end`` are acked."""

@@ -99,9 +99,11 @@ class Pump:
         self._take_sent()
 
     def _read_acks(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             _record(self._received, self.sock.recv_into, (self._acks,))
-            self._take_acks()
+        except BlockingIOError:
+            return
+        self._take_acks()
 
     def _take_acks(self) -> None:
         received = self._received
@@ -123,8 +125,10 @@ class Pump:
     def _write_rows(self, max_bytes: int) -> None:
         """Write what the window lets through: at most about ``max_bytes``, or until the socket is full."""
         ring = self.ring
-        while max_bytes > 0 and self.writable:
-            limit = min(ring.ready, self.acked + self.window)
+        while max_bytes > 0:
+            limit = min(ring.ready, self.acked + self.window)  # as `writable` has it
+            if ring.written >= limit:
+                return
             view = ring.written_view(self._partial, limit, max_bytes)
             try:
                 _record(self._sent, self.sock.send, (view,), (_NO_SIGNAL,))

@@ -47,12 +47,10 @@ class RingRoute:
 
     def __init__(self, client: TcpClient) -> None:
         self._client = client
+        self.progress = client.progress
 
     def counts(self) -> Counts:
         return self._client.counts()
-
-    def progress(self) -> tuple[int, int]:
-        return self._client.progress()
 
     def check(self) -> None:
         if self._client.closed:

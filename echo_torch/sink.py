@@ -31,7 +31,7 @@ from .session import Session
 from .spec import Match, SampleSpec, example_of
 from .stats import SinkStats
 from .tee import Tee
-from .tracing import profiled, uncompiled
+from .tracing import profiled, profiling, uncompiled
 from .workers import SinkCollate
 
 if TYPE_CHECKING:
@@ -189,6 +189,9 @@ class EchoSink:
         and acks nothing still does.
         """
         check_timeout("timeout", timeout)
+        if not profiling():
+            self._send(batch, batched, timeout, step, skip_last)
+            return
         with profiled("echo_torch.send"):
             self._send(batch, batched, timeout, step, skip_last)
 

@@ -16,10 +16,13 @@ _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 _Args = ParamSpec("_Args")
 
+profiling: Callable[[], bool] = _profiler_enabled
+"""Whether a profiler runs."""
+
 
 def profiled(name: str) -> contextlib.AbstractContextManager[Any]:
     """A range of that name in the trace, while a profiler runs: entering one costs a microsecond even if none does."""
-    return record_function(name) if _profiler_enabled() else _NOTHING
+    return record_function(name) if profiling() else _NOTHING
 
 
 def uncompiled(function: Callable[_Args, None]) -> Callable[_Args, None]:

@@ -230,8 +230,8 @@ def test_what_came_since() -> None:
 def test_quantiles_of_latencies_are_right_to_within_a_fifth(latencies: list[float], share: float) -> None:
     found = Latencies()
     for number, seconds in enumerate(latencies):
-        found.wrote(number, 0.0)
-        found.acked(number, seconds)
+        found.wrote(number, float(number))
+        found.acked(number, number + seconds)
     exact = max(1e-6, float(np.quantile(latencies, share, method="inverted_cdf")))
     assert exact / 1.0001 <= quantile(found.counts, share) <= exact * 1.2001
     assert quantile([0] * 10, share) == 0
