@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from benchmark_counting import counting_rows
 from benchmark_device import launch_rows, send_rows, staging_rows, step_rows, where
 from benchmark_loaders import WORKERS, loader_rows
 from benchmark_others import OTHERS, installed, other_rows
@@ -392,6 +393,19 @@ def loaders(options: argparse.Namespace) -> list[dict[str, Any]]:
 # What else carries batches to another process.
 
 
+def counting(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "    batch": ("case", ""),
+        "send us": ("send_us", ",.1f"),
+        "readings of the clock": ("readings", ".1f"),
+        "us each": ("reading_us", ".3f"),
+        "share": ("share", ".2%"),
+    }
+    return filled(
+        Table("What EchoSink.send pays to know where its time goes, null peer", columns), counting_rows(options)
+    )
+
+
 def others(options: argparse.Namespace) -> list[dict[str, Any]]:
     columns = {
         "sample": ("case", ""),
@@ -451,6 +465,7 @@ TARGETS = [
     Target("samples/s, main thread busy, x stock", "busy", {"sender": ("sink",)}, "vs_stock", 10, True),
     Target("loop rate kept", "loop", {"sender": ("sink",)}, "kept", 0.97, True),
     Target("loop rate kept, workers send", "loaders", {"sender": ("sink",)}, "kept", 0.95, True),
+    Target("share of send that times take", "counting", {}, "share", 0.01),
     Target("samples/s, sink x other", "others", OTHER_SENDERS, "sink_faster", 1, True),
     Target("CPU per sample, sink / other", "others", OTHER_SENDERS, "sink_cpu", 1),
     Target(f"resident bytes grown per {MEMORY_SENDS:,} sends", "memory", {}, "resident", RESIDENT_NOISE),
@@ -556,6 +571,7 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "busy": busy,
     "loop": loop,
     "loaders": loaders,
+    "counting": counting,
     "others": others,
 }
 PLOTTED = ("throughput", "others")

@@ -216,7 +216,7 @@ SMALLEST = ("--cases", "29B", "--rounds", "1", "--seconds", "0.02")
 def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     path, plot = tmp_path / "figures.json", tmp_path / "figures.png"
     some = ("--others", "pyzmq,gloo,queue")  # without what takes long to start
-    some += ("--quick", "--tables", "throughput,trips,room,memory,busy,loop,loaders,others")
+    some += ("--quick", "--tables", "throughput,trips,room,memory,busy,loop,loaders,counting,others")
     with running(BENCHMARK, *SMALLEST, *some, "--json", str(path), "--plot", str(plot)) as process:
         report, errors = process.communicate(timeout=RUN_S)
         assert process.returncode == 0, errors
@@ -234,6 +234,8 @@ def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     assert all(row["alone_steps_s"] > 0 and row["samples_s"] > 0 for row in tables["loop"])
     assert [row["sender"] for row in tables["loaders"]] == ["sink", "sink, not forwarded", "stock"]
     assert all(row["samples_s"] > 0 and row["kept"] > 0 for row in tables["loaders"])
+    assert [row["case"] for row in tables["counting"]] == ["1 x 29B", "256 x 29B", "256 x 1KB", "64 x 28KB"]
+    assert all(row["readings"] >= 4 for row in tables["counting"])  # before and after the check, and the packing
     assert_others(tables["others"])
     assert "Left out" not in report
     assert_drawn(plot)

@@ -1,0 +1,67 @@
+"""What it costs `EchoSink.send` to know where its time goes, as a table of ``benchmark.py``.
+
+Times are differences between readings of the clock. How many of these a ``send`` takes is counted, those that limits
+and pauses need among them, and what one costs is measured with the addition that follows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+import timeit
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from benchmark_rounds import batches_in, timed
+from benchmark_senders import PeerProcess, cases, sink
+
+# Samples of a ``send``: one, as an actor sends them, and batches.
+CASES = (("29B", 1), ("29B", 256), ("1KB", 256), ("28KB", 64))
+# How often a reading is timed at a time.
+READINGS = 10_000
+
+
+def readings_in(call: Callable[[], Any]) -> int:
+    """How often this thread reads the clock meanwhile."""
+    thread, readings, clock = threading.get_ident(), 0, time.monotonic
+
+    def counting() -> float:
+        nonlocal readings
+        readings += threading.get_ident() == thread
+        return clock()
+
+    with mock.patch("time.monotonic", counting):
+        call()
+    return readings
+
+
+class Total:
+    seconds = 0.0
+
+
+def seconds_per_reading() -> float:
+    """With the sum that it goes into."""
+    names = {"total": Total(), "time": time}
+    return min(timeit.repeat("total.seconds += time.monotonic()", number=READINGS, repeat=5, globals=names)) / READINGS
+
+
+def counting_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name, size in CASES:
+        case = cases()[name].cut(size)
+        with PeerProcess("null", case) as peer, sink(peer.port, case.batch) as (send, wait):
+            count = batches_in(send, wait, options.seconds)
+            send_us = statistics.median(timed(send) for _ in range(count)) * 1e6
+            wait()
+            readings = statistics.mean(readings_in(send) for _ in range(count // 10 + 1))
+            wait()
+        reading_us = seconds_per_reading() * 1e6
+        yield {
+            "case": f"{size} x {name}",
+            "send_us": send_us,
+            "readings": readings,
+            "reading_us": reading_us,
+            "share": readings * reading_us / send_us,
+        }
