@@ -401,17 +401,21 @@ def test_a_server_that_serves_nobody_does_not_renew_the_time() -> None:
         client.close()
 
 
+RENEWED_S, ONE_OF_12_S = 1.0, 0.1
+"""Seconds in which one connection must be made, and that each of 12 lasts: all of them longer than that."""
+
+
 def test_progress_renews_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each connection acks one more sample, and all together take longer than one may."""
 
     def one_more(line: Line) -> None:
         line.greet(SAMPLE)
         line.hear(2 * SIZE)
-        time.sleep(SHORT_S / 4)
+        time.sleep(ONE_OF_12_S)
         line.ack()
         line.hang_up()
 
-    with peer_of(*[one_more] * 12, acks_all) as peer, connect(peer, replay_acked=0, reconnect=SHORT_S) as client:
+    with peer_of(*[one_more] * 12, acks_all) as peer, connect(peer, replay_acked=0, reconnect=RENEWED_S) as client:
         send(client, *range(20))
         client.wait(SOON_S)
         assert client.counts().reconnects == 12
@@ -426,11 +430,11 @@ def test_an_idle_connection_may_be_cut_as_often_as_it_likes(end: Script) -> None
         line.greet(SAMPLE)
         line.hear(3 * SIZE)
         line.ack(3)
-        time.sleep(SHORT_S / 3)
+        time.sleep(ONE_OF_12_S)
         end(line)
         served.release()
 
-    with peer_of(*[serves_and_goes] * 12, acks_all) as peer, connect(peer, reconnect=SHORT_S) as client:
+    with peer_of(*[serves_and_goes] * 12, acks_all) as peer, connect(peer, reconnect=RENEWED_S) as client:
         send(client, 0, 1, 2)
         for _ in range(12):
             assert served.acquire(timeout=SOON_S)
