@@ -6,7 +6,6 @@ ever sees whole payloads, in order, and every one whose `send` returned.
 
 from __future__ import annotations
 
-import gc
 import random
 import signal
 import subprocess
@@ -52,13 +51,10 @@ class Interrupts:
 
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
-    """Without the garbage collector: whoever has it call back, as Hypothesis does, can be struck there, which warns."""
     made = Interrupts()
-    gc.disable()
     with alarms(made.strike):
         yield made
         made.disarm()
-    gc.enable()
 
 
 class Checker:
