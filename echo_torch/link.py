@@ -172,11 +172,12 @@ class Link:
     def nudge(self, read_acks: bool = True) -> None:
         """Pump here and now if possible, and have the thread see to what is left."""
         ring, line = self.ring, self.line
-        pumped = self._try_pump(read_acks)
-        waits = ring.packed > ring.written and not self.listening
-        copies = ring.copying_since is not None and not self.watching
-        if not pumped or line.full or line.writable or waits or copies:
+        if not self._try_pump(read_acks) or line.full:
             self.wake_up.kick()
+        elif ring.packed > ring.written:
+            copies = ring.copying_since is not None and not self.watching
+            if copies or not self.listening or line.writable:
+                self.wake_up.kick()
 
     def look(self) -> None:
         """Read the acks that are there, waiting for whoever pumps to be done with it."""

@@ -84,8 +84,9 @@ class Pump:
         Raises:
             OSError: the connection is lost, or the peer broke the protocol.
         """
-        self._take_acks()
-        self._take_sent()
+        if self._received or self._sent:  # of a caller who was interrupted
+            self._take_acks()
+            self._take_sent()
         if read_acks or (self.ring.written - self.acked) * CALLER_SHARE >= self.window:
             self._read_acks()
         if not self.full:

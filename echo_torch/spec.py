@@ -149,12 +149,13 @@ class SampleSpec:
         leaves = self.leaves
         arrays = self._as_they_are(batch)
         if arrays is None:
-            flat = self._in_wire_order(batch)
-            arrays = self._values(flat)
+            arrays = self._values(self._in_wire_order(batch))
+            on_device = torch.Tensor in set(map(type, arrays))
+        else:  # tensors all of them, or none
+            on_device = type(arrays[0]) is torch.Tensor
         first = arrays[0]
         stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
         rows = len(first) if stacked and first.ndim else 1
-        on_device = _any_tensor(arrays)
         if not self._are_right(arrays, self._shapes(rows, stacked), on_device):
             raise leaves_error(self.root, leaves, self._in_wire_order(batch), batched)
         return Match(arrays, rows, stacked, on_device)
@@ -267,10 +268,6 @@ class SampleSpec:
         if is_plain(treespec):
             self._orders[treespec] = order
         return order
-
-
-def _any_tensor(arrays: list[Any]) -> bool:
-    return torch.Tensor in set(map(type, arrays))
 
 
 def numpy_example(example: Any) -> Any:
