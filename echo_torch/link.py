@@ -33,11 +33,11 @@ from .stats import Counts
 from .tail import Tail
 from .wakeup import WakeUp
 
-# Small rows may linger for this long to be written together, if the last write was as recent and acks are still out:
-# one system call costs as much as several samples.
+# A few rows may linger for this long to be written together, if the last write was as recent and acks are still out:
+# one system call costs as much as several samples, or as copying 16 KB.
 LINGER_S = 0.001
-LINGER_BYTES = 1024
-LINGER_SHARE = 4  # of the window
+LINGER_BYTES = 16 * 1024
+LINGER_SHARE = 2  # of the window
 
 _Error = TypeVar("_Error", bound=BaseException)
 
