@@ -177,7 +177,8 @@ def test_loggers_get_the_stats(tmp_path: Path, accumulate: int) -> None:
 def test_loggers_get_no_stats_if_not_wanted(tmp_path: Path) -> None:
     with receiving() as (received, sink):
         model, logger = Model(), CSVLogger(tmp_path)
-        callback = SinkCallback(sink, log_stats=False)
+        callback = SinkCallback(sink)
+        callback.log_stats = False
         trainer(tmp_path, callback, logger=logger, log_every_n_steps=1).fit(model, loader(SAMPLES))
         check(received, sink, model.trained)
     assert "echo" not in (Path(logger.log_dir) / "metrics.csv").read_text()

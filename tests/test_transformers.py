@@ -25,7 +25,8 @@ from training import STALLING, Classifier, Digits, Item, arrived, learner, numbe
 from transformers import BatchEncoding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from echo_torch import DeliveryTimeoutError, EchoSink, SpecMismatchError
-from echo_torch.callbacks.transformers import LOGGED, SinkCallback, SinkTrainerMixin
+from echo_torch.callbacks.transformers import SinkCallback, SinkTrainerMixin
+from echo_torch.callbacks.transformers_stats import LOGGED
 from echo_torch.ranks import cpu_group
 
 COUNT = 36

@@ -10,43 +10,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from echo_torch.callbacks import loop, needed_for
-from echo_torch.callbacks.fabric import FabricSinkCallback, Stateful
+from echo_torch.callbacks import loop
+from echo_torch.callbacks.fabric import FabricSinkCallback
+from echo_torch.callbacks.lightning_stats import StatsCallback
 from echo_torch.sink import EchoSink
-
-with needed_for(__name__, "lightning"):
-    from lightning.pytorch import Callback
 
 __all__ = ["FabricSinkCallback", "SinkCallback"]
 STAGES = ("train", "validate", "test", "predict")
 
 
-class SinkCallback(Stateful, Callback):
+class SinkCallback(StatsCallback):
     """Sends each batch after the ``Trainer``'s step on it, and waits for the acks when an epoch ends.
 
-    Sanity checks send nothing. It waits before a checkpoint, too, unless that has ``save_weights_only``: then Lightning
-    asks no callback. A resumed fit goes on counting if the learner's address, ``stages`` and ``select`` are the same.
-    The trainer's loggers get `EchoSink.stats`, as ``echo/...``, every ``log_every_n_steps`` batches and at each flush.
+    Sanity checks send nothing. It waits before a checkpoint, too, unless that has ``save_weights_only``: then nobody is
+    asked. A resumed fit goes on counting if address, ``stages`` and ``select`` are the same. Loggers get the stats
+    every ``log_every_n_steps`` and when an epoch ends, unless ``log_stats`` is set to False.
 
     Args:
-        sink: stays the caller's.
         stages: whose batches to send: ``"train"``, ``"validate"`` (of a fit, too), ``"test"``, ``"predict"``.
         skip_padding: leaves out what a ``DistributedSampler`` repeats: the last samples of what ``select`` made.
-        log_stats: whether the loggers get them.
-        policy: the other keyword arguments of `loop.SinkCallback`; ``group`` is all ranks by default.
+        sink, policy: as for `loop.SinkCallback`, and its keyword arguments; by default, ``group`` is all ranks.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
     """
 
     def __init__(
-        self,
-        sink: EchoSink,
-        *,
-        stages: Iterable[str] = ("train",),
-        skip_padding: bool = False,
-        log_stats: bool = True,
-        **policy: Any,
+        self, sink: EchoSink, *, stages: Iterable[str] = ("train",), skip_padding: bool = False, **policy: Any
     ) -> None:
         super().__init__(sink, **policy)
         self._stages = tuple(stages)
@@ -54,8 +44,6 @@ class SinkCallback(Stateful, Callback):
             if stage not in STAGES:
                 raise ValueError(f"stages: got {stage!r}, expected some of {', '.join(map(repr, STAGES))}")
         self._skips = skip_padding
-        self._logs = log_stats
-        self._logged = -1  # at which step
         self._select = getattr(policy.get("select"), "__qualname__", None)
         self._running = "fit"
 
@@ -74,14 +62,12 @@ class SinkCallback(Stateful, Callback):
         if trainer.state.stage in self._stages:  # which is "sanity_check" in one
             padding = loop.padding(trainer.train_dataloader, batch_idx) if self._skips and trainer.training else 0
             self.policy.on_batch_end(batch, outputs, padding=padding)
-            step, every = _step(trainer), trainer.log_every_n_steps
-            if every and (step + 1) % every == 0 and step != self._logged:  # not for each of those that accumulate
-                self._log(trainer)
+            self._tell_loggers_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.stage in self._stages:
             self.policy.on_epoch_end()
-            self._log(trainer)
+            self._tell_loggers(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._sends():
@@ -95,19 +81,9 @@ class SinkCallback(Stateful, Callback):
         if self._running == "fit":  # what is loaded to be tested does not take the counts back
             super().load_state_dict(state_dict)
 
-    def _log(self, trainer: Any) -> None:
-        self._logged = _step(trainer)
-        for logger in trainer.loggers if self._logs else ():  # which do nothing on other ranks than the first
-            logger.log_metrics(self.policy.sink.stats().as_dict(f"echo{logger.group_separator}"), self._logged)
-
     def _sends(self) -> bool:
         parts = ("train", "validate") if self._running == "fit" else (self._running,)
         return any(stage in self._stages for stage in parts)
 
     on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = on_train_epoch_end
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
-
-
-def _step(trainer: Any) -> int:
-    """What Lightning logs its own numbers by."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

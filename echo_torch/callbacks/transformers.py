@@ -6,24 +6,18 @@ import copy
 import inspect
 from typing import Any, Literal
 
-from echo_torch.callbacks import loop, needed_for
+from echo_torch.callbacks import loop
+from echo_torch.callbacks.transformers_stats import StatsCallback, StatsMixin
 from echo_torch.ranks import cpu_group
 from echo_torch.sink import EchoSink
 from echo_torch.workers import SinkCollate
 
-with needed_for(__name__, "transformers"):
-    from transformers import Trainer, TrainerCallback
 
-LOGGED = ("samples_sent", "in_flight", "dropped", "blocked_seconds", "sent_per_second", "ack_p99_seconds")
-"""Those of `EchoSink.stats` that are logged with each loss: not all, for they are printed, too."""
-
-
-class SinkCallback(TrainerCallback):
+class SinkCallback(StatsCallback):
     """Flushes when epochs and the training end, and before checkpoints. It sends nothing, for events carry no inputs.
 
     Put it last, to see the checkpoints that others ask for. Errors have no event: only `SinkTrainerMixin` sees them.
-    What the trainer logs with a loss gets some of `EchoSink.stats`, as ``echo/...``; reporters that come before this
-    callback, as TensorBoard's does, have them from `SinkTrainerMixin` only.
+    What is logged with a loss has the main numbers of `EchoSink.stats`; for reporters too, with `SinkTrainerMixin`.
 
     Args:
         sink, policy: as for `loop.SinkCallback`, and its keyword arguments; by default, ``group`` is all ranks.
@@ -44,21 +38,11 @@ class SinkCallback(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.policy.on_epoch_end()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if _is_of_steps(logs):
-            logs.update(self.stats())
-            state.log_history[-1].update(self.stats())
-
-    def stats(self) -> dict[str, Any]:
-        """What is logged."""
-        stats = self.policy.sink.stats()
-        return {f"echo/{name}": getattr(stats, name) for name in LOGGED}
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.policy.on_train_end()
 
 
-class SinkTrainerMixin(Trainer):
+class SinkTrainerMixin(StatsMixin):
     """``class MyTrainer(SinkTrainerMixin, Trainer)``: sends what it is trained on, and flushes as `SinkCallback`.
 
     Only what the model's ``forward`` takes is there to be sent, unless ``remove_unused_columns=False``. Each rank sends
@@ -78,7 +62,6 @@ class SinkTrainerMixin(Trainer):
         callback = SinkCallback(sink, **{name: kw.pop(name) for name in policy})
         self.sink_policy = callback.policy
         self._collates = send == "collated"
-        self._sink_callback = callback
         super().__init__(*args, **kw)
         self.add_callback(callback)
 
@@ -96,11 +79,6 @@ class SinkTrainerMixin(Trainer):
             self.sink_policy.on_batch_end(batch, loss)
         return loss
 
-    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if _is_of_steps(logs):
-            logs.update(self._sink_callback.stats())
-        super().log(logs, *args, **kwargs)
-
     def get_train_dataloader(self) -> Any:
         collator = self.data_collator  # type: ignore[has-type]
         self.data_collator = SinkCollate(self.sink_policy, collator) if self._collates else collator
@@ -108,8 +86,3 @@ class SinkTrainerMixin(Trainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
-
-
-def _is_of_steps(logs: dict[str, Any]) -> bool:
-    """And not of an evaluation, whose numbers go elsewhere, too, or of the end."""
-    return "loss" in logs and not any(name.startswith("echo/") for name in logs)

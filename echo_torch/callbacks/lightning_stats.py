@@ -1,0 +1,37 @@
+"""What a ``Trainer`` of Lightning logs of `EchoSink.stats`, and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from echo_torch.callbacks import needed_for
+from echo_torch.callbacks.fabric import Stateful
+
+with needed_for("echo_torch.callbacks.lightning", "lightning"):
+    from lightning.pytorch import Callback
+
+
+class StatsCallback(Stateful, Callback):
+    """Gives the trainer's loggers all of the stats, as ``echo/...``: as often as Lightning's own, and when told to."""
+
+    log_stats = True
+    """Whether it does."""
+    _logged_at = -1
+
+    def _tell_loggers(self, trainer: Any) -> None:
+        """On every rank: the loggers of Lightning do nothing on others than the first."""
+        self._logged_at = _step(trainer)
+        for logger in trainer.loggers if self.log_stats else ():
+            stats = self.policy.sink.stats().as_dict(f"echo{logger.group_separator}")
+            logger.log_metrics(stats, self._logged_at)
+
+    def _tell_loggers_if_due(self, trainer: Any) -> None:
+        """After a batch: once every ``log_every_n_steps``, however many batches a step accumulates."""
+        step, every = _step(trainer), trainer.log_every_n_steps
+        if every and (step + 1) % every == 0 and step != self._logged_at:
+            self._tell_loggers(trainer)
+
+
+def _step(trainer: Any) -> int:
+    """What Lightning logs its own numbers by."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
