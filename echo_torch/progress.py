@@ -1,4 +1,9 @@
-"""Progress bars of what a sink sends, and of what the server has acknowledged; by tqdm."""
+"""Progress bars of what a sink sends, and of what the server has acknowledged; by tqdm.
+
+Interrupts may strike wherever something is shown. So no lock of tqdm's is taken to draw: one that an interrupt left
+held would be waited for, for ever, by whoever draws next on another thread. And what tells the thread here that there
+is nothing more to look at is a lock that C code releases.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +36,9 @@ class Batches:
         if self._bar.update():  # has been drawn just now, as it is not for each
             self._tell()
 
-    def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """While all that was sent is waited for."""
-        return _looking(self._draw)
+    def wait(self) -> None:
+        """For all that was sent."""
+        _call(self._sink.wait, look=self._draw)
 
     def _draw(self) -> None:
         self._tell()
@@ -47,13 +52,16 @@ class Batches:
 @contextlib.contextmanager
 def of_batches(sink: EchoSink, total: int | None) -> Iterator[Batches]:
     """A bar of ``total`` batches, None if nobody knows; raises ImportError without tqdm."""
-    with _bar(desc=sink.peer, total=total, unit=" batches") as bar:
+    with _bar(desc=sink.peer, total=total, unit=" batches", miniters=1) as bar:
         yield Batches(sink, bar)
 
 
-@contextlib.contextmanager
-def of_acks(sink: EchoSink) -> Iterator[None]:
-    """A bar of the samples in flight now, full when they are acked; raises ImportError without tqdm."""
+def show_acks(sink: EchoSink, wait: Callable[[], None]) -> None:
+    """Call ``wait``, with a bar of the samples in flight now, full when they are acked.
+
+    Raises:
+        ImportError: there is no tqdm.
+    """
     began = sink.stats()
 
     def look() -> None:
@@ -61,8 +69,8 @@ def of_acks(sink: EchoSink) -> Iterator[None]:
         bar.set_postfix_str(f"{stats.in_flight:,} in flight", refresh=False)
         bar.update(min(stats.samples_acked - began.samples_acked, began.in_flight) - bar.n)
 
-    with _bar(desc=f"{sink.peer} acked", total=began.in_flight, unit=" samples", miniters=0) as bar, _looking(look):
-        yield
+    with _bar(desc=f"{sink.peer} acked", total=began.in_flight, unit=" samples", miniters=0) as bar:
+        _call(wait, look)
 
 
 def _bar(**options: Any) -> Any:
@@ -70,23 +78,30 @@ def _bar(**options: Any) -> Any:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("progress=True shows a bar by tqdm, which is not installed: pip install tqdm") from error
-    return tqdm(dynamic_ncols=True, **options)
+
+    class Bar(tqdm):  # type: ignore[misc]  # of no type that is known
+        monitor_interval = 0  # no thread of tqdm's: what it sees to is ``miniters``, which is fixed here
+
+        def refresh(self, *_: Any, **__: Any) -> Any:
+            return super().refresh(nolock=True)
+
+    return Bar(dynamic_ncols=True, **options)
 
 
-@contextlib.contextmanager
-def _looking(look: Callable[[], None]) -> Iterator[None]:
-    """Calls ``look`` every now and then, and once more at the end."""
-    over = threading.Event()
+def _call(wait: Callable[[], None], look: Callable[[], None]) -> None:
+    """Call ``wait``, and ``look`` every now and then meanwhile, and once more at the end unless it raises."""
+    waiting = threading.Lock()
 
     def run() -> None:
-        while not over.wait(LOOK_S):
+        while not waiting.acquire(timeout=LOOK_S):
             look()
 
     thread = threading.Thread(target=run, name="echo_torch progress", daemon=True)
-    thread.start()
     try:
-        yield
+        with waiting:
+            thread.start()
+            wait()
     finally:
-        over.set()
-        thread.join()
-        look()
+        if thread.is_alive():  # and not before it began, where an interrupt struck
+            thread.join()
+    look()

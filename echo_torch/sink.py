@@ -6,7 +6,6 @@ which process that is, is looked up before any lock is touched, so that a fork a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import multiprocessing.util
@@ -24,7 +23,7 @@ from .dial import check_address, peer_name
 from .ledger import new_token
 from .locks import is_mine
 from .opener import Opener
-from .progress import of_acks
+from .progress import show_acks
 from .ranks import agree, check_group
 from .routes import Route
 from .session import Session
@@ -241,8 +240,11 @@ class EchoSink:
                 if that happened to another process of it; or not all of them came.
         """
         check_timeout("timeout", timeout)
-        with of_acks(self) if progress else contextlib.nullcontext():
-            self._wait(timeout, group)
+        wait = functools.partial(self._wait, timeout, group)
+        if progress:
+            show_acks(self, wait)
+        else:
+            wait()
 
     def _wait(self, timeout: float | None, group: ProcessGroup | None) -> None:
         session = self._session()

@@ -33,8 +33,7 @@ class Tee(Generic[_Batch]):
             for batch in self._send():
                 yield batch
                 shown.passed()
-            with shown.waiting():
-                self._sink.wait()
+            shown.wait()
 
     def _send(self) -> Iterator[_Batch]:
         for batch in self._loader:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from calls import SOON_S
+from calls import SOON_S, eventually, running
 from learner import Learner
 from peers import Line, Peer
+from tqdm.auto import tqdm
 
 from echo_torch import DeliveryTimeoutError, EchoSink, numpy_example
 
@@ -71,15 +73,17 @@ def test_tee_left_early_ends_its_bar(sink: EchoSink, capsys: pytest.CaptureFixtu
     sink.wait()
 
 
-def test_wait_shows_how_many_of_those_in_flight_are_acked(capsys: pytest.CaptureFixture[str]) -> None:
-    def slow(line: Line) -> None:
-        line.greet(numpy_example(EXAMPLE))
-        for _ in range(3):
-            line.hear(len(BATCH["index"]) * SIZE)
-            time.sleep(3 * DRAWN_S)
-            line.ack(len(BATCH["index"]))
-        line.hear_all()
+def slow(line: Line) -> None:
+    """Acks 3 batches."""
+    line.greet(numpy_example(EXAMPLE))
+    for _ in range(3):
+        line.hear(len(BATCH["index"]) * SIZE)
+        time.sleep(3 * DRAWN_S)
+        line.ack(len(BATCH["index"]))
+    line.hear_all()
 
+
+def test_wait_shows_how_many_of_those_in_flight_are_acked(capsys: pytest.CaptureFixture[str]) -> None:
     with Peer(slow) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False)
         sink.send(BATCH)
@@ -109,6 +113,57 @@ def test_a_wait_that_fails_raises_what_it_would(capsys: pytest.CaptureFixture[st
         with pytest.raises(DeliveryTimeoutError):
             sink.close(0)
     assert "0/32" in drawn(capsys)[-1]
+
+
+def test_a_lock_of_tqdm_that_an_interrupt_left_held_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """As one in the middle of drawing does, in the main thread, which can then take it again."""
+
+    def wait() -> None:
+        with tqdm.get_lock():
+            sink.wait(SOON_S, progress=True)
+            list(sink.tee([BATCH], progress=True))
+
+    with Peer(slow) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False)
+        sink.send(BATCH)
+        sink.send(BATCH)
+        with running(wait) as outcomes:
+            pass
+        assert outcomes == [None]
+        sink.close(SOON_S)
+    assert "96 acked, 0 in flight" in drawn(capsys)[-1]
+
+
+def test_drawing_that_is_interrupted_leaves_no_lock_of_tqdm_held(
+    sink: EchoSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(bar: Any, *args: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    batches = iter(sink.tee([BATCH] * 4, progress=True))
+    next(batches)
+    monkeypatch.setattr(tqdm, "display", interrupted)
+    time.sleep(DRAWN_S)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    with running(lambda: tqdm(disable=None, file=sys.stderr).refresh()) as outcomes:
+        pass
+    assert outcomes == [None]
+
+
+def test_an_interrupt_as_soon_as_the_thread_runs_leaves_none(sink: EchoSink, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "echo_torch progress":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sink.wait(progress=True)
+    eventually(lambda: not any(thread.name == "echo_torch progress" for thread in threading.enumerate()))
 
 
 def test_without_tqdm_nothing_is_sent(sink: EchoSink, monkeypatch: pytest.MonkeyPatch) -> None:
