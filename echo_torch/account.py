@@ -24,8 +24,6 @@ RATE_S = 10.0
 MOMENTS = 8
 # Seconds between two verdicts in the log, at the least.
 VERDICT_S = 30.0
-# The verdict is a warning if `send` was blocked for more than this share of the time.
-TOO_MUCH = 1 / 3
 
 
 class Account:
@@ -54,7 +52,8 @@ class Account:
         """With what was sent by ``route``."""
         counted = self._counted(route)
         total = {name: getattr(counted, name) + self._before[name] for name in _LASTING}
-        return dataclasses.replace(counted, **total, **self._rates(counted))
+        loaded = {"loaded_sent": self._before["samples_sent"], "loaded_acked": self._before["samples_acked"]}
+        return dataclasses.replace(counted, **total, **loaded, **self._rates(counted))
 
     def times(self, route: Route | None) -> Times:
         """Where the time went in this process."""
@@ -67,7 +66,7 @@ class Account:
         now = self.stats(route)
         lately = now.since(self._at_verdict)
         self._verdict_at, self._at_verdict = time.monotonic(), now
-        level = logging.WARNING if lately.blocked_seconds > TOO_MUCH * lately.connected_seconds > 0 else logging.INFO
+        level = logging.WARNING if lately.blocked_too_long else logging.INFO
         _log.log(level, "%s: %s", self._peer, lately.bottleneck)
 
     def state_dict(self, route: Route | None) -> dict[str, Any]:
@@ -86,9 +85,9 @@ class Account:
         self._before = {name: loaded[name] - getattr(counted, name) for name in _LASTING}
 
     def _rates(self, counted: SinkStats) -> dict[str, Any]:
-        """Samples per second since the moment, of those that are kept, that is ``RATE_S`` ago at the most."""
+        """Samples per second since the last moment, of those that are kept, that is ``RATE_S`` ago; or the first."""
         now, kept = time.monotonic(), self._moments
-        while len(kept) > 1 and now - kept[0][0] > RATE_S:
+        while len(kept) > 1 and now - kept[1][0] >= RATE_S:
             kept.popleft()
         began, sent, acked = kept[0]
         seconds = now - began

@@ -80,9 +80,10 @@ class Connection:
 
     def times(self) -> Times:
         """Where the time went, of callers and of the thread."""
-        waiting, latencies = self._link.waiting, self._link.line.latencies.counts
+        link = self._link
+        until, waiting, latencies = link.ended_at or time.monotonic(), link.waiting, link.line.latencies.counts
         return Times(
-            connected=time.monotonic() - self._began if self._link.sent else 0.0,
+            connected=until - self._began if link.sent else 0.0,
             sending=self._sending,
             blocked=tuple(self._blocked),  # type: ignore[arg-type]
             waiting=tuple(waiting),  # type: ignore[arg-type]

@@ -310,6 +310,7 @@ class IoThread:
                 link.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
                 link.told = link.told or not link.at_risk
             hang_up(link.line.sock)
+            link.ended_at = time.monotonic()
         if link.at_risk and (self.abandoned or (failed and not link.heard)):  # there may be no call any more to say so
             how = f"{link.failure};" if failed else f"{self.peer}:"
             _say(logging.WARNING, "%s ended with %s", how, link.whats_open())

@@ -85,6 +85,8 @@ class Link:
         self._reconnects = self._resent = 0
         self.waiting = [0.0, 0.0, 0.0, 0.0]
         """Seconds that the I/O thread waited, by `held_up_by`."""
+        self.ended_at: float | None = None
+        """When the connection ended for good."""
 
     # What became of the rows.
 

@@ -92,10 +92,11 @@ class RowRoute:
         self._lost = False
         self.closed = False
         self._began = time.monotonic()
+        self._ended_at: float | None = None
         self._sending = 0.0
 
     def times(self) -> Times:
-        connected = time.monotonic() - self._began if self._sent else 0.0
+        connected = (self._ended_at or time.monotonic()) - self._began if self._sent else 0.0
         return Times(connected=connected, sending=self._sending, blocked=(self._sending, 0.0, 0.0, 0.0))
 
     def counts(self) -> Counts:
@@ -148,11 +149,17 @@ class RowRoute:
                 self.wait(timeout)
             finally:
                 self._client.close()
+                self._end()
+
+    def _end(self) -> None:
+        self._ended_at = self._ended_at or time.monotonic()
 
     def _translated(self, error: Exception, done: int) -> ConnectionClosedError | DeliveryTimeoutError:
         """The client's error as one of ours, with the counts."""
         kind = DeliveryTimeoutError if isinstance(error, DeliveryTimeoutError) else ConnectionClosedError
-        self._lost = self._lost or kind is ConnectionClosedError
+        if kind is ConnectionClosedError:
+            self._lost = True
+            self._end()
         ours: ConnectionClosedError | DeliveryTimeoutError
         unacked = self.counts().unacked
         ours = kind(f"{self._peer}: {error}; {unacked} samples un-acked")

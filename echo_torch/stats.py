@@ -26,11 +26,13 @@ class Counts(NamedTuple):
 # A verdict is against whoever keeps `send` waiting for this share of the time, or the connection for that.
 BLOCKED_SHARE = 0.05
 WAITING_SHARE = 0.5
+# It is a warning if `send` was blocked for more than this share.
+TOO_MUCH = 1 / 3
 
 
-def _time() -> Any:
-    """A number that is measured, not counted."""
-    return dataclasses.field(default=0.0, compare=False)
+def _time(default: float = 0.0) -> Any:
+    """A number that is not among those that are compared and saved."""
+    return dataclasses.field(default=default, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +94,29 @@ class SinkStats:
     """Samples accepted per second, over the last seconds in which `EchoSink.stats` or `EchoSink.wait` was called."""
     acked_per_second: float = _time()
     """Samples acknowledged per second, over the same time."""
+    loaded_sent: int = _time(0)
+    """How many of ``samples_sent`` are of runs before, and were added by `EchoSink.load_state_dict`."""
+    loaded_acked: int = _time(0)
+    """The same of ``samples_acked``."""
 
     @property
     def bottleneck(self) -> str:
-        """What holds things up, in words: the learner, the network, the device, or the training, and by how much."""
+        """What holds things up, in words: the learner, the network, the device, or the training, and by how much.
+
+        Of this run, without what `EchoSink.load_state_dict` added.
+        """
         elapsed, connected = self.elapsed_seconds, self.connected_seconds
-        if elapsed <= 0 or connected <= 0 or not (self.samples_sent or self.in_flight):
+        sent, acked = self.samples_sent - self.loaded_sent, self.samples_acked - self.loaded_acked
+        if elapsed <= 0 or connected <= 0 or not (sent or self.in_flight):
             return "idle: nothing was sent"
-        share = (self.check_seconds + self.pack_seconds + self.blocked_seconds) / connected
-        cost = f"send took {share:.1%} of the time"
+        cost = f"send took {(self.check_seconds + self.pack_seconds + self._blocked) / connected:.1%} of the time"
+        megabytes = acked * self.bytes_acked / max(1, self.samples_acked) / 1e6
         waiting = {
-            f"learner-bound: the server acks {self.samples_acked / elapsed:,.0f} samples/s": (
+            f"learner-bound: the server acks {acked / elapsed:,.0f} samples/s": (
                 self.learner_seconds,
                 self.blocked_by_learner_seconds,
             ),
-            f"network-bound: the connection takes {self.bytes_acked / elapsed / 1e6:,.1f} MB/s": (
+            f"network-bound: the connection takes {megabytes / elapsed:,.1f} MB/s": (
                 self.network_seconds,
                 self.blocked_by_network_seconds,
             ),
@@ -117,7 +127,17 @@ class SinkStats:
             what = max(waiting, key=lambda what: sum(waiting[what]))
             waited = min(1.0, max(waiting[what]) / connected)
             return f"{what}, and was waited for {waited:.0%} of the time; {cost}"
-        return f"training-bound: the sink waits for data, {self.samples_sent / elapsed:,.0f} samples/s; {cost}"
+        return f"training-bound: the sink waits for data, {sent / elapsed:,.0f} samples/s; {cost}"
+
+    @property
+    def blocked_too_long(self) -> bool:
+        """Whether `send` was blocked for more than a third of the time, in this run."""
+        return self._blocked > TOO_MUCH * self.connected_seconds > 0
+
+    @property
+    def _blocked(self) -> float:
+        """As ``blocked_seconds``, of this run."""
+        return self.blocked_by_learner_seconds + self.blocked_by_network_seconds + self.blocked_by_device_seconds
 
     def since(self, before: SinkStats) -> SinkStats:
         """What came after ``before`` was told; what is in flight, latencies and rates as they are now."""

@@ -96,6 +96,15 @@ def test_a_wait_acks_only_what_was_sent_before_it() -> None:
     assert route.counts().unacked == 1
 
 
+def test_there_is_no_connection_after_its_end() -> None:
+    route = route_to(Scripted())
+    send(route, 1)
+    route.close(None)
+    connected = route.times().connected
+    assert connected > 0
+    assert route.times().connected == connected
+
+
 def test_a_second_close_leaves_the_client_alone() -> None:
     client = Scripted()
     route = route_to(client)

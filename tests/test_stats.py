@@ -22,7 +22,7 @@ from peers import Line, Peer
 
 from echo_torch import DeliveryTimeoutError, EchoSink, account
 from echo_torch.meter import Latencies, Times, quantile
-from echo_torch.stats import SinkStats
+from echo_torch.stats import COUNTED, SinkStats
 
 EXAMPLE = torch.zeros(1 << 15, dtype=torch.uint8)
 SIZE = EXAMPLE.nbytes
@@ -148,6 +148,42 @@ def send_all(sink: EchoSink) -> None:
     sink.close()
 
 
+def test_what_runs_before_did_is_not_in_the_verdict() -> None:
+    state = {"acked_through": 7, **dict.fromkeys(COUNTED, 0)}
+    state |= {"samples_sent": 10**9, "samples_acked": 10**9, "bytes_acked": SIZE * 10**9, "blocked_seconds": 1e6}
+    with sending(listens) as (_, sink):
+        sink.load_state_dict(state)
+        assert sink.stats().bottleneck == "idle: nothing was sent"
+        for _ in range(3):
+            sink.send(BATCH)
+            time.sleep(0.1)
+        sink.wait(SOON_S)
+        stats = sink.stats()
+        (rate, share) = re.findall(r"([\d,]+) samples/s; send took ([\d.]+)%", stats.bottleneck)[0]
+        assert 0 < int(rate.replace(",", "")) <= 3 * len(BATCH) / 0.3
+        assert 0 < float(share) < 100
+        assert stats.samples_sent == 10**9 + 3 * len(BATCH)
+        assert not stats.blocked_too_long
+
+
+def test_there_is_no_connection_after_its_end() -> None:
+    def dies(line: Line) -> None:
+        line.greet(EXAMPLE.numpy())
+        line.hear(SIZE)
+        line.hang_up()
+
+    with sending(dies, reconnect=0.0, on_error="warn") as (_, lost), sending(listens) as (_, closed):
+        lost.send(BATCH)
+        lost.wait(SOON_S)
+        closed.send(BATCH)
+        closed.close(SOON_S)
+        for sink in (lost, closed):
+            connected = sink.stats().connected_seconds
+            assert 0 < connected < sink.stats().elapsed_seconds
+            time.sleep(0.02)
+            assert sink.stats().connected_seconds == connected
+
+
 def test_nothing_was_sent() -> None:
     sink = EchoSink("nowhere.invalid", 1, EXAMPLE)
     assert sink.stats().bottleneck == "idle: nothing was sent"
@@ -207,6 +243,17 @@ def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         sink.stats()
         time.sleep(0.3)
         assert (sink.stats().sent_per_second, sink.stats().acked_per_second) == (0, 0)
+
+
+def test_rates_are_not_of_the_moment_since_somebody_else_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account, "RATE_S", 0.2)
+    with sending(listens) as (_, sink):
+        sink.send(BATCH)
+        sink.wait(SOON_S)
+        time.sleep(0.3)
+        rate = sink.stats().sent_per_second
+        assert rate > 0
+        assert [sink.stats().sent_per_second for _ in range(2)] == pytest.approx([rate] * 2, rel=0.5)
 
 
 def test_numbers_by_name_for_those_who_draw_them() -> None:
