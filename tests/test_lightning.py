@@ -174,6 +174,16 @@ def test_loggers_get_the_stats(tmp_path: Path, accumulate: int) -> None:
     assert set(rows[0]) >= set(sink.stats().as_dict("echo/"))
 
 
+def test_all_loggers_get_the_same_stats(tmp_path: Path) -> None:
+    with receiving() as (received, sink):
+        model, loggers = Model(), [CSVLogger(tmp_path / name) for name in ("one", "other")]
+        trainer(tmp_path, SinkCallback(sink), logger=loggers, log_every_n_steps=1).fit(model, loader(SAMPLES))
+        check(received, sink, model.trained)
+    one, other = ((Path(logger.log_dir) / "metrics.csv").read_text() for logger in loggers)
+    assert "echo/elapsed_seconds" in one
+    assert one == other
+
+
 def test_loggers_get_no_stats_if_not_wanted(tmp_path: Path) -> None:
     with receiving() as (received, sink):
         model, logger = Model(), CSVLogger(tmp_path)

@@ -588,6 +588,17 @@ def test_losses_are_logged_with_stats(server: Learner, sink: EchoSink, tmp_path:
     assert not any(name.startswith("echo/") for name in trainer.evaluate())
 
 
+def test_what_a_caller_logs_is_not_changed(sink: EchoSink, tmp_path: Path) -> None:
+    """Or the numbers of the first time would be logged each time."""
+    trainer = trainer_for(sink, tmp_path)
+    logs = {"loss": 1.0}
+    for _ in range(2):
+        trainer.log(logs)
+        sink.send(Digits(1)[0])
+    assert logs == {"loss": 1.0}
+    assert [logged["echo/samples_sent"] for logged in trainer.state.log_history] == [0, 1]
+
+
 class Reporter(TrainerCallback):
     """Such as TensorBoard's: keeps what it is told when it is told."""
 

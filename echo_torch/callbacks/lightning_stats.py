@@ -21,9 +21,11 @@ class StatsCallback(Stateful, Callback):
     def _tell_loggers(self, trainer: Any) -> None:
         """On every rank: the loggers of Lightning do nothing on others than the first."""
         self._logged_at = _step(trainer)
-        for logger in trainer.loggers if self.log_stats else ():
-            stats = self.policy.sink.stats().as_dict(f"echo{logger.group_separator}")
-            logger.log_metrics(stats, self._logged_at)
+        if not self.log_stats or not trainer.loggers:
+            return
+        stats = self.policy.sink.stats()  # the same for all
+        for logger in trainer.loggers:
+            logger.log_metrics(stats.as_dict(f"echo{logger.group_separator}"), self._logged_at)
 
     def _tell_loggers_if_due(self, trainer: Any) -> None:
         """After a batch: once every ``log_every_n_steps``, however many batches a step accumulates."""

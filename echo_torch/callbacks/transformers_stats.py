@@ -31,8 +31,8 @@ class StatsMixin(Trainer):
     sink_policy: loop.SinkCallback
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if _is_of_steps(logs):
-            logs.update(_stats(self.sink_policy))
+        if "loss" in logs:  # in a copy, for the caller may log the same again
+            logs = {**logs, **_stats(self.sink_policy)}
         super().log(logs, *args, **kwargs)
 
 
