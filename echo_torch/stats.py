@@ -109,7 +109,8 @@ class SinkStats:
         sent, acked = self.samples_sent - self.loaded_sent, self.samples_acked - self.loaded_acked
         if elapsed <= 0 or connected <= 0 or not (sent or self.in_flight):
             return "idle: nothing was sent"
-        cost = f"send took {(self.check_seconds + self.pack_seconds + self._blocked) / connected:.1%} of the time"
+        share = (self.check_seconds + self.pack_seconds + self._blocked) / connected
+        cost = f"send took {share:.1%} of the time" if share <= 1 else f"send took the time of {share:.1f} threads"
         megabytes = acked * self.bytes_acked / max(1, self.samples_acked) / 1e6
         waiting = {
             f"learner-bound: the server acks {acked / elapsed:,.0f} samples/s": (

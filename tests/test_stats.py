@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import multiprocessing
@@ -146,6 +147,13 @@ def send_all(sink: EchoSink) -> None:
     for _ in range(5):
         sink.send(BATCH)
     sink.close()
+
+
+@pytest.mark.parametrize(("seconds", "cost"), [(4.0, "100.0% of the time"), (10.0, "the time of 2.5 threads")])
+def test_no_more_than_all_of_the_time_is_taken(seconds: float, cost: str) -> None:
+    stats = SinkStats(8, 8, 8, 8, 0, 0, seconds, blocked_by_learner_seconds=seconds)
+    told = dataclasses.replace(stats, elapsed_seconds=8.0, connected_seconds=4.0).bottleneck
+    assert told == f"learner-bound: the server acks 1 samples/s, and was waited for 100% of the time; send took {cost}"
 
 
 def test_what_runs_before_did_is_not_in_the_verdict() -> None:
