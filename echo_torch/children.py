@@ -114,7 +114,10 @@ class Children:
             if failed:
                 problem = self._problem(failed)
                 self._told |= {entry.path.name for entry in failed}
-                raise problem
+                try:
+                    raise problem
+                finally:
+                    del problem  # whose traceback holds this frame, and with it the sink
 
     def ask(self) -> None:
         """Ask those that end with this process to deliver everything and to close."""

@@ -159,10 +159,13 @@ class Session:
         if self._report is not None:
             self._report.over(problems[0] if problems else None)
         self.children.forget()
-        for other in problems[1:]:
-            _log.warning("%s", other)
-        if problems:
-            raise problems[0]
+        for text in map(str, problems[1:]):
+            _log.warning("%s", text)
+        try:
+            if problems:
+                raise problems[0]
+        finally:
+            problems.clear()  # their tracebacks hold this frame, and with it the sink
 
     def _close_route(self, timeout: float | None) -> None:
         if self.route is not None:

@@ -258,7 +258,10 @@ class EchoSink:
         except Exception as error:
             problem = error
         limits = [limit for limit in (timeout, self._stall_timeout) if limit is not None]
-        agree(self.peer, problem, getattr(problem, "unacked", 0), group, min(limits, default=None))
+        try:
+            agree(self.peer, problem, getattr(problem, "unacked", 0), group, min(limits, default=None))
+        finally:
+            del problem  # whose traceback holds this frame, and with it the sink
 
     @property
     def acked_through(self) -> int:

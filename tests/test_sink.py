@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import logging
 import math
+import multiprocessing
+import os
 import pickle
 import re
 import select
@@ -12,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -1065,3 +1070,44 @@ def test_errors_of_a_foreign_client_are_translated(on_error: Any) -> None:
     assert (sink.stats().samples_sent, sink.stats().in_flight) == (2, 2)
     sink.close()
     assert sink.stats().in_flight == 0
+
+
+# Who let go of it.
+
+
+def send_and_die(sink: EchoSink) -> None:
+    sink.send(batch(1))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_one_that_dies(sink: EchoSink) -> None:
+    child = multiprocessing.get_context("fork").Process(target=send_and_die, args=(sink,))
+    child.start()
+    child.join()
+    child.close()
+    sink.wait()
+
+
+def close_too_soon(sink: EchoSink) -> None:
+    sink.send(batch(1))
+    sink.close(0.0)
+
+
+@pytest.mark.parametrize("fails", [wait_for_one_that_dies, close_too_soon])
+def test_no_error_that_is_over_keeps_a_sink(fails: Callable[[EchoSink], None]) -> None:
+    def silent(line: Line) -> None:
+        line.greet({"index": np.array(0)})
+        line.hear_all()
+
+    gc.disable()
+    try:
+        with Peer(silent) as peer:
+            sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False).connect()
+            with contextlib.suppress(ConnectionClosedError, DeliveryTimeoutError):
+                fails(sink)
+                pytest.fail("did not raise")
+            left = weakref.ref(sink)
+            del sink
+            assert left() is None
+    finally:
+        gc.enable()
