@@ -185,16 +185,20 @@ def test_a_run_or_an_epoch_that_is_cut_short_ends_with_everything_acked(
 
 
 @pytest.mark.parametrize("stop", ["", "terminate", "skip_completed"])
-def test_at_the_end_of_a_run_it_waits_whatever_flush_says_and_closes_if_told_to(stop: str, line: Line) -> None:
-    training = Training()
+def test_at_the_end_of_a_run_it_waits_whatever_flush_says_and_closes_if_told_to(
+    stop: str, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, wait = Training(), line.sink.wait
+    waits, at_epoch = [], []
+    monkeypatch.setattr(line.sink, "wait", lambda *args: waits.append(wait(*args)))
     SinkHandler(line.sink, flush="end", close=True).attach(training.engine)
-    epochs = line.in_flight_at(training.engine, Events.EPOCH_COMPLETED(once=1))
+    training.engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda: at_epoch.append(len(waits)))
     if stop:
         training.engine.add_event_handler(
             Events.EPOCH_COMPLETED(once=2), lambda: training.engine.terminate(stop == "skip_completed")
         )
     training.run(max_epochs=2)
-    assert epochs[0] > 0
+    assert (at_epoch, len(waits)) == ([0], 1)
     assert line.sink.stats().in_flight == 0
     with pytest.raises(ConnectionClosedError, match="closed"):
         line.sink.send(Digits(1)[0])
