@@ -98,11 +98,12 @@ def test_a_stalled_learner_is_waited_for_as_long_as_the_policy_says(workers: int
         assert counted.samples_sent + counted.dropped == TOO_MANY
         server.pause()
         policy = SinkCallback(sink, flush_timeout=0.1, on_stall="raise")
-        strict = loader(SinkCollate(policy), workers, count=TOO_MANY)
+        strict = iter(loader(SinkCollate(policy), workers, count=TOO_MANY))  # its workers end with it: not before
         with pytest.raises(DeliveryTimeoutError, match="un-acked"):
             list(strict)
         assert sink.stats().dropped == counted.dropped, "that was raised"
         server.resume()
+        del strict
 
 
 # Loaders that do not batch.
