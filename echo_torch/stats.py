@@ -30,7 +30,7 @@ WAITING_SHARE = 0.5
 TOO_MUCH = 1 / 3
 
 
-def _time(default: float = 0.0) -> Any:
+def _uncompared(default: float = 0.0) -> Any:
     """A number that is not among those that are compared and saved."""
     return dataclasses.field(default=default, compare=False)
 
@@ -66,37 +66,37 @@ class SinkStats:
     """How many samples the learner may never get, at the most, now that the connection has ended: the un-acked ones,
     and the last ``replay_acked`` of the others unless `close` sent them again. 0 before that."""
 
-    elapsed_seconds: float = _time()
+    elapsed_seconds: float = _uncompared()
     """Seconds since this process first used the sink, or made it."""
-    connected_seconds: float = _time()
+    connected_seconds: float = _uncompared()
     """Seconds for which there was a connection, in each process that sent samples: what the next ones are a part of."""
-    check_seconds: float = _time()
+    check_seconds: float = _uncompared()
     """Seconds that callers of ``send`` had batches compared with the example."""
-    pack_seconds: float = _time()
+    pack_seconds: float = _uncompared()
     """Seconds that they copied samples into the buffer, and wrote those that could be written at once."""
-    blocked_by_learner_seconds: float = _time()
+    blocked_by_learner_seconds: float = _uncompared()
     """Of ``blocked_seconds``, those in which the window was full: acks did not come."""
-    blocked_by_network_seconds: float = _time()
+    blocked_by_network_seconds: float = _uncompared()
     """In which the socket was full."""
-    blocked_by_device_seconds: float = _time()
+    blocked_by_device_seconds: float = _uncompared()
     """In which copies from a device were under way."""
-    learner_seconds: float = _time()
+    learner_seconds: float = _uncompared()
     """Seconds for which connections waited for acks with samples left to write, or with `wait` called."""
-    network_seconds: float = _time()
+    network_seconds: float = _uncompared()
     """Seconds for which they waited for the socket to take more."""
-    device_seconds: float = _time()
+    device_seconds: float = _uncompared()
     """Seconds for which they waited for copies from a device."""
-    ack_p50_seconds: float = _time()
+    ack_p50_seconds: float = _uncompared()
     """Seconds from when samples were written to their acks: of half of those that were looked at."""
-    ack_p99_seconds: float = _time()
+    ack_p99_seconds: float = _uncompared()
     """The same of 99 in 100, to within a fifth."""
-    sent_per_second: float = _time()
+    sent_per_second: float = _uncompared()
     """Samples accepted per second, over the last seconds in which `EchoSink.stats` or `EchoSink.wait` was called."""
-    acked_per_second: float = _time()
+    acked_per_second: float = _uncompared()
     """Samples acknowledged per second, over the same time."""
-    loaded_sent: int = _time(0)
+    loaded_sent: int = _uncompared(0)
     """How many of ``samples_sent`` are of runs before, and were added by `EchoSink.load_state_dict`."""
-    loaded_acked: int = _time(0)
+    loaded_acked: int = _uncompared(0)
     """The same of ``samples_acked``."""
 
     @property

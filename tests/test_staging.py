@@ -769,15 +769,21 @@ def test_a_stall_counts_for_what_an_interrupted_send_left(device: FakeDevice, mo
         device.run()
 
 
+def sink_with_a_copy_left_that_fails(peer: Peer, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> EchoSink:
+    """By an interrupted send; one batch before it is acked."""
+    sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
+    sink.send(batch(0))
+    sink.wait(SOON_S)
+    break_off(device, sink, monkeypatch)
+    monkeypatch.setattr(FakeEvent, "query", _fails)
+    return sink
+
+
 def test_what_an_interrupted_send_left_and_fails_ends_the_connection(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Peer(listens) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
-        sink.send(batch(0))
-        sink.wait(SOON_S)
-        break_off(device, sink, monkeypatch)
-        monkeypatch.setattr(FakeEvent, "query", _fails)
+        sink = sink_with_a_copy_left_that_fails(peer, device, monkeypatch)
         with pytest.raises(ConnectionClosedError, match="could not be copied from their device: an illegal"):
             sink.send(batch(ROWS))
         sink.close()
@@ -789,11 +795,7 @@ def test_what_an_interrupted_send_left_and_fails_ends_a_sink_that_was_dropped(
 ) -> None:
     """Its thread finds that out when it is about to repeat the last samples."""
     with Peer(listens) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
-        sink.send(batch(0))
-        sink.wait(SOON_S)
-        break_off(device, sink, monkeypatch)
-        monkeypatch.setattr(FakeEvent, "query", _fails)
+        sink = sink_with_a_copy_left_that_fails(peer, device, monkeypatch)
         del sink
         gc.collect()
         threads_end()
