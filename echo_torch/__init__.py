@@ -10,7 +10,7 @@ from .errors import (
 )
 from .sink import EchoSink
 from .spec import numpy_example
-from .stats import SinkStats
+from .stats import PeerStats, SinkStats
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,7 @@ __all__ = [
     "DeliveryTimeoutError",
     "EchoSink",
     "HandshakeError",
+    "PeerStats",
     "ProtocolError",
     "SinkStats",
     "SpecMismatchError",

@@ -53,7 +53,8 @@ class Account:
         counted = self._counted(route)
         total = {name: getattr(counted, name) + self._before[name] for name in _LASTING}
         loaded = {"loaded_sent": self._before["samples_sent"], "loaded_acked": self._before["samples_acked"]}
-        return dataclasses.replace(counted, **total, **loaded, **self._rates(counted))
+        peers = () if route is None else route.peers()
+        return dataclasses.replace(counted, **total, **loaded, **self._rates(counted), peers=peers)
 
     def times(self, route: Route | None) -> Times:
         """Where the time went in this process."""

@@ -26,6 +26,7 @@ from .leaves import Array
 from .meter import Times
 from .pack import Packer
 from .redial import Redial
+from .remains import Remains
 from .ring import Ring
 from .spec import Match, SampleSpec, check_numpy
 from .staging import Stager, UnstagedError
@@ -221,6 +222,23 @@ class TcpClient:
                 raise ValueError(f"arrays{leaf.path}: got {array.dtype} {list(array.shape)}, expected {expected}")
         self._connection.send_rows(rows, self._packer.filler(arrays, True), _deadline(timeout))
 
+    def send_packed(self, rows: memoryview, *, most: int, timeout: float | None = None) -> int:
+        """Send samples that are bytes already, as they travel, one behind the other; gives how many. Raises as `send`.
+
+        Args:
+            rows: whole samples.
+            most: no more than so many of them.
+            timeout: as for `send`.
+        """
+        ring, size = self._ring, self._spec.payload_size
+        count = min(most, rows.nbytes // size)
+
+        def fill(slot: int, first: int, run: int) -> None:
+            ring.buffer[slot * size : (slot + run) * size] = rows[first * size : (first + run) * size]
+
+        self._connection.send_rows(count, fill, _deadline(timeout))
+        return count
+
     def wait(self, timeout: float | None = None) -> None:
         """Block until everything sent so far is acked.
 
@@ -242,6 +260,25 @@ class TcpClient:
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
         self._connection.close(Deadline(timeout))
+
+    @property
+    def room(self) -> int:
+        """Samples that `send_rows` would take without waiting."""
+        return self._connection.room
+
+    @property
+    def reconnecting(self) -> bool:
+        """Whether the connection is lost, and tried to be opened again."""
+        return self._connection.reconnecting
+
+    @property
+    def failure(self) -> ConnectionClosedError | None:
+        """What ended the connection, if it has ended."""
+        return self._connection.failure
+
+    def remains(self) -> Remains:
+        """The samples that the server may not have, once the connection was lost for good, and before `close`."""
+        return self._connection.remains()
 
     @property
     def in_flight(self) -> int:

@@ -21,6 +21,7 @@ from .io_thread import IoThread
 from .link import Link
 from .meter import Times
 from .redial import Redial
+from .remains import Remains
 from .ring import Fill, Ring
 from .stats import Counts
 from .tail import Tail
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 # Seconds after which a caller who waits looks for itself, since acks fewer than WAITING_ACKS wake nobody.
 WAITER_HEARTBEAT_S = 0.05
+# Seconds for the thread of a connection that was lost for good to be gone: it has nothing left to do.
+REMAINS_S = 1.0
 # Seconds between two looks at a device's copy that was not to be.
 SETTLE_LOOK_S = 0.001
 
@@ -143,6 +146,28 @@ class Connection:
         """
         self.enter("wait")
         self._wait_for("wait", self.ring.packed, deadline)
+
+    @property
+    def room(self) -> int:
+        """How many rows there is room for at once."""
+        ring = self.ring
+        return max(0, ring.limit - ring.reserved + ring.acked)
+
+    @property
+    def reconnecting(self) -> bool:
+        """Whether it is lost, and tried to be opened again."""
+        return self._link.lost is not None and self._link.failure is None
+
+    @property
+    def failure(self) -> ConnectionClosedError | None:
+        """What ended it."""
+        return self._link.failure
+
+    def remains(self) -> Remains:
+        """What the peer may not have, now that the connection has ended; waits for the thread to be gone."""
+        self.thread.join(Deadline(REMAINS_S))
+        ring, sent = self.ring, self._link.sent
+        return Remains(ring, sent, sent if ring.arrived is None else min(sent, ring.arrived))
 
     def refresh(self) -> None:
         """Take note of acks that have arrived, if that can be done at once."""

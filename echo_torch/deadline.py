@@ -27,6 +27,11 @@ class Deadline:
         return max(0.0, self.at - time.monotonic())
 
     @property
+    def seconds(self) -> float | None:
+        """What is left as a timeout, None for no limit."""
+        return None if self.at == math.inf else self.remaining()
+
+    @property
     def expired(self) -> bool:
         return time.monotonic() >= self.at
 

@@ -24,7 +24,11 @@ class _CountedError(Exception):
     """Samples that were accepted by ``send`` and are not acknowledged: maybe stored, maybe lost."""
 
     rows_accepted: int = 0
-    """How many samples of the batch whose ``send`` raised were accepted before it did."""
+    """How many samples of the batch whose ``send`` raised were accepted before it did; those are its first ones."""
+
+    rows_left: list[int] | None = None
+    """Which samples of the batch were not accepted, if a function spread them over several learners: then
+    ``rows_accepted`` says how many were, and not which."""
 
 
 class ConnectionClosedError(_CountedError, ConnectionError):

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
 from .client import Client, TcpClient, least_buffer, ring_rows
+from .deadline import Deadline
 from .dial import peer_name
-from .routes import RingRoute, Route, RowRoute
+from .estate import Peer
+from .routes import NoRoute, RingRoute, Route, RowRoute
+from .shards import Addresses
 from .spec import SampleSpec
+from .spread import Spread
 
+_log = logging.getLogger(__name__)
+
+Address = tuple[str, int]
+
+# Seconds to connect to all of several learners, at first, where not all are needed.
+SHORTLY_S = 1.0
 # Most payload bytes un-acked at a time: more than a fast network's bandwidth-delay product, and few enough that what
 # a cut may duplicate stays small.
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -30,8 +41,9 @@ WORKER_RECONNECT_S = 2.0
 class Opener:
     """The arguments of an `EchoSink` that its connections depend on, checked."""
 
-    host: str
-    port: int
+    addresses: Addresses
+    least_inflight: bool
+    failover: bool
     make_client: Callable[..., Client]
     max_inflight_msgs: int
     buffer_bytes: int | None
@@ -42,32 +54,76 @@ class Opener:
     replay_tail: bool
 
     def check(self, spec: SampleSpec) -> None:
-        """ValueError if the buffer holds too few samples."""
+        """ValueError if the buffer holds too few samples, or the client cannot do what is wanted."""
         if self._ours:
             ring_rows(spec.payload_size, self.buffer_bytes or BUFFER_BYTES, self.replay_acked)
+        elif len(self.addresses) > 1 and (self.least_inflight or self.failover):
+            what = "failover" if self.failover else "route='least_inflight'"
+            raise ValueError(f"{what}: got client={self.make_client!r}, expected echo_torch.TcpClient")
 
     @property
     def at_risk(self) -> int:
         """How many samples that the server acked it may discard if a connection breaks off."""
-        return self.replay_acked if self._ours else 0
+        return self.replay_acked * len(self.addresses) if self._ours else 0
+
+    @property
+    def peer(self) -> str:
+        """All learners, as messages name them."""
+        return ", ".join(peer_name(*address) for address in self.addresses)
 
     def open(self, spec: SampleSpec, timeout: float | None) -> Route:
         """Connect, in ``timeout`` seconds at the most; raises as the client does."""
+        limits = [limit for limit in (self.connect_timeout, timeout) if limit is not None]
+        deadline = Deadline(min(limits, default=None))
+        if len(self.addresses) == 1:
+            return self._open_one(spec, self.addresses[0], deadline.timeout)
+        routes: dict[Address, Route] = {}
+        try:
+            self._open_all(spec, deadline, routes)
+            peers = [Peer(peer_name(*address), routes[address]) for address in self.addresses]
+            return Spread(self.peer, peers, self.least_inflight, self.failover, self.stall_timeout)
+        except BaseException:
+            for route in routes.values():
+                route.close(0)
+            raise
+
+    def _open_all(self, spec: SampleSpec, deadline: Deadline, routes: dict[Address, Route]) -> None:
+        """All of them; with failover, at least one."""
+        problem = None
+        for patience in (SHORTLY_S, None) if self.failover else (None,):
+            missing = [address for address in self.addresses if address not in routes]
+            for number, address in enumerate(missing):
+                limit = deadline.within(patience)
+                if self.failover:  # the others shall have their share of the time
+                    limit = limit.within(limit.remaining() / (len(missing) - number))
+                try:
+                    routes[address] = self._open_one(spec, address, limit.seconds)
+                except OSError as error:
+                    if not self.failover:
+                        raise
+                    problem = error
+        if not routes and problem is not None:
+            raise problem
+        for address in self.addresses:
+            if address not in routes:
+                _log.warning("%s: could not be connected to; the others get its share", peer_name(*address))
+                routes[address] = NoRoute(peer_name(*address))
+
+    def _open_one(self, spec: SampleSpec, address: Address, timeout: float | None) -> Route:
         window = max(1, min(self.max_inflight_msgs, WINDOW_BYTES // spec.payload_size))
-        arguments = (self.host, self.port, spec.numpy_sample(), window)
+        arguments = (*address, spec.numpy_sample(), window)
         client = self.make_client(*arguments, **(self._options(spec, timeout) if self._ours else {}))
         if isinstance(client, TcpClient):
             return RingRoute(client)
-        return RowRoute(client, spec, peer_name(self.host, self.port))
+        return RowRoute(client, spec, peer_name(*address))
 
     def _options(self, spec: SampleSpec, timeout: float | None) -> dict[str, Any]:
         in_worker = get_worker_info() is not None
-        limits = [limit for limit in (self.connect_timeout, timeout) if limit is not None]
         default = BUFFER_BYTES
         if in_worker:
             default = max(WORKER_BUFFER_BYTES, least_buffer(spec.payload_size, self.replay_acked))
         return {
-            "connect_timeout": min(limits, default=None),
+            "connect_timeout": timeout,
             "stall_timeout": self.stall_timeout,
             "buffer_bytes": default if self.buffer_bytes is None else self.buffer_bytes,
             "reconnect": min(self.reconnect, WORKER_RECONNECT_S) if in_worker else self.reconnect,

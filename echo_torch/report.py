@@ -236,7 +236,11 @@ class Report:
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)
-        entry["acked"] = counts.sent - counts.unacked
+        # While more is sent, those to wait for first: who waits knows how much had been sent, and not to whom.
+        if self.route is None or self.route.closed:
+            entry["acked"] = counts.sent - counts.unacked
+        else:
+            entry["acked"] = self.route.progress()[1]
         return counts.unacked > 0
 
     def _say(self, error: Exception) -> None:

@@ -137,6 +137,8 @@ class Ring:
         self.stopped = False
         self.begun: Copy | None = None
         """A copy into rows that are not counted; outside of `turn`, one whose caller was interrupted before that."""
+        self.arrived: int | None = None
+        """How far all rows were there when it was abandoned."""
         self._seen = self._latest = _Run(0, None)  # the last run whose copy is done, and the last of all
         self._waiters: deque[Waiter] = deque()
 
@@ -171,6 +173,13 @@ class Ring:
         """Where a row lies, in rows from the start of the buffer; for rows from ``released`` to ``reserved``."""
         chunk, rest = divmod(row % self.capacity, self.chunk_rows)
         return self._places[chunk] * self.chunk_rows + rest
+
+    def view(self, row: int, end: int) -> memoryview:
+        """The bytes of the rows from ``row`` up to ``end``, or up to the chunk's end."""
+        place = row % self.capacity
+        left = min(self.chunk_rows - place % self.chunk_rows, self.capacity - place)
+        start = self.slot(row) * self.row_bytes
+        return self.buffer[start : start + min(end - row, left) * self.row_bytes]
 
     # Packing: by the caller who holds `turn`.
 
@@ -278,6 +287,7 @@ class Ring:
 
     def abandon(self) -> None:
         """Nothing will be written any more: have all copies look after themselves."""
+        self.arrived = self.ready
         copies, run = [self.begun], self._seen.next
         while run is not None:
             copies.append(run.copy)
@@ -304,11 +314,7 @@ class Ring:
 
     def written_view(self, skip: int, limit: int, max_bytes: int) -> memoryview:
         """The next bytes to write: rows from ``written`` to ``limit``, less ``skip`` bytes, up to the chunk's end."""
-        place = self.written % self.capacity
-        left = min(self.chunk_rows - place % self.chunk_rows, self.capacity - place)
-        rows = min(limit - self.written, left)
-        start = self.slot(place) * self.row_bytes
-        return self.buffer[start + skip : min(start + rows * self.row_bytes, start + skip + max_bytes)]
+        return self.view(self.written, limit)[skip : skip + max_bytes]
 
     # Waiting: by anybody.
 

@@ -12,8 +12,9 @@ from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .locks import is_mine
 from .meter import Times
+from .remains import Remains
 from .spec import Match, SampleSpec
-from .stats import Counts
+from .stats import Counts, PeerStats
 
 
 class Route(Protocol):
@@ -30,6 +31,9 @@ class Route(Protocol):
 
     def times(self) -> Times:
         """Where the time went; with a client that does not tell, ``send`` was blocked by the learner all along."""
+
+    def peers(self) -> tuple[PeerStats, ...]:
+        """The counts of each learner."""
 
     @property
     def closed(self) -> bool:
@@ -51,6 +55,35 @@ class RingRoute:
 
     def counts(self) -> Counts:
         return self._client.counts()
+
+    def peers(self) -> tuple[PeerStats, ...]:
+        return (PeerStats.of(self._client.peer, self.counts(), self.closed),)
+
+    @property
+    def room(self) -> int:
+        """Samples that it takes without waiting."""
+        return self._client.room
+
+    @property
+    def reconnecting(self) -> bool:
+        """Whether the connection is lost, and tried to be opened again."""
+        return self._client.reconnecting
+
+    @property
+    def failure(self) -> ConnectionClosedError | None:
+        """What ended the connection."""
+        return self._client.failure
+
+    def remains(self) -> Remains:
+        """The samples that the server may not have, once the connection was lost for good, and before `close`."""
+        return self._client.remains()
+
+    def send_packed(self, rows: memoryview, most: int) -> int:
+        """At the most so many samples that are packed already, without waiting; gives how many were accepted."""
+        try:
+            return self._client.send_packed(rows, most=most, timeout=0.0)
+        except (ConnectionClosedError, DeliveryTimeoutError) as error:
+            return error.rows_accepted
 
     def check(self) -> None:
         if self._client.closed:
@@ -98,6 +131,9 @@ class RowRoute:
     def times(self) -> Times:
         connected = (self._ended_at or time.monotonic()) - self._began if self._sent else 0.0
         return Times(connected=connected, sending=self._sending, blocked=(self._sending, 0.0, 0.0, 0.0))
+
+    def peers(self) -> tuple[PeerStats, ...]:
+        return (PeerStats.of(self._peer, self.counts(), self.closed or self._lost),)
 
     def counts(self) -> Counts:
         """Such a client tells nothing of what comes after ``wait``."""
@@ -166,3 +202,36 @@ class RowRoute:
         ours.unacked = unacked
         ours.rows_accepted = done
         return ours
+
+
+class NoRoute:
+    """To a learner that could not be connected to, where others take its share."""
+
+    closed = True
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+
+    def peers(self) -> tuple[PeerStats, ...]:
+        return (PeerStats.of(self._peer, Counts(), True),)
+
+    def counts(self) -> Counts:
+        return Counts()
+
+    def progress(self) -> tuple[int, int]:
+        return 0, 0
+
+    def times(self) -> Times:
+        return Times()
+
+    def check(self) -> None:
+        """Nothing was sent."""
+
+    def send(self, match: Match, timeout: float | None) -> None:
+        raise ConnectionClosedError(f"{self._peer}: could not be connected to")
+
+    def wait(self, timeout: float | None) -> None:
+        """For nothing."""
+
+    def close(self, timeout: float | None) -> None:
+        """Nothing is open."""

@@ -11,7 +11,7 @@ import logging
 import multiprocessing.util
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,7 +19,6 @@ from torch.utils.data import default_collate
 
 from .checks import check_count, check_seconds, check_timeout
 from .client import SERVER_QUEUE, Client, TcpClient, close_after
-from .dial import check_address, peer_name
 from .ledger import new_token
 from .locks import is_mine
 from .opener import Opener
@@ -27,6 +26,7 @@ from .progress import show_acks
 from .ranks import agree, check_group
 from .routes import Route
 from .session import Session
+from .shards import Routing, addresses_of, check_routing, shards_of
 from .spec import Match, SampleSpec, example_of
 from .stats import SinkStats
 from .tee import Tee
@@ -53,8 +53,8 @@ class EchoSink:
     Thread-safe, picklable, and usable in forked children, which open connections of their own.
 
     Args:
-        host: the learner's name, IPv4 or IPv6 address.
-        port: its TCP port.
+        host: the learner's name, IPv4 or IPv6 address; a list of them for several learners.
+        port: its TCP port; a list of them for several learners. A single host, or port, goes with all of the other.
         example: one sample as the server shall get it, ``dataset[0]`` for instance: a pytree of tensors, numpy arrays
             and scalars. Only structure, shapes and dtypes count.
         max_inflight_msgs: most samples un-acked at a time, and at most 8 MiB of them.
@@ -65,6 +65,13 @@ class EchoSink:
             such as ``echo.TcpClient``. Other clients than ours know no timeouts, and their promises hold.
         connect_timeout: seconds in which the connection must stand; until then a learner that does not listen yet is
             tried again.
+        route: how batches are spread over several learners. ``"round_robin"``: each has its turn, and is waited for.
+            ``"least_inflight"``: to the one with the fewest samples un-acked of those that have room, so that a slow
+            one holds up nobody. Or a function of what is sent, one sample or a batch, that gives the index of the
+            learner, or for a batch an integer tensor ``(B,)`` of them; a module-level function, to pickle.
+        failover: whether the others get the share of a learner that is gone, with what it may not have. Without it,
+            the loss of one is the loss of all. A learner is gone when it could not be reached for ``reconnect``
+            seconds; before that, it is passed over. Each connection has a window and a buffer of its own.
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
         on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and drop and count what is sent after.
         reconnect: seconds for which a lost connection is tried to be opened again before that is an error; 0 not to.
@@ -82,14 +89,16 @@ class EchoSink:
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        host: str | Sequence[str],
+        port: int | Sequence[int],
         example: Any,
         *,
         max_inflight_msgs: int = 1024,
         buffer_bytes: int | None = None,
         select: Callable[[Any], Any] | None = None,
         client: Callable[..., Client] = TcpClient,
+        route: Routing = "round_robin",
+        failover: bool = False,
         connect_timeout: float | None = 10.0,
         stall_timeout: float | None = 1800.0,
         on_error: Literal["raise", "warn"] = "raise",
@@ -97,21 +106,23 @@ class EchoSink:
         replay_acked: int = SERVER_QUEUE,
         replay_tail: bool = True,
     ) -> None:
-        check_address(host, port)
+        addresses = addresses_of(host, port)
+        check_routing(route)
         for name, function in {"select": select, "client": client}.items():
             if not callable(function) and not (name == "select" and function is None):
                 raise TypeError(f"{name}: got {function!r}, expected something to call")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'warn'")
-        self._host = host
-        self._port = port
+        self._learners = len(addresses)
+        self._shard_of = route if callable(route) and self._learners > 1 else None
         self._spec = SampleSpec(example)
         self._select = select
         self._stall_timeout = check_timeout("stall_timeout", stall_timeout)
         self._on_error = on_error
         self._opener = Opener(
-            host=host,
-            port=port,
+            addresses=addresses,
+            least_inflight=route == "least_inflight",
+            failover=failover,
             make_client=client,
             max_inflight_msgs=check_count("max_inflight_msgs", max_inflight_msgs, least=1),
             buffer_bytes=None if buffer_bytes is None else check_count("buffer_bytes", buffer_bytes, least=1),
@@ -128,7 +139,9 @@ class EchoSink:
         self._see_to_children()
 
     @classmethod
-    def from_batch(cls: type[_Sink], host: str, port: int, batch: Any, **options: Any) -> _Sink:
+    def from_batch(
+        cls: type[_Sink], host: str | Sequence[str], port: int | Sequence[int], batch: Any, **options: Any
+    ) -> _Sink:
         """A sink whose example is one sample of ``batch``.
 
         Args:
@@ -289,7 +302,10 @@ class EchoSink:
         self._session().load_state_dict(state)
 
     def _matched(self, batch: Any, batched: bool | None, skip_last: int) -> Match:
-        match = self._spec.match(batch if self._select is None else self._select(batch), batched)
+        data = batch if self._select is None else self._select(batch)
+        match = self._spec.match(data, batched)
+        if self._shard_of is not None:
+            match = match._replace(shards=shards_of(self._shard_of(data), match.rows, self._learners))
         return match.without_last(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
     def _drop_rest(self, batch: Any, skip_last: int, accepted: int) -> None:
@@ -342,8 +358,8 @@ class EchoSink:
 
     @property
     def peer(self) -> str:
-        """The learner, as ``host:port``."""
-        return peer_name(self._host, self._port)
+        """The learner, as ``host:port``, or all of them."""
+        return self._opener.peer
 
     def __enter__(self: _Sink) -> _Sink:
         return self.connect()

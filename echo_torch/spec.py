@@ -48,11 +48,22 @@ class Match(NamedTuple):
     """False if the batch was one sample."""
     on_device: bool = False
     """Whether some are tensors."""
+    shards: Any = None
+    """Which of several learners the samples are for, ``(rows,)``, or all of them; None if that is open."""
 
     def part(self, first: int, end: int) -> Match:
         """Its samples from ``first`` up to ``end``, or to the last."""
         arrays = self.arrays if self.batched else [array[None, ...] for array in self.arrays]
-        return Match([array[first:end] for array in arrays], min(end, self.rows) - first, True, self.on_device)
+        shards = self.shards[first:end] if isinstance(self.shards, np.ndarray) else self.shards
+        return Match([array[first:end] for array in arrays], min(end, self.rows) - first, True, self.on_device, shards)
+
+    def take(self, rows: Array) -> Match:
+        """Copies of the samples of a batch with these indexes, for one learner."""
+        arrays = [
+            array[torch.from_numpy(rows).to(array.device)] if isinstance(array, torch.Tensor) else array[rows]
+            for array in self.arrays
+        ]
+        return Match(arrays, len(rows), True, self.on_device)
 
     def without_last(self, count: int) -> Match:
         """The same without its last ``count`` samples, of which there are as many at least."""

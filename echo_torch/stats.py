@@ -23,6 +23,27 @@ class Counts(NamedTuple):
     """How many the server may not have stored, at the most; 0 while there is a connection, or hope for one."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PeerStats:
+    """What became of the samples that one of several learners was sent, in this process."""
+
+    peer: str
+    """The learner, as ``host:port``."""
+    samples_sent: int
+    samples_acked: int
+    in_flight: int
+    """Not acked; once it is lost, those that it took with it, or that others got in its place."""
+    reconnects: int
+    resent: int
+    lost: bool
+    """Whether its connection has ended."""
+
+    @classmethod
+    def of(cls, peer: str, counts: Counts, lost: bool) -> PeerStats:
+        acked = counts.sent - counts.unacked
+        return cls(peer, counts.sent, acked, counts.unacked, counts.reconnects, counts.resent, lost)
+
+
 # A verdict is against whoever keeps `send` waiting for this share of the time, or the connection for that.
 BLOCKED_SHARE = 0.05
 WAITING_SHARE = 0.5
@@ -30,7 +51,7 @@ WAITING_SHARE = 0.5
 TOO_MUCH = 1 / 3
 
 
-def _uncompared(default: float = 0.0) -> Any:
+def _uncompared(default: Any = 0.0) -> Any:
     """A number that is not among those that are compared and saved."""
     return dataclasses.field(default=default, compare=False)
 
@@ -98,6 +119,8 @@ class SinkStats:
     """How many of ``samples_sent`` are of runs before, and were added by `EchoSink.load_state_dict`."""
     loaded_acked: int = _uncompared(0)
     """The same of ``samples_acked``."""
+    peers: tuple[PeerStats, ...] = _uncompared(())
+    """What each learner was sent by this process, once there is a connection."""
 
     @property
     def bottleneck(self) -> str:
@@ -142,13 +165,21 @@ class SinkStats:
 
     def since(self, before: SinkStats) -> SinkStats:
         """What came after ``before`` was told; what is in flight, latencies and rates as they are now."""
-        as_now = ("in_flight", "ack_p50_seconds", "ack_p99_seconds", "sent_per_second", "acked_per_second")
+        as_now = ("in_flight", "peers", "ack_p50_seconds", "ack_p99_seconds", "sent_per_second", "acked_per_second")
         names = [field.name for field in dataclasses.fields(self) if field.name not in as_now]
         return dataclasses.replace(self, **{name: getattr(self, name) - getattr(before, name) for name in names})
 
     def as_dict(self, prefix: str = "") -> dict[str, Any]:
-        """All numbers by ``prefix`` and name: for ``self.log_dict`` of Lightning, TensorBoard, or W&B."""
-        return {f"{prefix}{name}": value for name, value in dataclasses.asdict(self).items()}
+        """All numbers by ``prefix`` and name: for ``self.log_dict`` of Lightning, TensorBoard, or W&B.
+
+        Of several learners, those of each have names such as ``peer0/in_flight``.
+        """
+        numbers = {f"{prefix}{name}": value for name, value in vars(self).items() if name != "peers"}
+        for index, peer in enumerate(self.peers if len(self.peers) > 1 else ()):
+            for name, value in vars(peer).items():
+                if name != "peer":
+                    numbers[f"{prefix}peer{index}/{name}"] = value
+        return numbers
 
 
 COUNTED = [field.name for field in dataclasses.fields(SinkStats) if field.compare]

@@ -1,0 +1,79 @@
+"""Which of several learners a batch goes to: the names of the ways, and the user's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .dial import check_address, peer_name
+from .leaves import Array
+
+Routing = Literal["round_robin", "least_inflight"] | Callable[[Any], Any]
+"""How batches are spread; a function gives the learner's index for each sample."""
+ROUTINGS = ("round_robin", "least_inflight")
+
+Addresses = tuple[tuple[str, int], ...]
+
+
+def addresses_of(host: Any, port: Any) -> Addresses:
+    """One address for each of several hosts or ports; a single one of either goes with all of the other.
+
+    Raises:
+        TypeError, ValueError: some could be no address, there are none, as many hosts as ports, or one comes twice.
+    """
+    hosts = [host] if isinstance(host, str) else _listed("host", host)
+    ports = _listed("port", port) if isinstance(port, (list, tuple, range)) else [port]
+    if 1 not in (len(hosts), len(ports)) and len(hosts) != len(ports):
+        raise ValueError(
+            f"host, port: got {len(hosts)} hosts and {len(ports)} ports, expected as many, or one of either"
+        )
+    count = max(len(hosts), len(ports))
+    pairs = list(zip(hosts * (count // len(hosts)), ports * (count // len(ports)), strict=True))
+    for one in pairs:
+        check_address(*one)
+        if pairs.count(one) > 1:
+            raise ValueError(f"host, port: got {peer_name(*one)} twice, expected a learner each")
+    return tuple(pairs)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, (list, tuple, range)):
+        raise TypeError(f"{name}: got {values!r}, expected one, or a list of them")
+    if not values:
+        raise ValueError(f"{name}: got {values!r}, expected at least one")
+    return list(values)
+
+
+def check_routing(route: Any) -> None:
+    """Raise TypeError or ValueError unless ``route`` is one."""
+    names = " or ".join(map(repr, ROUTINGS))
+    if isinstance(route, str):
+        if route not in ROUTINGS:
+            raise ValueError(f"route: got {route!r}, expected {names}, or a function of a batch")
+    elif not callable(route):
+        raise TypeError(f"route: got {route!r}, expected {names}, or a function of a batch")
+
+
+def shards_of(given: Any, rows: int, learners: int) -> int | Array:
+    """What a user's function gave for a batch, checked: one learner for all samples, or int64 ``(rows,)``.
+
+    Raises:
+        TypeError: no whole numbers.
+        ValueError: another shape, or no learner's index.
+    """
+    shards = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
+    if shards.dtype.kind not in "iu":
+        raise TypeError(f"route: the function gave {shards.dtype}, expected whole numbers, the index of a learner")
+    if shards.shape not in ((), (rows,)):
+        raise ValueError(f"route: the function gave {list(shards.shape)}, expected [] or [{rows}], one for each sample")
+    wrong = shards[(shards < 0) | (shards >= learners)]
+    if wrong.size:
+        raise ValueError(
+            f"route: the function gave {wrong.flat[0]}, expected 0 to {learners - 1}, the index of a learner"
+        )
+    if shards.size and (shards == shards.flat[0]).all():
+        return int(shards.flat[0])
+    return shards.astype(np.int64)

@@ -1,0 +1,262 @@
+"""A route to several learners: which of them gets what.
+
+* Each learner has a route of its own, which keeps the promises. A batch goes to one of them; or, by a function of the
+  user's, its samples to several.
+* Where another learner could take a batch, nobody waits for one: a send comes in slices, and looks again which learner
+  it should be after each.
+* With failover, what a lost learner may not have goes to the others (`estate`), before anything else is sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .deadline import Deadline
+from .errors import ConnectionClosedError, DeliveryTimeoutError
+from .estate import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
+from .meter import Times
+from .prefix import Prefix
+from .spec import Match
+from .stats import Counts, PeerStats
+
+_log = logging.getLogger(__name__)
+
+# Seconds that a send waits for one learner before it looks whether another has room. A learner that drains frees a
+# batch's room in less.
+SLICE_S = 0.01
+# The share of its time that `close` keeps for the tails of those learners that have acked everything; and seconds, at
+# the most.
+TAIL_SHARE = 0.1
+TAIL_S = 1.0
+
+_OURS = (NobodyLeftError, NoRoomError, StuckError)
+
+
+class Spread:
+    """Sends to several learners, as a `Route`.
+
+    Args:
+        name: of all of them, for messages.
+        peers: the learners.
+        least_inflight: whether a batch goes to the one that has the fewest samples un-acked, of those that have room
+            for it; otherwise they take turns, unless the batch says whose it is (`Match.shards`). Only for routes into
+            our own client, as is failover.
+        failover: whether the others get the share of one that is gone.
+        stall_timeout: seconds without room anywhere after which `send` raises; None for ever.
+    """
+
+    def __init__(
+        self, name: str, peers: Sequence[Peer], least_inflight: bool, failover: bool, stall_timeout: float | None
+    ) -> None:
+        self._name = name
+        self._peers = peers
+        self._least_inflight = least_inflight
+        self._failover = failover
+        self._stall_timeout = stall_timeout
+        self._estate = Estate(peers)
+        self._prefix = Prefix()
+        self._prefix_lock = threading.RLock()
+        self._turns = itertools.count()
+        self._closing = False
+
+    # What became of the samples.
+
+    @property
+    def closed(self) -> bool:
+        return self._closing or self._is_lost
+
+    @property
+    def _is_lost(self) -> bool:
+        lost = (peer.route.closed for peer in self._peers)
+        return all(lost) if self._failover else any(lost)
+
+    def counts(self) -> Counts:
+        return self._estate.counts(hopeless=self._is_lost)
+
+    def peers(self) -> tuple[PeerStats, ...]:
+        return tuple(stats for peer in self._peers for stats in peer.route.peers())
+
+    def progress(self) -> tuple[int, int]:
+        with self._prefix_lock:
+            total, sent, acked = self._estate.progress()
+            return total, min(total, self._prefix.acked(total, sent, acked))
+
+    def times(self) -> Times:
+        """Callers wait for one learner at a time, but connections side by side: so of their waits, the mean."""
+        each = [peer.route.times() for peer in self._peers]
+        total = each[0]
+        for times in each[1:]:
+            total = total.plus(times)
+        waiting: Any = tuple(seconds / len(each) for seconds in total.waiting)
+        return total._replace(connected=max(times.connected for times in each), waiting=waiting)
+
+    def check(self) -> None:
+        if not self._failover:
+            for peer in self._peers:
+                peer.route.check()
+            return
+        try:
+            while self._estate.left() and self._estate.pass_on():
+                pass
+            self._estate.tell_of_stuck()
+        except _OURS as error:
+            raise self._in_words(error) from None
+
+    # Sending.
+
+    def send(self, match: Match, timeout: float | None) -> None:
+        if self._closing:
+            raise self._in_words(NobodyLeftError("closed"))
+        deadline, done = Deadline(timeout), 0
+        shares = self._shares(match)
+        for number, (first, rows) in enumerate(shares):
+            share = match if rows is None else match.take(rows)
+            try:
+                self._send_share(share, first, deadline)
+            except (ConnectionClosedError, DeliveryTimeoutError) as error:
+                if rows is not None:
+                    left = [rows[error.rows_accepted :], *(others for _, others in shares[number + 1 :])]
+                    error.rows_left = np.concatenate(left).tolist()
+                error.rows_accepted += done
+                raise
+            done += share.rows
+
+    def _shares(self, match: Match) -> list[tuple[int, Any]]:
+        """Which learner is to have which samples; None for all of them."""
+        shards = match.shards
+        if shards is None:
+            return [(next(self._turns) % len(self._peers), None)]
+        if isinstance(shards, int):
+            return [(shards, None)]
+        return [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
+
+    def _send_share(self, match: Match, first: int, deadline: Deadline) -> None:
+        """To the learner ``first``, if they take turns, or whoever is to have it in its place."""
+        rows, done, stall = match.rows, 0, deadline.within(self._stall_timeout)
+        try:
+            while True:
+                accepted = self._send_some(match.part(done, rows) if done else match, first, deadline)
+                done += accepted
+                if done == rows:
+                    return
+                if accepted:
+                    stall = deadline.within(self._stall_timeout)
+                elif stall.expired:
+                    raise NoRoomError("no learner has room")
+        except (ConnectionClosedError, DeliveryTimeoutError, *_OURS) as error:
+            told = self._in_words(error, "send", deadline)
+            told.rows_accepted += done
+            raise told from error.__cause__
+
+    def _send_some(self, match: Match, first: int, deadline: Deadline) -> int:
+        """As much as one learner takes before another might; gives how many samples."""
+        if self._failover:
+            self._estate.settle(deadline, self._stall_timeout)
+        peer, others = self._choose(first, match.rows)
+        try:
+            peer.route.send(match, (deadline.within(SLICE_S) if others else deadline).seconds)
+        except DeliveryTimeoutError as error:
+            if not others:
+                raise
+            return error.rows_accepted
+        except ConnectionClosedError as error:
+            if not self._failover:
+                raise
+            return error.rows_accepted
+        return match.rows
+
+    def _choose(self, first: int, rows: int) -> tuple[Peer, bool]:
+        """Who is to have the next samples, and whether that is to be asked again if there is no room."""
+        peers = self._peers
+        if not self._failover:
+            lost = [peer for peer in peers if peer.route.closed]  # whose `send` says so
+            if lost or not self._least_inflight:
+                return (lost or peers[first:])[0], False
+        living = [peer for peer in (*peers[first:], *peers[:first]) if not peer.route.closed]
+        if not living:
+            raise NobodyLeftError("no learner is left")
+        usable = [peer for peer in living if not (self._failover and peer.lost)] or living
+        if not self._least_inflight:
+            return usable[0], len(living) > 1
+        roomy = usable if len(usable) == 1 else [peer for peer in usable if peer.room >= rows] or usable
+        return min(roomy, key=lambda peer: peer.route.counts().unacked), len(living) > 1
+
+    # Waiting, and the end.
+
+    def wait(self, timeout: float | None) -> None:
+        deadline = Deadline(timeout)
+        try:
+            self._wait(deadline)
+        except (ConnectionClosedError, DeliveryTimeoutError, *_OURS) as error:
+            raise self._in_words(error, "wait", deadline) from error.__cause__
+
+    def _wait(self, deadline: Deadline) -> None:
+        """Until everything is acked, by whomever."""
+        again = True
+        while again:
+            again = self._failover and self._estate.settle(deadline, self._stall_timeout)
+            for peer in self._peers:
+                if peer.remains is None and not self._waited(peer, deadline):
+                    again = True
+        self._estate.tell_of_stuck()
+
+    def _waited(self, peer: Peer, deadline: Deadline) -> bool:
+        """Wait for one; False if it is gone, and others have to see to what it left."""
+        try:
+            peer.route.wait(deadline.seconds)
+        except ConnectionClosedError:
+            if not self._failover:
+                raise
+            return False
+        return True
+
+    def close(self, timeout: float | None) -> None:
+        self._closing = True
+        deadline = Deadline(timeout)
+        spare = 0.0 if timeout is None else min(TAIL_S, TAIL_SHARE * timeout)
+        problems: list[Exception] = []
+        try:
+            self._wait(Deadline(None if timeout is None else timeout - spare))
+        except DeliveryTimeoutError:
+            pass  # whoever is late will say so
+        except (ConnectionClosedError, *_OURS) as error:
+            problems.append(self._in_words(error, "close", deadline))
+        self._estate.closed = True
+        for peer in sorted(self._peers, key=lambda peer: peer.route.counts().unacked):
+            try:
+                peer.route.close(deadline.seconds)
+            except (ConnectionClosedError, DeliveryTimeoutError) as error:
+                if peer.remains is None:  # otherwise it is with others, or was told of
+                    problems.append(self._in_words(error))
+        for problem in problems[1:]:
+            _log.warning("%s", problem)
+        try:
+            if problems:
+                raise problems[0]
+        finally:
+            problems.clear()  # their tracebacks hold this frame, and with it the connections
+
+    def _in_words(
+        self, error: Exception, call: str = "", deadline: Deadline | None = None
+    ) -> ConnectionClosedError | DeliveryTimeoutError:
+        """What callers are told, with the count of what all learners have not acked."""
+        unacked = self.counts().unacked
+        told = error
+        if not isinstance(told, (ConnectionClosedError, DeliveryTimeoutError)):
+            late = isinstance(error, NoRoomError)
+            if not late:
+                what = str(error)
+            elif deadline is not None and deadline.expired:
+                what = f"{call}() not done within {deadline.timeout:g} s: {error}"
+            else:
+                what = f"{error}, and nothing was acked for {self._stall_timeout:g} s (stall_timeout)"
+            text = f"{self._name}: {what}; {unacked} samples un-acked"
+            told = DeliveryTimeoutError(f"{text}; delivery goes on") if late else ConnectionClosedError(text)
+        told.unacked = unacked
+        return told

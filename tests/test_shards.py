@@ -1,0 +1,82 @@
+"""Addresses of several learners, and what a user's function may give for a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from echo_torch.shards import addresses_of, check_routing, shards_of
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "expected"),
+    [
+        ("a", 1, (("a", 1),)),
+        ("a", [1, 2], (("a", 1), ("a", 2))),
+        (["a", "b"], 1, (("a", 1), ("b", 1))),
+        (("a", "b"), range(1, 3), (("a", 1), ("b", 2))),
+        (["a"], [1], (("a", 1),)),
+        (["a", "a"], [1, 2], (("a", 1), ("a", 2))),
+    ],
+)
+def test_a_single_host_or_port_goes_with_all_of_the_other(host: Any, port: Any, expected: Any) -> None:
+    assert addresses_of(host, port) == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "kind", "message"),
+    [
+        (["a", "b", "c"], [1, 2], ValueError, "got 3 hosts and 2 ports"),
+        ([], 1, ValueError, "host: got [], expected at least one"),
+        ("a", [], ValueError, "port: got [], expected at least one"),
+        ("a", [1, 1], ValueError, "got a:1 twice"),
+        (["a", 7], 1, TypeError, "host: got 7"),
+        ({"a": 1}, 1, TypeError, "host: got {'a': 1}"),
+        (None, 1, TypeError, "host: got None"),
+        ("a", [1, 65536], ValueError, "port: got 65536"),
+        ("a", [1, 2.0], TypeError, "port: got 2.0"),
+    ],
+)
+def test_bad_addresses_are_named(host: Any, port: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        addresses_of(host, port)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("route", "kind"), [("random", ValueError), (None, TypeError), (3, TypeError)])
+def test_an_unknown_route_is_named(route: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"route: got .*, expected 'round_robin' or 'least_inflight', or a function"):
+        check_routing(route)
+
+
+@pytest.mark.parametrize("given", [1, np.int8(1), torch.tensor(1), np.array([1, 1, 1]), torch.tensor([1, 1, 1])])
+def test_one_learner_for_all_samples(given: Any) -> None:
+    assert shards_of(given, 3, 2) == 1
+
+
+@pytest.mark.parametrize("given", [[0, 2, 1], np.array([0, 2, 1], np.uint8), torch.tensor([0, 2, 1])])
+def test_a_learner_for_each_sample(given: Any) -> None:
+    shards = shards_of(given, 3, 3)
+    assert isinstance(shards, np.ndarray)
+    assert shards.tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (0.5, TypeError, "gave float64"),
+        (None, TypeError, "gave object"),
+        (torch.tensor([True, False, True]), TypeError, "gave bool"),
+        ([0, 1], ValueError, "gave [2], expected [] or [3]"),
+        (torch.zeros(3, 1, dtype=torch.int64), ValueError, "gave [3, 1]"),
+        (2, ValueError, "gave 2, expected 0 to 1"),
+        ([0, -1, 1], ValueError, "gave -1, expected 0 to 1"),
+    ],
+)
+def test_what_names_no_learner_is_refused(given: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        shards_of(given, 3, 2)
+    assert message in str(caught.value)
