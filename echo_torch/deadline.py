@@ -28,8 +28,8 @@ class Deadline:
 
     @property
     def seconds(self) -> float | None:
-        """What is left as a timeout, None for no limit."""
-        return None if self.at == math.inf else self.remaining()
+        """What is left as a timeout, to the millisecond, for messages have it; None for no limit."""
+        return None if self.at == math.inf else round(self.remaining(), 3)
 
     @property
     def expired(self) -> bool:

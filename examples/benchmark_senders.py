@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import resource
 import select
 import socket
@@ -149,6 +150,11 @@ class Child:
     def cpu_seconds(self) -> float:
         self.pipe.send(True)
         return float(self.pipe.recv())
+
+    def signal(self, number: int) -> None:
+        """``kill -number``."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
     def __enter__(self) -> Any:
         return self

@@ -1,0 +1,160 @@
+"""What one sink gets from several learners, and what it costs when one of them is stopped, as tables of ``benchmark.py``.
+
+* ``spread``: batches sent as fast as they are taken, by one sink to one learner and to two. Learners that train take a
+  while over each batch, for which they sleep, as those do that wait for a GPU; others do nothing but drain, and share
+  the cores of this machine with the sink.
+* ``stopped``: a loop that computes and sends, to two learners, of which one is stopped (SIGSTOP) for some seconds. Each
+  could take all that the loop sends by itself.
+
+Alone: ``python examples/benchmark_learners.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import echo
+from benchmark_senders import HOST, Case, Child, answer_cpu, cases
+
+from echo_torch import EchoSink
+
+# Seconds that a learner which trains takes over a batch of 256 samples.
+TRAIN_S = 0.02
+# The stopped learner: samples of a batch, seconds of computing for each, and how long it is stopped.
+STOPPED_BATCH = 64
+COMPUTE_S = 0.01
+STOP_S = 5.0
+
+
+def run_learner(pipe: Any, example: Any, train_s: float) -> None:
+    server = echo.Server(example, batch_size=256, transport=echo.TcpTransport(port=0))
+    server.start()
+    pipe.send(server.port)
+
+    def train() -> None:
+        while server.sample() is not None:
+            time.sleep(train_s)
+
+    threading.Thread(target=train, daemon=True).start()
+    answer_cpu(pipe)
+
+
+class Learner(Child):
+    """In a process of its own."""
+
+    def __init__(self, case: Case, train_s: float) -> None:
+        super().__init__(run_learner, case.example, train_s)
+        self.port: int = self.pipe.recv()
+
+
+def sink_to(learners: list[Learner], case: Case, **options: Any) -> EchoSink:
+    ports = [learner.port for learner in learners]
+    return EchoSink(HOST, ports, {name: leaf[0] for name, leaf in case.batch.items()}, **options)
+
+
+# One learner, or two.
+
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one learner": (1, {}),
+    "two, round_robin": (2, {"route": "round_robin"}),
+    "two, least_inflight": (2, {"route": "least_inflight"}),
+    "two, a function": (2, {"route": lambda batch: batch["action"]}),  # 0 or 1, at random
+    "two, failover": (2, {"route": "least_inflight", "failover": True}),
+}
+
+
+def rate(sink: EchoSink, case: Case, seconds: float) -> float:
+    """Samples per second, acked, over about ``seconds`` in which `send` is called again and again."""
+    before, began = sink.stats().samples_acked, time.perf_counter()
+    while time.perf_counter() < began + seconds:
+        sink.send(case.batch)
+    return (sink.stats().samples_acked - before) / (time.perf_counter() - began)
+
+
+def spread_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    case = cases()["1KB"]
+    for train_s, learners_do in ((TRAIN_S, "train"), (0.0, "drain")):
+        with ExitStack() as stack:
+            sinks = {}
+            for way, (count, more) in WAYS.items():
+                learners = [stack.enter_context(Learner(case, train_s)) for _ in range(count)]
+                # A buffer that is full soon, for it is the learners that are measured.
+                sinks[way] = stack.enter_context(sink_to(learners, case, buffer_bytes=8 << 20, **more))
+            rates: dict[str, list[float]] = {way: [] for way in WAYS}
+            for way in WAYS:
+                rate(sinks[way], case, options.seconds)
+            for _ in range(options.rounds):
+                for way, sink in sinks.items():
+                    rates[way].append(rate(sink, case, 2 * options.seconds))
+                    sink.wait()
+        for way, found in rates.items():
+            faster = [one / alone for one, alone in zip(found, rates["one learner"], strict=True)]
+            figures = {"samples_s": statistics.median(found), "faster": statistics.median(faster)}
+            yield {"learners": learners_do, "way": way, **figures}
+
+
+# One that is stopped.
+
+
+def steps(sink: EchoSink, case: Case, seconds: float) -> tuple[float, float]:
+    """Steps per second of a loop that computes and sends, and the longest step in seconds."""
+    began, count, longest = time.perf_counter(), 0, 0.0
+    while (now := time.perf_counter()) < began + seconds:
+        while time.perf_counter() < now + COMPUTE_S:
+            pass
+        sink.send(case.batch)
+        count += 1
+        longest = max(longest, time.perf_counter() - now)
+    return count / (time.perf_counter() - began), longest
+
+
+def stopped_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    case = cases()["28KB"].cut(STOPPED_BATCH)
+    seconds = min(STOP_S, 10 * options.seconds)
+    for route in ("round_robin", "least_inflight"):
+        kept, longest, before_s = [], [], []
+        for _ in range(min(3, options.rounds)):
+            with Learner(case, 0.0) as one, Learner(case, 0.0) as two, sink_to([one, two], case, route=route) as sink:
+                steps(sink, case, seconds / 5)
+                before, _ = steps(sink, case, seconds)
+                one.signal(signal.SIGSTOP)
+                goes_on = threading.Timer(seconds, one.signal, [signal.SIGCONT])
+                goes_on.start()
+                during, longest_step = steps(sink, case, seconds)
+                goes_on.join()
+                sink.wait()
+                lost = sink.stats().samples_sent - sink.stats().samples_acked
+            before_s.append(before)
+            kept.append(during / before)
+            longest.append(longest_step)
+        yield {
+            "route": route,
+            "stopped_s": seconds,
+            "steps_s": statistics.median(before_s),
+            "kept": statistics.median(kept),
+            "longest_s": statistics.median(longest),
+            "lost": lost,
+        }
+
+
+SPREAD_COLUMNS = {
+    "learners": ("learners", ""),
+    "way               ": ("way", ""),
+    "  samples/s": ("samples_s", ",.0f"),
+    "x one learner": ("faster", ".2f"),
+}
+STOPPED_COLUMNS = {
+    "route         ": ("route", ""),
+    "stopped s": ("stopped_s", ".1f"),
+    "steps/s before": ("steps_s", ".0f"),
+    "kept of that": ("kept", ".3f"),
+    "longest step s": ("longest_s", ".3f"),
+    "samples lost": ("lost", "d"),
+}
