@@ -6,14 +6,15 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from .checks import check_count, check_seconds
 from .children import Children
 from .meter import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
 from .routes import Route
-from .stats import COUNTED, Counts, SinkStats
+from .stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
 
 _log = logging.getLogger(__name__)
 
@@ -30,17 +31,17 @@ class Account:
     """Of one session.
 
     Args:
-        peer: how messages name the learner.
+        learners: how messages name them.
         payload_size: bytes of one sample.
         children: whose counts are added.
     """
 
-    def __init__(self, peer: str, payload_size: int, children: Children) -> None:
+    def __init__(self, learners: Sequence[str], payload_size: int, children: Children) -> None:
         self.dropped = 0
         """Samples that were given to ``send`` and not sent, for the learner was gone."""
         self.check_seconds = 0.0
         """Seconds that batches were compared with the example."""
-        self._peer = peer
+        self._learners = learners
         self._payload_size = payload_size
         self._children = children
         self._began = self._verdict_at = time.monotonic()
@@ -53,8 +54,16 @@ class Account:
         counted = self._counted(route)
         total = {name: getattr(counted, name) + self._before[name] for name in _LASTING}
         loaded = {"loaded_sent": self._before["samples_sent"], "loaded_acked": self._before["samples_acked"]}
-        peers = () if route is None else route.peers()
-        return dataclasses.replace(counted, **total, **loaded, **self._rates(counted), peers=peers)
+        return dataclasses.replace(counted, **total, **loaded, **self._rates(counted), peers=self._peers(route))
+
+    def _peers(self, route: Route | None) -> tuple[PeerStats, ...]:
+        """What each learner was sent, by this process and its children."""
+        mine, theirs = [] if route is None else route.peers(), self._children.peers()
+        told = []
+        for name, one, other in zip_longest(self._learners, mine, theirs, fillvalue=PeerCounts()):
+            sent, unacked, *rest = one.plus(other)
+            told.append(PeerStats(str(name), sent, sent - unacked, unacked, *rest))
+        return tuple(told)
 
     def times(self, route: Route | None) -> Times:
         """Where the time went in this process."""
@@ -68,7 +77,7 @@ class Account:
         lately = now.since(self._at_verdict)
         self._verdict_at, self._at_verdict = time.monotonic(), now
         level = logging.WARNING if lately.blocked_too_long else logging.INFO
-        _log.log(level, "%s: %s", self._peer, lately.bottleneck)
+        _log.log(level, "%s: %s", ", ".join(self._learners), lately.bottleneck)
 
     def state_dict(self, route: Route | None) -> dict[str, Any]:
         """What of `stats` another run can go on from."""

@@ -14,12 +14,14 @@ import os
 import threading
 import time
 import weakref
+from itertools import zip_longest
 
 from . import ledger
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
 from .ledger import COUNTED, Entry, entries_of
 from .meter import Times
+from .stats import PeerCounts
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ ANSWER_S = 6.0
 
 KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 """What an entry's ``error_kind`` stands for."""
+
+_State = tuple[dict[str, Entry], dict[str, int], Times, list[PeerCounts]]
+"""Those that are looked at; and of those that were counted, the numbers, times, and the numbers of each learner."""
 
 _seen: set[tuple[int, str]] = set()  # the processes and tokens whose files are removed at the end of the process
 _shared: weakref.WeakValueDictionary[tuple[int, str], Children] = weakref.WeakValueDictionary()
@@ -52,7 +57,7 @@ class Children:
         self._token = token
         self._at_risk = at_risk
         self._parent = os.getpid()
-        self._state: tuple[dict[str, Entry], dict[str, int], Times] = {}, dict.fromkeys(COUNTED, 0), Times()
+        self._state: _State = {}, dict.fromkeys(COUNTED, 0), Times(), []
         self._told: set[str] = set()  # of those whose failure was raised
         weakref.finalize(self, ledger.forget, token, self._parent).atexit = False
 
@@ -69,7 +74,7 @@ class Children:
         """Their numbers, added up, by the names of `ledger.COUNTED`."""
         with self._lock:
             self._look()
-            entries, ended, _ = self._state
+            entries, ended, *_ = self._state
             # What is acked before what is sent, which is at least as much by then.
             return {
                 field: ended[field] + sum(entry[field] for entry in entries.values()) for field in reversed(COUNTED)
@@ -79,9 +84,18 @@ class Children:
         """Where their time went, added up."""
         with self._lock:
             self._look()
-            entries, _, total = self._state
+            entries, _, total, _ = self._state
             for entry in entries.values():
                 total = total.plus(entry.times)
+            return total
+
+    def peers(self) -> list[PeerCounts]:
+        """What each learner was sent by them, added up; empty if there are none."""
+        with self._lock:
+            self._look()
+            entries, *_, total = self._state
+            for entry in entries.values():
+                total = _added(total, entry.peers)
             return total
 
     def wait(self, deadline: Deadline, stall_timeout: float | None) -> None:
@@ -148,7 +162,7 @@ class Children:
             for entry in list(self._state[0].values()):
                 self._bury_if_over(entry)
             for path in entries_of(self._token, self._parent):
-                entries, ended, times = self._state
+                entries, ended, times, peers = self._state
                 if path.name not in entries:
                     try:
                         new = Entry(path)
@@ -156,7 +170,7 @@ class Children:
                         continue
                     except OSError as error:  # too many files are open, say
                         raise OSError(error.errno, f"{self._peer}: {error.strerror}, for what a child tells") from error
-                    self._state = {**entries, path.name: new}, ended, times
+                    self._state = {**entries, path.name: new}, ended, times, peers
                     self._bury_if_over(new)  # at once: of those that ended there may be more than files can be open
             return list(self._state[0].values())
 
@@ -169,13 +183,13 @@ class Children:
         name = entry.path.name
         died = entry.dead and not entry["closed"]
         entry.path.unlink(missing_ok=True)
-        entries, ended, times = self._state
+        entries, ended, times, peers = self._state
         total = {field: ended[field] + entry[field] for field in COUNTED}
         if died:  # it may have counted by itself what it lost with its connection
             lost = entry["sent"] - entry["acked"] + min(entry["acked"], self._at_risk)
             total["maybe_lost"] = ended["maybe_lost"] + max(lost, entry["maybe_lost"])
         left = {other: theirs for other, theirs in entries.items() if other != name}
-        self._state = left, total, times.plus(entry.times)
+        self._state = left, total, times.plus(entry.times), _added(peers, entry.peers)
         entry.close()
         self._told.discard(name)
 
@@ -205,6 +219,10 @@ class Children:
         )
         error.unacked = unacked
         return error
+
+
+def _added(one: list[PeerCounts], other: list[PeerCounts]) -> list[PeerCounts]:
+    return [mine.plus(theirs) for mine, theirs in zip_longest(one, other, fillvalue=PeerCounts())]
 
 
 def _over(entry: Entry) -> bool:

@@ -5,7 +5,8 @@ made with, and its parent reads it::
 
     echo_torch-<token of the sink>/<pid of the parent>.<pid of the child>.<random>
 
-* The file holds `FIELDS`, numbers of 8 bytes, each stored at once, then times, and an error's text. The child maps and
+* The file holds `FIELDS`, numbers of 8 bytes, each stored at once, then times, an error's text, and the numbers of each
+  of several learners. The child maps and
   writes it, but for ``finish``, by which the parent asks the child to deliver everything and end its connection. That
   is for daemonic children, such as a DataLoader's workers, which end with their parent, and not by themselves.
 * A child holds a lock on its file for as long as it lives: the system takes it away when the child dies, in whatever
@@ -26,12 +27,15 @@ import mmap
 import os
 import secrets
 import stat
+import struct
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from .claims import claim, has_ended, lives, lock
 from .errors import ConnectionClosedError
 from .meter import TIMES_BYTES, Times
+from .stats import PeerCounts
 
 FIELDS = (
     "sent",
@@ -46,12 +50,16 @@ FIELDS = (
     "finish",
     "error_kind",
     "error_bytes",
+    "learners",
 )
 COUNTED = FIELDS[:7]
 """Those that add up over children."""
-_SIZE = 4096
+_PAGE = 4096
 _TIMES_AT = 8 * len(FIELDS)
+_TEXT_BYTES = 2048
 _TEXT_AT = _TIMES_AT + TIMES_BYTES
+_PEERS_AT = _TEXT_AT + _TEXT_BYTES
+_PEER = struct.Struct(f"={len(PeerCounts._fields)}q")
 CLOSED = "closed"
 """The mark of a parent that has closed the sink, which ends it for daemonic children."""
 GONE = "gone"
@@ -73,7 +81,7 @@ class Entry:
         self._descriptor = descriptor
         self._closed = False
         with io.FileIO(path if descriptor is None else descriptor, "r+", closefd=descriptor is None) as file:
-            mapped = mmap.mmap(file.fileno(), _SIZE)
+            mapped = mmap.mmap(file.fileno(), 0)
         self._bytes: memoryview | bytearray = memoryview(mapped)
         self._numbers: memoryview | list[int] = self._bytes[:_TIMES_AT].cast("q")
 
@@ -93,6 +101,17 @@ class Entry:
         self._bytes[_TIMES_AT:_TEXT_AT] = times.pack()
 
     @property
+    def peers(self) -> list[PeerCounts]:
+        """What the child sent to each learner."""
+        end = _PEERS_AT + self["learners"] * _PEER.size
+        return [PeerCounts(*numbers) for numbers in _PEER.iter_unpack(self._bytes[_PEERS_AT:end])]
+
+    def tell_peers(self, peers: Iterable[PeerCounts]) -> None:
+        """Not all at once either."""
+        packed = b"".join(_PEER.pack(*counts) for counts in peers)
+        self._bytes[_PEERS_AT : _PEERS_AT + len(packed)] = packed
+
+    @property
     def child(self) -> int:
         """Its process id."""
         return int(self.path.name.split(".")[1])
@@ -104,7 +123,7 @@ class Entry:
     def fail(self, kind: int, text: str) -> None:
         """Say, once, what ended the child's connection."""
         if not self["error_kind"]:
-            said = text.encode()[: _SIZE - _TEXT_AT]
+            said = text.encode()[:_TEXT_BYTES]
             self._bytes[_TEXT_AT : _TEXT_AT + len(said)] = said
             self["error_bytes"] = len(said)
             self["error_kind"] = kind  # last, since it says that there is a text
@@ -152,8 +171,8 @@ def folder_of(token: str) -> Path:
     return Path(_ELSEWHERE if os.path.isdir(_ELSEWHERE) else tempfile.gettempdir(), folder.name)
 
 
-def begin(token: str, parent: int, daemon: bool = False) -> Entry:
-    """In a child: a new file of its own, locked.
+def begin(token: str, parent: int, daemon: bool = False, learners: int = 1) -> Entry:
+    """In a child: a new file of its own, locked, for what so many learners are sent.
 
     Raises:
         ConnectionClosedError: the child is daemonic, and its parent has closed the sink.
@@ -172,8 +191,9 @@ def begin(token: str, parent: int, daemon: bool = False) -> Entry:
                 raise
     try:
         # A file with a hole would end who writes there on a full disk.
-        if os.write(descriptor, bytes(_SIZE)) < _SIZE:
-            raise OSError(errno.ENOSPC, f"no room for {_SIZE} bytes in {folder}")
+        size = -(-(_PEERS_AT + learners * _PEER.size) // _PAGE) * _PAGE
+        if os.write(descriptor, bytes(size)) < size:
+            raise OSError(errno.ENOSPC, f"no room for {size} bytes in {folder}")
         try:
             lock(descriptor)
         except OSError as error:
@@ -181,6 +201,7 @@ def begin(token: str, parent: int, daemon: bool = False) -> Entry:
             raise OSError(error.errno, what) from error
         entry = Entry(path, descriptor)
         entry["daemon"] = int(daemon)
+        entry["learners"] = learners
         entry.path = path.rename(folder / name)
     except BaseException:
         os.close(descriptor)

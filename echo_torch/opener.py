@@ -67,9 +67,9 @@ class Opener:
         return self.replay_acked * len(self.addresses) if self._ours else 0
 
     @property
-    def peer(self) -> str:
-        """All learners, as messages name them."""
-        return ", ".join(peer_name(*address) for address in self.addresses)
+    def learners(self) -> list[str]:
+        """How messages name them."""
+        return [peer_name(*address) for address in self.addresses]
 
     def open(self, spec: SampleSpec, timeout: float | None) -> Route:
         """Connect, in ``timeout`` seconds at the most; raises as the client does."""
@@ -81,7 +81,7 @@ class Opener:
         try:
             self._open_all(spec, deadline, routes)
             peers = [Peer(peer_name(*address), routes[address]) for address in self.addresses]
-            return Spread(self.peer, peers, self.least_inflight, self.failover, self.stall_timeout)
+            return Spread(", ".join(self.learners), peers, self.least_inflight, self.failover, self.stall_timeout)
         except BaseException:
             for route in routes.values():
                 route.close(0)

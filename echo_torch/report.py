@@ -79,14 +79,15 @@ class Report:
         token: the sink's.
         parent: to whom to report.
         session: of whom to report; not kept alive.
+        learners: how many it sends to.
 
     Raises:
         ConnectionClosedError: the parent has closed the sink, and this process ends with it.
         OSError: there is no place for the report.
     """
 
-    def __init__(self, token: str, parent: int, session: Reporter) -> None:
-        self._entry = begin(token, parent, multiprocessing.current_process().daemon)
+    def __init__(self, token: str, parent: int, session: Reporter, learners: int) -> None:
+        self._entry = begin(token, parent, multiprocessing.current_process().daemon, learners)
         self._orphaned = death_of(parent)
         self._session = weakref.ref(session)
         self.route: Route | None = None
@@ -233,6 +234,8 @@ class Report:
         if session is not None:
             entry["dropped"] = session.account.dropped
             entry.tell_times(session.account.times(self.route))
+        if self.route is not None:
+            entry.tell_peers(self.route.peers())
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)

@@ -14,7 +14,7 @@ from .locks import is_mine
 from .meter import Times
 from .remains import Remains
 from .spec import Match, SampleSpec
-from .stats import Counts, PeerStats
+from .stats import Counts, PeerCounts
 
 
 class Route(Protocol):
@@ -32,8 +32,8 @@ class Route(Protocol):
     def times(self) -> Times:
         """Where the time went; with a client that does not tell, ``send`` was blocked by the learner all along."""
 
-    def peers(self) -> tuple[PeerStats, ...]:
-        """The counts of each learner."""
+    def peers(self) -> list[PeerCounts]:
+        """Of each learner."""
 
     @property
     def closed(self) -> bool:
@@ -52,12 +52,13 @@ class RingRoute:
     def __init__(self, client: TcpClient) -> None:
         self._client = client
         self.progress = client.progress
+        self._closing = self._lost = False
 
     def counts(self) -> Counts:
         return self._client.counts()
 
-    def peers(self) -> tuple[PeerStats, ...]:
-        return (PeerStats.of(self._client.peer, self.counts(), self.closed),)
+    def peers(self) -> list[PeerCounts]:
+        return [PeerCounts.of(self.counts(), self._lost if self._closing else self.closed)]
 
     @property
     def room(self) -> int:
@@ -104,6 +105,9 @@ class RingRoute:
         self._client.wait(timeout)
 
     def close(self, timeout: float | None) -> None:
+        if not self._closing:
+            self._lost = self.closed
+            self._closing = True
         self._client.close(timeout)
 
 
@@ -132,8 +136,8 @@ class RowRoute:
         connected = (self._ended_at or time.monotonic()) - self._began if self._sent else 0.0
         return Times(connected=connected, sending=self._sending, blocked=(self._sending, 0.0, 0.0, 0.0))
 
-    def peers(self) -> tuple[PeerStats, ...]:
-        return (PeerStats.of(self._peer, self.counts(), self.closed or self._lost),)
+    def peers(self) -> list[PeerCounts]:
+        return [PeerCounts.of(self.counts(), self._lost)]
 
     def counts(self) -> Counts:
         """Such a client tells nothing of what comes after ``wait``."""
@@ -212,8 +216,8 @@ class NoRoute:
     def __init__(self, peer: str) -> None:
         self._peer = peer
 
-    def peers(self) -> tuple[PeerStats, ...]:
-        return (PeerStats.of(self._peer, Counts(), True),)
+    def peers(self) -> list[PeerCounts]:
+        return [PeerCounts(lost=1)]
 
     def counts(self) -> Counts:
         return Counts()

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import lifetime
@@ -30,7 +30,7 @@ class Session:
     """One process's own; never used by another.
 
     Args:
-        peer: how messages name the learner.
+        learners: how messages name them.
         payload_size: bytes of one sample.
         token: the sink's, by which parents and children find each other.
         origin: the process that made the sink.
@@ -41,7 +41,7 @@ class Session:
 
     def __init__(
         self,
-        peer: str,
+        learners: Sequence[str],
         payload_size: int,
         token: str,
         origin: int,
@@ -49,7 +49,8 @@ class Session:
         stall_timeout: float | None,
         raises: bool,
     ) -> None:
-        self.peer = peer
+        self.peer = peer = ", ".join(learners)
+        self._learners = len(learners)
         self.route: Route | None = None
         self.closed = False
         self.told = False
@@ -58,7 +59,7 @@ class Session:
         """Whether the learner is, and that was logged; unless it is an error."""
         self.watermark = Watermark()
         self.children = Children.of(peer, token, at_risk)
-        self.account = Account(peer, payload_size, self.children)
+        self.account = Account(learners, payload_size, self.children)
         self._token = token
         self._origin = origin
         self._marks = Marks(token, origin)
@@ -249,7 +250,7 @@ class Session:
         if parent is None or self._report is not None:
             return
         try:
-            report = Report(self._token, parent, self)
+            report = Report(self._token, parent, self, self._learners)
         except ConnectionClosedError:
             raise self._ended_by_parent() from None
         except OSError as error:

@@ -359,7 +359,7 @@ class EchoSink:
     @property
     def peer(self) -> str:
         """The learner, as ``host:port``, or all of them."""
-        return self._opener.peer
+        return self._session().peer
 
     def __enter__(self: _Sink) -> _Sink:
         return self.connect()
@@ -384,7 +384,7 @@ class EchoSink:
         session = self._sessions.get(pid)
         if session is None:
             new = Session(
-                self.peer,
+                self._opener.learners,
                 self._spec.payload_size,
                 self._token,
                 self._origin,

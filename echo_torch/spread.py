@@ -23,7 +23,7 @@ from .estate import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
 from .meter import Times
 from .prefix import Prefix
 from .spec import Match
-from .stats import Counts, PeerStats
+from .stats import Counts, PeerCounts
 
 _log = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ class Spread:
     def counts(self) -> Counts:
         return self._estate.counts(hopeless=self._is_lost)
 
-    def peers(self) -> tuple[PeerStats, ...]:
-        return tuple(stats for peer in self._peers for stats in peer.route.peers())
+    def peers(self) -> list[PeerCounts]:
+        return [counts for peer in self._peers for counts in peer.route.peers()]
 
     def progress(self) -> tuple[int, int]:
         with self._prefix_lock:

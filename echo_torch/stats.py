@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any, NamedTuple
 
 
@@ -23,25 +24,40 @@ class Counts(NamedTuple):
     """How many the server may not have stored, at the most; 0 while there is a connection, or hope for one."""
 
 
+class PeerCounts(NamedTuple):
+    """What became of the samples that one learner was sent, in samples."""
+
+    sent: int = 0
+    unacked: int = 0
+    reconnects: int = 0
+    resent: int = 0
+    lost: int = 0
+    """How many connections to it were lost for good."""
+
+    @classmethod
+    def of(cls, counts: Counts, lost: bool) -> PeerCounts:
+        return cls(counts.sent, counts.unacked, counts.reconnects, counts.resent, int(lost))
+
+    def plus(self, other: PeerCounts) -> PeerCounts:
+        return PeerCounts._make(map(operator.add, self, other))
+
+
 @dataclasses.dataclass(frozen=True)
 class PeerStats:
-    """What became of the samples that one of several learners was sent, in this process."""
+    """What became of the samples that one learner was sent, by this process and its DataLoader workers."""
 
     peer: str
     """The learner, as ``host:port``."""
     samples_sent: int
     samples_acked: int
     in_flight: int
-    """Not acked; once it is lost, those that it took with it, or that others got in its place."""
+    """Not acked; those of a connection that was lost may be with other learners since."""
     reconnects: int
+    """How often a lost connection to it was opened again."""
     resent: int
-    lost: bool
-    """Whether its connection has ended."""
-
-    @classmethod
-    def of(cls, peer: str, counts: Counts, lost: bool) -> PeerStats:
-        acked = counts.sent - counts.unacked
-        return cls(peer, counts.sent, acked, counts.unacked, counts.reconnects, counts.resent, lost)
+    """Samples that were sent to it again then."""
+    lost: int
+    """How many connections to it were lost for good: one in each process at the most."""
 
 
 # A verdict is against whoever keeps `send` waiting for this share of the time, or the connection for that.
@@ -120,7 +136,7 @@ class SinkStats:
     loaded_acked: int = _uncompared(0)
     """The same of ``samples_acked``."""
     peers: tuple[PeerStats, ...] = _uncompared(())
-    """What each learner was sent by this process, once there is a connection."""
+    """What each learner was sent."""
 
     @property
     def bottleneck(self) -> str:

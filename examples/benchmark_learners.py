@@ -1,4 +1,4 @@
-"""What one sink gets from several learners, and what it costs when one of them is stopped, as tables of ``benchmark.py``.
+"""What one sink gets from two learners, and what it costs when one of them is stopped, as tables of ``benchmark.py``.
 
 * ``spread``: batches sent as fast as they are taken, by one sink to one learner and to two. Learners that train take a
   while over each batch, for which they sleep, as those do that wait for a GPU; others do nothing but drain, and share

@@ -83,10 +83,10 @@ def test_nothing_is_lost_but_what_the_lost_had_acked(seed: int, route: Any) -> N
         assert stats.samples_sent == stats.samples_acked == len(wanted)
         assert stats.maybe_lost == 0
         assert sink.acked_through == THREADS * BATCHES - 1
-        sink.close()
         got: set[int] = set()
         for learner, told in zip(learners, stats.peers, strict=True):
             assert told.lost == learner.dead.is_set()
             got |= set(learner.received[: max(0, told.samples_acked - 8)] if told.lost else learner.received)
         assert got == wanted
+        sink.close()
         assert sink.stats().in_flight == 0

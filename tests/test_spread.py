@@ -283,7 +283,7 @@ def test_all_learners_must_be_there_at_first_unless_others_may_have_their_share(
             for number in range(4):
                 sink.send(batch(number))
             sink.wait()
-            assert [peer.lost for peer in sink.stats().peers] == [True, False]
+            assert [peer.lost for peer in sink.stats().peers] == [1, 0]
         assert arrived(learner, of_batches(*range(4)))[: 4 * BATCH] == of_batches(*range(4))
 
 
@@ -351,6 +351,11 @@ def test_workers_send_to_several_learners() -> None:
             loader = DataLoader(Digits(640), BATCH, num_workers=2, collate_fn=sink.collate())
             assert sum(len(item["id"]) for item in loader) == 640
             sink.wait()
-            assert sink.stats().samples_acked == 640
+            stats = sink.stats()
+            assert stats.samples_acked == sum(peer.samples_acked for peer in stats.peers) == 640
+            assert all(peer.samples_sent for peer in stats.peers)
+            del loader
+        assert [peer.samples_acked for peer in sink.stats().peers] == [peer.samples_acked for peer in stats.peers]
+        assert [peer.lost for peer in sink.stats().peers] == [0, 0]
         first = set(one.take(0)["id"].tolist())
         eventually(lambda: first | set(two.take(0)["id"].tolist()) == set(range(640)))
