@@ -1,6 +1,7 @@
 """Send what PyTorch training loops produce to an `echo <https://github.com/instadeepai/echo>`_ replay buffer."""
 
 from .client import Client, TcpClient
+from .dataset import EchoDataset
 from .errors import (
     ConnectionClosedError,
     DeliveryTimeoutError,
@@ -18,6 +19,7 @@ __all__ = [
     "Client",
     "ConnectionClosedError",
     "DeliveryTimeoutError",
+    "EchoDataset",
     "EchoSink",
     "HandshakeError",
     "PeerStats",

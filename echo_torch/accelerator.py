@@ -103,6 +103,29 @@ def run_on(stream: torch.Stream, work: Callable[[], object]) -> None:
         work()
 
 
+def empty_like(tensor: torch.Tensor, stream: torch.Stream) -> torch.Tensor:
+    """Memory on the device of a stream, whose tensor belongs to that stream."""
+    with _current(stream):
+        return torch.empty_like(tensor, device=stream.device)
+
+
+def used_here(tensor: torch.Tensor) -> None:
+    """Let nobody have its memory, once it is dropped, before what this thread's stream has to do by then is done."""
+    tensor.record_stream(current_stream(tensor.device))
+
+
+def wait_for(stream: torch.Stream) -> None:
+    """Sleep until what is in the stream is done. Devices other than CUDA's may keep the processor busy meanwhile."""
+    with _current(stream):
+        event: Any
+        if stream.device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record()
+        else:
+            event = stream.record_event()
+    event.synchronize()
+
+
 def _current(stream: torch.Stream) -> contextlib.AbstractContextManager[Any]:
     return stream if hasattr(stream, "__enter__") else _made_current(stream)
 
@@ -125,12 +148,18 @@ def passed_for_thread(event: torch.Event) -> bool:
     Its current device becomes the event's: asking, and freeing the event later, would else begin to use another one.
     """
     device = event.device
-    if device is not None and device != getattr(_this_thread, "device", None):
+    if device is not None:
+        dedicate_thread(device)
+    return event.query()
+
+
+def dedicate_thread(device: torch.device) -> None:
+    """Make the device current in a thread that does nothing else with devices; captures of others do not mind it."""
+    if device != getattr(_this_thread, "device", None):
         torch.accelerator.set_device_index(device.index)
         if device.type == "cuda":
             _set_apart()
         _this_thread.device = device
-    return event.query()
 
 
 def _set_apart() -> None:

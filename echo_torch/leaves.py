@@ -148,6 +148,11 @@ def dtypes_of(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
     return _TORCH_OF.get(value.dtype, value.dtype), value.dtype
 
 
+def tensor_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
+    """The dtype of tensors of the same values; None if PyTorch lacks it."""
+    return _TORCH_OF.get(dtype)
+
+
 def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(np.shape(value))
 

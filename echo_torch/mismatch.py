@@ -40,6 +40,31 @@ def _server_differences(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf]) -> I
             yield f"leaf {index}: server expects {expected}, example has {example}"
 
 
+def batch_error(leaves: Sequence[Leaf], paths: Sequence[str], arrays: Sequence[Any]) -> SpecMismatchError:
+    """The error for a server that gives other batches than of samples like the example.
+
+    Args:
+        leaves: the example's.
+        paths: of the server's, in the order of the wire.
+        arrays: what is there, ``(batch_size, *shape)``.
+    """
+    problems = []
+    for index, (path, array, leaf) in enumerate(itertools.zip_longest(paths, arrays, leaves)):
+        theirs = "nothing" if path is None else _named(path, getattr(array, "dtype", type(array)), shape_of(array)[1:])
+        ours = _named(leaf.path, leaf.travels_as, leaf.shape) if leaf else "nothing"
+        if theirs != ours:
+            values = f", for {leaf.dtype}" if leaf and leaf.opaque else ""
+            problems.append(f"leaf {index}: the server has {theirs}, the example {ours}{values}")
+    what = "Server spec mismatch: the server was not made for samples like the example"
+    remedy = "make it with echo.Server(numpy_example(example), ...), of the example that the senders have, too"
+    return SpecMismatchError(_listing(what, _shortened(problems), [remedy]))
+
+
+def _named(path: str, dtype: object, shape: Sequence[int]) -> str:
+    """A leaf of a server's batches."""
+    return f"{path}: {dtype} {_stacked(shape)}" if path else f"{dtype} {_stacked(shape)}"
+
+
 def structure_error(root: str, leaves: Sequence[Leaf], example: Any, batch: Any) -> SpecMismatchError:
     """The error for a batch that has not the example's leaves: names what is missing and what is unexpected.
 
@@ -162,10 +187,14 @@ def _whether_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int
 
 
 def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
-    single, stacked = f"{list(leaf.shape)}", "[" + ", ".join(["B", *map(str, leaf.shape)]) + "]"
+    single, stacked = f"{list(leaf.shape)}", _stacked(leaf.shape)
     if batched is None:
         return f"{single} or {stacked}"
     return stacked if batched else single
+
+
+def _stacked(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(["B", *map(str, shape)]) + "]"
 
 
 def _how_to_reshape(

@@ -8,6 +8,7 @@ that `FakeDevice.put` gave, and no others.
 from __future__ import annotations
 
 import functools
+import queue
 import threading
 import weakref
 from collections import deque
@@ -62,6 +63,10 @@ class FakeDevice:
         self.lock = threading.RLock()
         self.freed_too_soon = 0
         """How often memory was to be copied that nobody had kept."""
+        self.used: list[torch.Tensor] = []
+        """What is not to be freed before the stream of the thread that got it."""
+        self.waits: queue.SimpleQueue[FakeStream] = queue.SimpleQueue()
+        """The streams that threads began to wait for."""
         self._current = threading.local()
         self._memory: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
@@ -73,6 +78,10 @@ class FakeDevice:
             new_stream=lambda device: FakeStream(self),
             enqueue=self.enqueue,
             run_on=self.run_on,
+            empty_like=self.empty_like,
+            wait_for=self.wait_for,
+            used_here=self.used.append,
+            dedicate_thread=lambda device: None,
         )
 
     @property
@@ -111,6 +120,18 @@ class FakeDevice:
                 write(memory.as_strided(*layout))
 
         stream.enqueue(copy)
+
+    def empty_like(self, tensor: torch.Tensor, stream: FakeStream) -> torch.Tensor:
+        """New memory, which holds something from before."""
+        there = self.put(tensor)
+        there.view(-1).view(torch.uint8).fill_(0xA5)
+        return there
+
+    def wait_for(self, stream: FakeStream) -> None:
+        come = threading.Event()
+        stream.enqueue(come.set)
+        self.waits.put(stream)
+        come.wait()
 
     def step(self, stream: FakeStream) -> bool:
         """Do the next thing of a stream, if it has one that does not wait; gives whether it did."""

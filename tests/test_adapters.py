@@ -26,8 +26,8 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_echo_torch_imports_no_trainer() -> None:
-    """Nor do the policy, the hooks for loaders, and what Fabric calls."""
-    names = [*PACKAGES.values(), "accelerate", "tensordict", "gymnasium"]
+    """Nor do the policy, the hooks for loaders, and what Fabric calls. Nor is the server's package needed."""
+    names = [*PACKAGES.values(), "accelerate", "tensordict", "gymnasium", "echo"]
     done = run(
         "import sys, echo_torch, echo_torch.workers, echo_torch.callbacks.loop, echo_torch.callbacks.fabric\n"
         f"print([name for name in {names} if name in sys.modules])"
