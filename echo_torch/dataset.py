@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from . import accelerator
-from .taker import Taker
+from .taker import Taker, turn_of
 from .unpack import Convert, Mover, Unpacker, Uploader, copied, shared
 
 _ONE_CONSUMER = (
@@ -43,7 +43,8 @@ class EchoDataset(IterableDataset[Any]):
     Ctrl-C gets through while a batch is waited for, as it does not in ``server.sample()``. What is waited for is not
     lost then, nor what was taken ahead when a loop is left: it comes next.
 
-    Use one `EchoDataset` per server, for as long as there is the server, and let nothing else call its ``sample()``.
+    Use one `EchoDataset` per server for as long as there is the server: what one has taken ahead is lost with it. Let
+    nothing else call ``server.sample()``: each call gives the last batch back, whoever has it.
     Where several ranks have a server each, they end after different numbers of batches. Have all ranks agree on each
     step that there is a batch, by an all-reduce; or have them use ``torch.distributed.algorithms.join.Join``.
 
@@ -88,6 +89,7 @@ class EchoDataset(IterableDataset[Any]):
             server.sample,
             lambda sample: _Batch(unpacker.tensors(sample.batch, server), sample.info),
             getattr(server, "close", lambda: None),
+            turn=turn_of(server),
             ahead=not self._lent,
         )
         self._process = os.getpid()

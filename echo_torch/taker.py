@@ -7,7 +7,10 @@ there, and whoever asks for a batch waits on a queue. For each taker:
   server, or after the taker was stopped; until the server has a next batch, or is closed, nothing gets it out of there.
 * It takes a batch only when one was asked for, and none is there; with ``ahead``, as soon as the last one is fetched.
   So no slot of the server is given back before the batch in it was converted, and at most one is taken ahead.
-* What was taken stays until it is fetched: it is not lost if who asked was interrupted, or has stopped asking.
+* What was taken stays until it is fetched: it is not lost if who asked was interrupted, or has stopped asking. It is
+  lost with the taker.
+* A taker that is dropped may leave its thread in ``sample()``. The next one for that server waits for it to come out:
+  each call gives back the slot of the last batch, whoever got it.
 * One lock guards the state. It is not held while anybody waits, and stopping does not need it: finalisers may do so.
 * The end of the process ends the thread, and the server for that: a daemon thread that comes back to the interpreter
   when that is ending aborts it, out of ``sample()`` as out of PyTorch.
@@ -48,6 +51,7 @@ class Taker(Generic[_Sample, _Batch]):
         sample: blocks until there is one; None at the end.
         convert: called in the same thread, before ``sample`` is again.
         close: has ``sample`` end soon; called at the end of the process.
+        turn: held in ``sample`` and ``convert``; the same for all takers of a server.
         ahead: take the next one as soon as one is fetched, rather than when it is asked for.
     """
 
@@ -57,11 +61,13 @@ class Taker(Generic[_Sample, _Batch]):
         convert: Callable[[_Sample], _Batch],
         close: Callable[[], object],
         *,
+        turn: threading.Lock,
         ahead: bool,
     ) -> None:
         self._sample = sample
         self._convert = convert
         self._close = close
+        self._turn = turn
         self._ahead = ahead
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -127,8 +133,9 @@ class Taker(Generic[_Sample, _Batch]):
 
     def _take(self) -> _Taken[_Batch]:
         try:
-            sample = self._wait_for_sample()
-            return _Taken() if sample is None or self._stopped else _Taken(self._convert(sample))
+            with self._turn:
+                sample = self._wait_for_sample()
+                return _Taken() if sample is None or self._stopped else _Taken(self._convert(sample))
         except BaseException as error:
             return _Taken(error=error)
 
@@ -150,6 +157,17 @@ class Taker(Generic[_Sample, _Batch]):
         for _ in range(waiting):
             self._answers.put(None)
         return self._ended
+
+
+_turns: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+
+
+def turn_of(server: Any) -> threading.Lock:
+    """The one lock for that server."""
+    try:
+        return _turns.setdefault(server, threading.Lock())
+    except TypeError:  # it has no hash, or no weak references
+        return threading.Lock()
 
 
 _living: weakref.WeakSet[Taker[Any, Any]] = weakref.WeakSet()

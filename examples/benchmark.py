@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from benchmark_counting import counting_rows
+from benchmark_dataset import dataset_rows
 from benchmark_device import launch_rows, send_rows, staging_rows, step_rows, where
 from benchmark_loaders import WORKERS, loader_rows
 from benchmark_others import OTHERS, installed, other_rows
@@ -406,6 +407,18 @@ def counting(options: argparse.Namespace) -> list[dict[str, Any]]:
     )
 
 
+def dataset(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "sample": ("case", ""),
+        "  B": ("B", ""),
+        "learner takes": ("way", ""),
+        "us/batch": ("batch_us", ",.0f"),
+        "x raw + copy": ("vs_copied", ".2f"),
+        "held up us/batch": ("held_up_us", ",.0f"),
+    }
+    return filled(Table("What taking batches costs the learner, fed by a sink", columns), dataset_rows(options))
+
+
 def others(options: argparse.Namespace) -> list[dict[str, Any]]:
     columns = {
         "sample": ("case", ""),
@@ -572,6 +585,7 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "loop": loop,
     "loaders": loaders,
     "counting": counting,
+    "dataset": dataset,
     "others": others,
 }
 PLOTTED = ("throughput", "others")

@@ -216,7 +216,7 @@ SMALLEST = ("--cases", "29B", "--rounds", "1", "--seconds", "0.02")
 def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     path, plot = tmp_path / "figures.json", tmp_path / "figures.png"
     some = ("--others", "pyzmq,gloo,queue")  # without what takes long to start
-    some += ("--quick", "--tables", "throughput,trips,room,memory,busy,loop,loaders,counting,others")
+    some += ("--quick", "--tables", "throughput,trips,room,memory,busy,loop,loaders,counting,dataset,others")
     with running(BENCHMARK, *SMALLEST, *some, "--json", str(path), "--plot", str(plot)) as process:
         report, errors = process.communicate(timeout=RUN_S)
         assert process.returncode == 0, errors
@@ -236,6 +236,10 @@ def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     assert all(row["samples_s"] > 0 and row["kept"] > 0 for row in tables["loaders"])
     assert [row["case"] for row in tables["counting"]] == ["1 x 29B", "256 x 29B", "256 x 1KB", "64 x 28KB"]
     assert all(row["readings"] >= 4 for row in tables["counting"])  # before and after the check, and the packing
+    ways = ["raw", "raw + copy", "EchoDataset", "copy=False"]
+    assert [(row["case"], row["way"]) for row in tables["dataset"]] == [
+        (case, way) for case in ("29B", "28KB", "602KB") for way in ways
+    ]
     assert_others(tables["others"])
     assert "Left out" not in report
     assert_drawn(plot)
