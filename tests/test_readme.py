@@ -47,7 +47,7 @@ def test_the_trainer_delivers_to_the_learner(trainer: str) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=one_thread)
             assert (done.returncode, done.stderr) == (0, "")
             batches = [process.stdout.readline() for _ in range(30_000 // 256)]
-            assert set(batches) == {"(256, 4) (256,)\n"}
+            assert set(batches) == {"torch.Size([256, 4]) torch.Size([256])\n"}
         finally:
             process.kill()
 
