@@ -619,7 +619,7 @@ def parse_arguments() -> argparse.Namespace:
         "--rounds", type=at_least_one, default=5, help="how often each sender has its turn (default: 5)"
     )
     parser.add_argument("--seconds", type=positive, help="length of one round of one sender (default: 0.6)")
-    parser.add_argument("--cases", type=some_of(list(cases())), help=f"for throughput, of {', '.join(cases())}")
+    parser.add_argument("--cases", type=some_of(list(cases())), help=f"of throughput, dataset: {', '.join(cases())}")
     parser.add_argument("--peers", type=some_of(["null", "real"]), default="null,real", help="for throughput")
     which = f"for the table of others, of {','.join(OTHERS)} (default: all that are installed)"
     parser.add_argument("--others", type=some_of(list(OTHERS)), default=",".join(OTHERS), help=which)

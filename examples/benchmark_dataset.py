@@ -101,7 +101,7 @@ def us_held_up(take: Take, work_s: float) -> float:
 
 
 def dataset_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for case in (cases()[name] for name in CASES):
+    for case in (cases()[name] for name in CASES if name in options.cases):
         with fed_servers(case, 4) as servers:
             takes = ways(servers, case)
             fast: dict[str, list[float]] = {name: [] for name in takes}

@@ -236,10 +236,7 @@ def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     assert all(row["samples_s"] > 0 and row["kept"] > 0 for row in tables["loaders"])
     assert [row["case"] for row in tables["counting"]] == ["1 x 29B", "256 x 29B", "256 x 1KB", "64 x 28KB"]
     assert all(row["readings"] >= 4 for row in tables["counting"])  # before and after the check, and the packing
-    ways = ["raw", "raw + copy", "EchoDataset", "copy=False"]
-    assert [(row["case"], row["way"]) for row in tables["dataset"]] == [
-        (case, way) for case in ("29B", "28KB", "602KB") for way in ways
-    ]
+    assert [row["way"] for row in tables["dataset"]] == ["raw", "raw + copy", "EchoDataset", "copy=False"]
     assert_others(tables["others"])
     assert "Left out" not in report
     assert_drawn(plot)
