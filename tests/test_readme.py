@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calls import Gate
+from learner import Learner
 from peers import Line, Peer
 
 LIMIT_S = 60.0
@@ -26,7 +27,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-LEARNER, TRAINER, LOOP, WORKERS, SIGTERM, MODULE = blocks("python")
+LEARNER, TRAINER, LOOP, WORKERS, SIGTERM, SEVERAL, MODULE = blocks("python")
 
 
 def with_port(program: str, port: int | str) -> str:
@@ -50,6 +51,23 @@ def test_the_trainer_delivers_to_the_learner(trainer: str) -> None:
             assert set(batches) == {"torch.Size([256, 4]) torch.Size([256])\n"}
         finally:
             process.kill()
+
+
+SEND_TO_TWO = """
+with sink:
+    sink.send({"environment": torch.arange(7), "observation": torch.randn(7, 4)})
+    sink.wait()
+    print([learner.samples_acked for learner in sink.stats().peers], spare.peer)
+"""
+
+
+def test_two_learners_get_what_the_function_says() -> None:
+    example = {"environment": np.zeros((), np.int64), "observation": np.zeros(4, np.float32)}
+    with Learner(example) as one, Learner(example) as two:
+        program = with_port(SEVERAL, one.port).replace("50052", str(two.port)) + SEND_TO_TWO
+        command = [sys.executable, "-W", "error", "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.stdout, done.stderr) == ("[4, 3] 10.0.0.1:50053, 10.0.0.2:50053\n", "")
 
 
 LOADER = """
