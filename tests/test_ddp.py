@@ -1,0 +1,23 @@
+"""``examples/ddp.py``, run as a reader would run it, but for fewer steps."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "ddp.py"
+RUN_S = 90.0
+"""Seconds for a whole run; it takes some ten."""
+
+
+def test_two_ranks_train_on_what_one_actor_sends_to_both() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(EXAMPLE), "--steps", "20", "--actors", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S)
+    assert done.returncode == 0, done.stderr
+    shares = re.search(r"sent the learners ([\d,]+) and ([\d,]+) samples", done.stdout)
+    assert shares is not None, done.stdout
+    assert all(int(share.replace(",", "")) >= 20 * 64 for share in shares.groups())
+    assert "2 ranks, 1,280 samples each" in done.stdout
