@@ -3,6 +3,7 @@
 from .client import Client, TcpClient
 from .dataset import EchoDataset
 from .errors import (
+    CertificateError,
     ConnectionClosedError,
     DeliveryTimeoutError,
     HandshakeError,
@@ -12,10 +13,13 @@ from .errors import (
 from .sink import EchoSink
 from .spec import numpy_example
 from .stats import PeerStats, SinkStats
+from .tls import TLS
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TLS",
+    "CertificateError",
     "Client",
     "ConnectionClosedError",
     "DeliveryTimeoutError",

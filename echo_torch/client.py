@@ -31,6 +31,7 @@ from .ring import Ring
 from .spec import Match, SampleSpec, check_numpy
 from .staging import Stager, UnstagedError
 from .stats import Counts
+from .tls import TLS, check_tls
 from .trees import flatten
 
 _log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class TcpClient:
         port: the server's TCP port.
         data_sample: pytree of numpy arrays with the structure, shapes and dtypes of one sample.
         max_inflight_msgs: most samples that are un-acked at a time; `send` blocks above.
-        connect_timeout: seconds for resolving, connecting and the handshake together; None for no limit.
+        connect_timeout: seconds for resolving, connecting and the handshakes together; None for no limit.
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
         buffer_bytes: host memory for samples not yet acked; by default ``max_inflight_msgs`` samples. With more,
             `send` and `send_rows` run ahead of the window.
@@ -82,11 +83,13 @@ class TcpClient:
             discard samples that it acked and still has queued when the connection ends.
         linger: seconds that `close` waits, once all is acked, for the server to take them out of its queue.
         retry_refused: while nobody listens at the address yet, try again until ``connect_timeout``.
+        tls: how to speak to a proxy that has TLS, in front of the server; None for a plain connection.
 
     Raises:
         TypeError: a leaf of ``data_sample`` is no numpy array, or an argument has the wrong type.
         ValueError: a sample without bytes, or an argument out of range.
-        HandshakeError: the peer is no echo server of wire version 1.
+        HandshakeError: the peer is no echo server of wire version 1, or speaks no TLS although it should.
+        CertificateError: the server's certificate, or the client's, or a file of ``tls`` will not do.
         SpecMismatchError: the server expects other samples.
         ConnectionClosedError: the peer hung up during the handshake.
         TimeoutError: ``connect_timeout`` passed.
@@ -108,6 +111,7 @@ class TcpClient:
         replay_tail: bool = False,
         linger: float = 0.0,
         retry_refused: bool = False,
+        tls: TLS | None = None,
     ) -> None:
         check_numpy(data_sample)
         self._spec = SampleSpec(data_sample, root="data")
@@ -124,7 +128,7 @@ class TcpClient:
         window = min(window, rows - replay)
         buffer = _allocate(rows, size)
         self._peer = peer_name(host, port)
-        dial_server = functools.partial(_dial, host, port, self._spec)
+        dial_server = functools.partial(_dial, host, port, self._spec, check_tls(tls))
         sock = dial_server(Deadline(connect_timeout), retry_refused=retry_refused)
         try:
             self._ring = ring = Ring(buffer, size, replay)
@@ -323,9 +327,11 @@ class TcpClient:
         return f"<TcpClient {self._peer} {'closed' if self.closed else 'open'}>"
 
 
-def _dial(host: str, port: int, spec: SampleSpec, deadline: Deadline, retry_refused: bool = False) -> socket.socket:
+def _dial(
+    host: str, port: int, spec: SampleSpec, tls: TLS | None, deadline: Deadline, retry_refused: bool = False
+) -> socket.socket:
     """A socket to a server that expects these samples."""
-    sock, theirs = dial(host, port, deadline, retry_refused=retry_refused)
+    sock, theirs = dial(host, port, deadline, retry_refused=retry_refused, tls=tls)
     try:
         spec.check_server(theirs, peer_name(host, port))
         return sock

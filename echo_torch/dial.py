@@ -2,7 +2,7 @@
 
 Every address that the name resolves to is tried in turn (IPv6 literals and v6-only names included). A resolver cannot
 be interrupted, so a name is looked up on a daemon thread that is left behind when the deadline passes. All else waits
-in pieces, so that a deadline that can be revoked is looked at often enough.
+in pieces (`ready`), so that a deadline that can be revoked is looked at often enough.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from .backoff import Backoff
 from .checks import check_count
 from .deadline import LOOK_S, Deadline
 from .errors import ConnectionClosedError, HandshakeError
+from .ready import ready
+from .secure import TlsSocket, secure
+from .tls import TLS
 from .vigil import keep_asking
 from .wire import Handshake, WireLeaves
 
@@ -53,27 +56,31 @@ def check_address(host: str, port: int) -> None:
         raise ValueError(f"port: got {port}, expected 1 to 65535")
 
 
-def dial(host: str, port: int, deadline: Deadline, *, retry_refused: bool = False) -> tuple[socket.socket, WireLeaves]:
+def dial(
+    host: str, port: int, deadline: Deadline, *, retry_refused: bool = False, tls: TLS | None = None
+) -> tuple[socket.socket, WireLeaves]:
     """Connect and read the server's greeting; gives a non-blocking socket and the leaves that the server expects.
 
     Args:
         host: name, IPv4 or IPv6 address.
         port: 1 to 65535.
-        deadline: covers resolving, connecting and the handshake.
+        deadline: covers resolving, connecting and the handshakes.
         retry_refused: try again until the deadline while nobody listens there.
+        tls: None for a socket without; else it is a `TlsSocket`.
 
     Raises:
         OSError: as the system reports it (``ConnectionRefusedError``, ``socket.gaierror``, ...).
         TimeoutError: the deadline passed.
         ConnectionClosedError: the peer hung up before its greeting was complete.
-        HandshakeError: the peer is no echo server of wire version 1.
+        HandshakeError: the peer is no echo server of wire version 1, or speaks no TLS and was to.
+        CertificateError: a certificate will not do.
     """
     check_address(host, port)
     peer = peer_name(host, port)
     backoff = Backoff(*_RETRY_S)
     while True:
         try:
-            sock = connect(resolve(host, port, deadline), peer, deadline)
+            sock = connect(resolve(host, port, deadline), peer, deadline, socket.socket if tls is None else TlsSocket)
             break
         except ConnectionRefusedError:
             left = deadline.remaining()
@@ -81,6 +88,8 @@ def dial(host: str, port: int, deadline: Deadline, *, retry_refused: bool = Fals
                 raise
         time.sleep(min(backoff.pause(), left / 2))
     try:
+        if tls is not None:
+            secure(cast(TlsSocket, sock), tls, host, peer, deadline)
         return sock, shake_hands(sock, peer, deadline)
     except BaseException:
         sock.close()
@@ -134,13 +143,15 @@ def _lookup(host: str, port: int) -> Sequence[Address]:
     return [(family, address) for family, _, _, _, address in found]
 
 
-def connect(addresses: Sequence[Address], peer: str, deadline: Deadline) -> socket.socket:
+def connect(
+    addresses: Sequence[Address], peer: str, deadline: Deadline, kind: type[socket.socket] = socket.socket
+) -> socket.socket:
     """Connect to the first address that answers; of several failures the one that says most is raised, as by `dial`."""
     failures: list[OSError] = []
     for index, (family, address) in enumerate(addresses):
         share = None if index == len(addresses) - 1 else deadline.remaining() * _PATIENCE
         try:
-            return _connect_one(family, address, deadline.within(share))
+            return _connect_one(kind, family, address, deadline.within(share))
         except OSError as error:
             failures.append(error)
     failure = max(failures, key=_telling)  # getaddrinfo gives at least one address or raises
@@ -156,8 +167,10 @@ def _telling(failure: OSError) -> int:
     return 2 if isinstance(failure, ConnectionRefusedError) else 0 if isinstance(failure, TimeoutError) else 1
 
 
-def _connect_one(family: socket.AddressFamily, address: Any, deadline: Deadline) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def _connect_one(
+    kind: type[socket.socket], family: socket.AddressFamily, address: Any, deadline: Deadline
+) -> socket.socket:
+    sock = kind(family, socket.SOCK_STREAM)
     _sockets.add(sock)
     try:
         sock.setblocking(False)
@@ -166,7 +179,7 @@ def _connect_one(family: socket.AddressFamily, address: Any, deadline: Deadline)
         try:
             sock.connect(address)
         except BlockingIOError:
-            if not _ready(sock, select.POLLOUT, deadline):
+            if not ready(sock, select.POLLOUT, deadline):
                 raise TimeoutError("timed out") from None
             problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if problem:
@@ -177,16 +190,6 @@ def _connect_one(family: socket.AddressFamily, address: Any, deadline: Deadline)
     except BaseException:
         sock.close()
         raise
-
-
-def _ready(sock: socket.socket, event: int, deadline: Deadline) -> bool:
-    """Wait for a socket; gives whether the event came before the deadline, which is looked at once at least."""
-    poller = select.poll()
-    poller.register(sock, event)
-    while not poller.poll(min(deadline.remaining(), LOOK_S) * 1000):
-        if deadline.expired:
-            return False
-    return True
 
 
 def _is_itself(sock: socket.socket) -> bool:
@@ -208,12 +211,14 @@ def shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeave
     """Read the greeting from a socket of `connect`, which stays open whatever comes; raises as `dial`."""
     handshake = Handshake()
     while handshake.leaves is None:
-        if not _ready(sock, select.POLLIN, deadline):
-            raise _late(handshake, peer, deadline)
         try:
             data = sock.recv(handshake.missing)
-        except BlockingIOError:  # woken for nothing
+        except BlockingIOError:  # first of all, for a record of TLS may have held more than was read of it
+            if not ready(sock, select.POLLIN, deadline):
+                raise _late(sock, handshake, peer, deadline) from None
             continue
+        except HandshakeError as error:
+            raise type(error)(f"{peer}: {error}") from error.__cause__
         except OSError as error:
             raise ConnectionClosedError(f"{peer} broke the connection off during the handshake: {error}") from error
         if not data:
@@ -224,13 +229,15 @@ def shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeave
         except HandshakeError as error:
             raise HandshakeError(f"{peer}: {error}") from None
         if handshake.leaves is None and deadline.expired:  # bytes that dribble in do not extend the deadline
-            raise _late(handshake, peer, deadline)
+            raise _late(sock, handshake, peer, deadline)
     return handshake.leaves
 
 
-def _late(handshake: Handshake, peer: str, deadline: Deadline) -> TimeoutError:
+def _late(sock: socket.socket, handshake: Handshake, peer: str, deadline: Deadline) -> TimeoutError:
     got = handshake.received
-    return TimeoutError(f"{peer}: handshake not complete within {deadline.timeout:g} s; got {got} bytes of it")
+    hint = "" if got or isinstance(sock, TlsSocket) else "; if that server expects TLS, give tls="
+    what = f"{peer}: handshake not complete within {deadline.timeout:g} s; got {got} bytes of it"
+    return TimeoutError(f"{what}{hint}")
 
 
 def hang_up(sock: socket.socket) -> None:

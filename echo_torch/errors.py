@@ -6,6 +6,7 @@
       ProtocolError                          the peer broke wire v1
     DeliveryTimeoutError(TimeoutError)       not acked in time; delivery goes on
     HandshakeError(ValueError)               not an echo server, or nonsense from one
+      CertificateError                       TLS: the server's certificate will not do, or ours
     SpecMismatchError(ValueError)            two descriptions of one sample differ
 
 Each takes one string and survives ``type(e)(str(e))`` and pickling, because DataLoader workers rebuild the exceptions
@@ -48,6 +49,10 @@ class DeliveryTimeoutError(_CountedError, TimeoutError):
 
 class HandshakeError(ValueError):
     """What the peer said on accept is no echo handshake of wire version 1."""
+
+
+class CertificateError(HandshakeError):
+    """The server's certificate is refused here, or ours there, or a file of `TLS` cannot be used: nothing was sent."""
 
 
 class SpecMismatchError(ValueError):

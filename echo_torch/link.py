@@ -26,11 +26,11 @@ from .errors import ConnectionClosedError, ProtocolError
 from .leader import Leader
 from .locks import is_mine
 from .meter import DEVICE, LEARNER, NETWORK, NOTHING
-from .pump import Pump
 from .redial import Redial
 from .ring import Ring, Waiter
 from .stats import Counts
 from .tail import Tail
+from .tls_pump import pump_for
 from .wakeup import WakeUp
 
 # A few rows may linger for this long to be written together, if the last write was as recent and acks are still out:
@@ -61,7 +61,7 @@ class Link:
         self.ring = ring
         self.tail = tail
         self.redial = redial
-        self.line = Pump(sock, ring, window)
+        self.line = pump_for(sock, ring, window)
         self.backlog = Backlog(ring, window)
         self.lost: OSError | None = None
         self.failure: ConnectionClosedError | None = None
@@ -288,7 +288,7 @@ class Link:
             again = self.ring.written - self.ring.released
             self.ring.written = self.ring.released
             self.line.latencies.begin_again()
-            self.line = Pump(sock, self.ring, self.line.window, self.line.latencies)
+            self.line = pump_for(sock, self.ring, self.line.window, self.line.latencies)
             self._resent += again
             self._reconnects += 1
             self._quiet_before = self._quiet_at_loss if self.ring.unacked else 0.0

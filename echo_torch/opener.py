@@ -17,6 +17,7 @@ from .routes import NoRoute, RingRoute, Route, RowRoute
 from .shards import Addresses
 from .spec import SampleSpec
 from .spread import Spread
+from .tls import TLS
 
 _log = logging.getLogger(__name__)
 
@@ -52,9 +53,12 @@ class Opener:
     reconnect: float
     replay_acked: int
     replay_tail: bool
+    tls: TLS | None
 
     def check(self, spec: SampleSpec) -> None:
         """ValueError if the buffer holds too few samples, or the client cannot do what is wanted."""
+        if self.tls is not None and not self._ours:
+            raise ValueError("tls: only TcpClient has it; give the client that you have in its place its own")
         if self._ours:
             ring_rows(spec.payload_size, self.buffer_bytes or BUFFER_BYTES, self.replay_acked)
         elif len(self.addresses) > 1 and (self.least_inflight or self.failover):
@@ -131,6 +135,7 @@ class Opener:
             "replay_tail": self.replay_tail,
             "linger": 0.0 if self.replay_tail else LINGER_S,
             "retry_refused": True,
+            "tls": self.tls,
         }
 
     @property

@@ -4,7 +4,7 @@
   settle nothing in the ring.
 * Whoever calls anything here but `Pump.writable` and `Pump.in_the_air` holds the connection's I/O lock. Nothing blocks.
 * The holder may be the main thread, which Ctrl-C can interrupt after any call. So what a system call did is recorded by
-  the C code that made it (`_record`), and taken into the counters by plain assignments that nothing can come between.
+  the C code that made it (`record`), and taken into the counters by plain assignments that nothing can come between.
   A pump that was broken off is completed by the next one.
 """
 
@@ -14,11 +14,10 @@ import contextlib
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
 
 from .errors import ConnectionClosedError
 from .meter import Latencies
+from .record import record
 from .ring import Ring
 from .wire import check_acks
 
@@ -101,7 +100,7 @@ class Pump:
 
     def _read_acks(self) -> None:
         try:
-            _record(self._received, self.sock.recv_into, (self._acks,))
+            record(self._received, self.sock.recv_into, (self._acks,))
         except BlockingIOError:
             return
         self._take_acks()
@@ -132,7 +131,7 @@ class Pump:
                 return
             view = ring.written_view(self._partial, limit, max_bytes)
             try:
-                _record(self._sent, self.sock.send, (view,), (_NO_SIGNAL,))
+                record(self._sent, self.sock.send, (view,), (_NO_SIGNAL,))
             except BlockingIOError:
                 self.full = True
                 return
@@ -169,11 +168,3 @@ class Pump:
             with contextlib.suppress(OSError):  # not on this platform: a wake-up for every ack
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
             self._ack_mark = mark
-
-
-def _record(log: deque[int], call: Callable[..., int], *args: tuple[Any]) -> None:
-    """Make a system call and append what it gives to ``log``, in one piece of C code that no interrupt can divide.
-
-    ``args`` holds each argument in a tuple of its own.
-    """
-    log.extend(map(call, *args))

@@ -30,6 +30,7 @@ from .shards import Routing, addresses_of, check_routing, shards_of
 from .spec import Match, SampleSpec, example_of
 from .stats import SinkStats
 from .tee import Tee
+from .tls import TLS, check_tls
 from .tracing import profiled, profiling, uncompiled
 from .workers import SinkCollate
 
@@ -81,6 +82,8 @@ class EchoSink:
             the server's ``producer_queue_size``, or samples may be lost when a connection ends.
         replay_tail: whether `close` sends them. Without it, `close` waits for 0.1 s instead, and the server may discard
             samples if it is busy for longer.
+        tls: `TLS`, for a proxy in front of the learner that speaks it; None for connections that anybody can read, and
+            change, on the way.
 
     Raises:
         TypeError: a leaf of ``example`` is no dense array of numbers, or an argument has the wrong type.
@@ -105,6 +108,7 @@ class EchoSink:
         reconnect: float = 60.0,
         replay_acked: int = SERVER_QUEUE,
         replay_tail: bool = True,
+        tls: TLS | None = None,
     ) -> None:
         addresses = addresses_of(host, port)
         check_routing(route)
@@ -131,6 +135,7 @@ class EchoSink:
             reconnect=check_seconds("reconnect", reconnect),
             replay_acked=check_count("replay_acked", replay_acked, least=0),
             replay_tail=replay_tail,
+            tls=check_tls(tls),
         )
         self._opener.check(self._spec)
         self._token = new_token()

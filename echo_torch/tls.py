@@ -1,0 +1,173 @@
+"""What a sink is told to have TLS, for a learner behind a proxy that speaks it; and what went wrong with it, in words.
+
+* The peer's certificate is always verified: there is no way to turn that off.
+* Files are read when a connection is opened, by the process that opens it: so a `TLS` pickles, each machine reads files
+  of its own, and certificates that were renewed count from the next connection on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import ssl
+from typing import Any, NoReturn
+
+from .errors import CertificateError, HandshakeError
+
+# What OpenSSL says of a certificate that it refuses: X509_V_ERR_* of openssl/x509_vfy.h.
+_NOT_YET_VALID, _EXPIRED = 9, 10
+_UNTRUSTED = {2, 18, 19, 20, 21}
+_OTHER_NAME = {62, 64}
+# What a peer says, or OpenSSL of it, that is not about our certificate but about TLS itself.
+_NO_TLS = {"WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"}
+_OF_OUR_CERTIFICATE = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
+# A server of TLS 1.2 says no more than this if it misses a certificate.
+_HANDSHAKE_FAILURE = "HANDSHAKE_FAILURE"
+
+
+@dataclasses.dataclass(frozen=True)
+class TLS:
+    """TLS 1.2 or later to a proxy in front of the learner (stunnel, haproxy, ...), whose certificate is verified.
+
+    Args:
+        ca_file: PEM file of the CA that issued the proxy's certificate, or of that certificate itself if it is
+            self-signed; None for those that the operating system trusts.
+        cert_file: PEM file of a client certificate, and what it takes to verify it, if the proxy asks for one.
+        key_file: PEM file of its private key, without a passphrase; None if that is in ``cert_file``.
+        server_name: the name, or IP address, that the proxy's certificate must be for; None for the host that is
+            connected to.
+
+    The files are read whenever a connection is opened.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an empty name, or a ``key_file`` without a ``cert_file``.
+    """
+
+    ca_file: str | os.PathLike[str] | None = None
+    cert_file: str | os.PathLike[str] | None = None
+    key_file: str | os.PathLike[str] | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = str if field.name == "server_name" else (str, os.PathLike)
+            if value is not None and not isinstance(value, kinds):
+                expected = "a name" if field.name == "server_name" else "a path"
+                raise TypeError(f"{field.name}: got {value!r}, expected {expected}")
+            if value is not None and not os.fspath(value):
+                raise ValueError(f"{field.name}: got {value!r}, expected None or something")
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("key_file: got one without a cert_file")
+
+    def context(self) -> ssl.SSLContext:
+        """What OpenSSL needs, read from the files.
+
+        Raises:
+            CertificateError: a file is missing, or is not what it should be.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies certificates and names
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION  # or writing could have to wait for something to read
+        if self.ca_file is None:
+            context.load_default_certs()
+        else:
+            self._load_ca(context, self.ca_file)
+        if self.cert_file is not None:
+            self._load_own(context, self.cert_file)
+        return context
+
+    def _load_ca(self, context: ssl.SSLContext, path: str | os.PathLike[str]) -> None:
+        _check_readable("ca_file", path)
+        try:
+            context.load_verify_locations(path)
+        except ssl.SSLError as error:
+            raise CertificateError(f"ca_file {os.fspath(path)}: no certificate in PEM ({error.reason})") from error
+
+    def _load_own(self, context: ssl.SSLContext, path: str | os.PathLike[str]) -> None:
+        files = f"cert_file {os.fspath(path)}"
+        _check_readable("cert_file", path)
+        if self.key_file is not None:
+            _check_readable("key_file", self.key_file)
+            files += f", key_file {os.fspath(self.key_file)}"
+        try:
+            context.load_cert_chain(path, self.key_file, _refuse_to_ask)
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                raise CertificateError(f"{files}: the key is not that of the certificate") from error
+            what = f"not a certificate and its private key in PEM ({error.reason})"
+            raise CertificateError(f"{files}: {what}") from error
+        except _EncryptedKeyError as error:
+            raise CertificateError(f"{files}: the key needs a passphrase; give one that needs none") from error
+
+
+def check_tls(tls: Any) -> TLS | None:
+    """TypeError unless it is one, or None."""
+    if tls is not None and not isinstance(tls, TLS):
+        raise TypeError(f"tls: got {tls!r}, expected None or a TLS, such as TLS(ca_file='ca.pem')")
+    return tls
+
+
+class _EncryptedKeyError(Exception):
+    pass
+
+
+def _refuse_to_ask() -> NoReturn:
+    """OpenSSL would ask at the terminal, where there may be nobody."""
+    raise _EncryptedKeyError
+
+
+def _check_readable(name: str, path: str | os.PathLike[str]) -> None:
+    """For OpenSSL says that a file is missing, but not which."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise CertificateError(f"{name} {os.fspath(path)}: {error.strerror}") from error
+
+
+class OtherNameError(CertificateError):
+    """The server's certificate is valid, for somebody else; told to nobody by this name."""
+
+
+def refusal(error: ssl.SSLError, tls: TLS, name: str) -> HandshakeError | None:
+    """Why the handshake was refused by one of the two sides, for good; None if it only broke off.
+
+    Args:
+        error: what OpenSSL made of it.
+        tls: as the user gave it.
+        name: what the certificate had to be for.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if error.verify_code in _OTHER_NAME:
+            return OtherNameError(f"its certificate is not for {name!r}")
+        return CertificateError(_refused_by_us(error, tls))
+    reason = error.reason or ""
+    if any(part in reason for part in _OF_OUR_CERTIFICATE):
+        return CertificateError(_refused_by_them(reason, tls))
+    if reason in _NO_TLS:
+        return HandshakeError("the server speaks no TLS; if it is a plain echo server, leave out tls=")
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
+        return None
+    if _HANDSHAKE_FAILURE in reason and tls.cert_file is None:
+        reason += "; it may want a client certificate: give cert_file and key_file"
+    return HandshakeError(f"TLS failed: {reason or error}")
+
+
+def _refused_by_us(error: ssl.SSLCertVerificationError, tls: TLS) -> str:
+    code = error.verify_code
+    if code == _EXPIRED:
+        return "its certificate, or that of its CA, has expired"
+    if code == _NOT_YET_VALID:
+        return "its certificate is not valid yet; is the clock of one of the machines wrong?"
+    if code in _UNTRUSTED:
+        trusted = "the operating system trusts" if tls.ca_file is None else f"is in ca_file {os.fspath(tls.ca_file)}"
+        return f"its certificate was not issued by a CA that {trusted} ({error.verify_message})"
+    return f"its certificate is refused: {error.verify_message}"
+
+
+def _refused_by_them(reason: str, tls: TLS) -> str:
+    if tls.cert_file is None:
+        return f"the server wants a client certificate; give cert_file and key_file ({reason})"
+    return f"the server refuses the client certificate of cert_file {os.fspath(tls.cert_file)} ({reason})"
