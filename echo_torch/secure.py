@@ -121,6 +121,8 @@ class TlsSocket(socket.socket):
         Raises:
             OSError: the connection is lost.
         """
+        if self.ended:
+            return
         try:
             # Taken from the system and put into memory in one piece of C code.
             if not any(map(self._incoming.write, map(super().recv, (_READ_BYTES,)))):
@@ -185,7 +187,7 @@ def secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) 
         while not _step(sock, tls, name):
             _wait(sock, peer, deadline)
     except OtherNameError as error:
-        names = _names(sock, context, deadline)
+        names = _names(sock, context, tls, name, deadline)
         what = f"its certificate is for {names or 'others'}, and not for {name!r}; connect to that, or give server_name"
         raise CertificateError(f"{peer}: {what}") from error.__cause__
     except HandshakeError as error:
@@ -229,7 +231,7 @@ def _wait(sock: TlsSocket, peer: str, deadline: Deadline) -> None:
         raise TimeoutError(f"{peer}: {what}; does that server speak TLS?")
 
 
-def _names(sock: TlsSocket, context: ssl.SSLContext, deadline: Deadline) -> str:
+def _names(sock: TlsSocket, context: ssl.SSLContext, tls: TLS, name: str, deadline: Deadline) -> str:
     """Whom the server's certificate is for, to tell who asked for another; on a connection of its own, and no more.
 
     OpenSSL shows no certificate that it refused, so here it is verified but for the name.
@@ -240,9 +242,14 @@ def _names(sock: TlsSocket, context: ssl.SSLContext, deadline: Deadline) -> str:
         with contextlib.suppress(BlockingIOError):
             other.connect(sock.getpeername())
         if ready(other, select.POLLOUT, deadline):
-            other.begin(context, "", TLS())
-            while not _step(other, TLS(), ""):
+            other.begin(context, name, tls)
+            while not _step(other, tls, name):
                 _wait(other, "", deadline)
-            found: Any = other.tls.getpeercert() or {}
-            return ", ".join(value for _, value in found.get("subjectAltName", ()))
+            return names_in(other.tls)
     return ""
+
+
+def names_in(tls: ssl.SSLObject) -> str:
+    """Whom the peer's certificate is for."""
+    found: Any = tls.getpeercert() or {}
+    return ", ".join(name for _, name in found.get("subjectAltName", ()))

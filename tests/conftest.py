@@ -12,9 +12,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import issue_all
 from hypothesis import settings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell runs in the background
@@ -91,6 +93,14 @@ def open_descriptors() -> dict[str, str]:
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as the listing's own
             found[descriptor] = os.readlink(f"/proc/self/fd/{descriptor}")
     return found
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the certificate of a CA, ``ca.pem``, and those that it issued."""
+    folder = tmp_path_factory.mktemp("certificates")
+    issue_all(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

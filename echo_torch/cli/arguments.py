@@ -22,8 +22,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from echo_torch.dial import check_address
 from echo_torch.spec import SampleSpec
+from echo_torch.tls import TLS
 
-from .errors import one_line
+from .errors import CommandError, one_line
 
 HELP_ON_EXAMPLES = (
     "MODULE:OBJECT is imported from the current directory or what is installed. The object is one sample, a Dataset "
@@ -38,6 +39,24 @@ def add_address(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="the echo server: a name or an address, IPv6 in brackets: [::1]:50051",
     )
+
+
+def add_tls(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("TLS", "For a learner behind a proxy that speaks it; each of these turns it on.")
+    group.add_argument("--tls", action="store_true", help="the proxy's CA is one that the operating system trusts")
+    group.add_argument("--tls-ca", metavar="FILE", help="PEM file of the CA that issued the proxy's certificate")
+    group.add_argument("--tls-cert", metavar="FILE", help="PEM file of a client certificate")
+    group.add_argument("--tls-key", metavar="FILE", help="PEM file of its key, if that is not in the same")
+    group.add_argument("--tls-name", metavar="NAME", help="whom the proxy's certificate is for (default: HOST)")
+
+
+def tls_of(options: argparse.Namespace) -> TLS | None:
+    """What `add_tls` has found."""
+    try:
+        tls = TLS(options.tls_ca, options.tls_cert, options.tls_key, options.tls_name)
+    except ValueError as error:
+        raise CommandError(f"--tls-*: {error}") from error
+    return tls if options.tls or tls != TLS() else None
 
 
 def address(text: str) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from echo_torch.errors import DeliveryTimeoutError, HandshakeError, SpecMismatch
 from echo_torch.leaves import Array
 from echo_torch.sink import EchoSink
 
-from .arguments import add_address, count, seconds
+from .arguments import add_address, add_tls, count, seconds, tls_of
 from .errors import CommandError, one_line
 from .reach import TIMEOUT_S, reach
 from .table import table
@@ -51,20 +51,23 @@ def add_to(commands: Any) -> None:
     add_address(parser)
     parser.add_argument("--seconds", type=seconds, default=3.0, help="how long to send (default: %(default)g)")
     parser.add_argument("--batch-size", type=count, default=256, help="samples per send (default: %(default)s)")
+    add_tls(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     host, port = options.address
     peer = peer_name(host, port)
-    leaves = reach(host, port, TIMEOUT_S)
+    tls = tls_of(options)
+    leaves = reach(host, port, TIMEOUT_S, tls=tls)
     payload = sum(leaf.nbytes for leaf in leaves)
     size = min(options.batch_size, max(1, BATCH_BYTES // payload))
     try:
         batch = [_zeros((size, *leaf.shape), leaf.itemsize) for leaf in leaves]
         backlog = min(_BACKLOG_BYTES, payload * max(_BACKLOG_SAMPLES, 2 * size))
         backlog = max(backlog, least_buffer(payload, SERVER_QUEUE))
-        sink = EchoSink.from_batch(host, port, batch, buffer_bytes=backlog, stall_timeout=STALL_S, reconnect=0.0)
+        limits = {"buffer_bytes": backlog, "stall_timeout": STALL_S, "reconnect": 0.0}
+        sink = EchoSink.from_batch(host, port, batch, tls=tls, **limits)
     except (TypeError, ValueError, MemoryError) as error:
         what = f"samples of {payload:,} bytes cannot be made here"
         raise CommandError(f"{peer}: {what} ({one_line(error)}); is that the right server?") from error

@@ -11,7 +11,7 @@ from echo_torch.dial import peer_name
 from echo_torch.leaves import Leaf
 from echo_torch.wire import WireLeaf
 
-from .arguments import HELP_ON_EXAMPLES, add_address, sample_spec, seconds
+from .arguments import HELP_ON_EXAMPLES, add_address, add_tls, sample_spec, seconds, tls_of
 from .errors import CommandError
 from .reach import TIMEOUT_S, reach
 from .table import table
@@ -40,13 +40,14 @@ def add_to(commands: Any) -> None:
         metavar="SECONDS",
         help="to reach the server in (default: %(default)g)",
     )
+    add_tls(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     host, port = options.address
     peer = peer_name(host, port)
-    theirs = reach(host, port, options.timeout, _tell)
+    theirs = reach(host, port, options.timeout, _tell, tls_of(options))
     if options.example is None:
         print("\n" + table([("leaf", "server", ""), *_numbered(map(_size, theirs))], "><<"), end="\n\n")
         verdict = "give --example to compare with what you send"

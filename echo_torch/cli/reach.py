@@ -1,7 +1,7 @@
 """From an address to what its server expects, step by step, and what keeps us from there in words.
 
-Nothing is sent on the way, not one byte: a learner that is only stopped would take it for part of a sample when it
-goes on.
+Nothing is sent on the way but what TLS takes, not one byte: a learner that is only stopped would take it for part of a
+sample when it goes on.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import socket
 from collections.abc import Callable
 from contextlib import closing
 from time import perf_counter
+from typing import cast
 
 from echo_torch.deadline import Deadline, bounded_wait
 from echo_torch.dial import connect, peer_name, resolve, shake_hands
 from echo_torch.errors import ConnectionClosedError, HandshakeError
+from echo_torch.secure import TlsSocket, names_in, secure
+from echo_torch.tls import TLS
 from echo_torch.wire import MAGIC, VERSION, WireLeaves
 
 from .errors import CommandError
@@ -28,7 +31,7 @@ Tell = Callable[[str, float, str], object]
 """Is told of each step when it is done: its name, its seconds, what was found."""
 
 
-def reach(host: str, port: int, timeout: float, tell: Tell = lambda *_: None) -> WireLeaves:
+def reach(host: str, port: int, timeout: float, tell: Tell = lambda *_: None, tls: TLS | None = None) -> WireLeaves:
     """The leaves of one sample of the server at ``host:port``, to which no connection is left.
 
     Raises:
@@ -45,12 +48,17 @@ def reach(host: str, port: int, timeout: float, tell: Tell = lambda *_: None) ->
     known = perf_counter()
     tell("resolve", known - began, ", ".join(dict.fromkeys(address[0] for _, address in addresses)))
     try:
-        sock = connect(addresses, peer, deadline)
+        sock = connect(addresses, peer, deadline, socket.socket if tls is None else TlsSocket)
     except OSError as error:
         raise CommandError(_no_connection(error, peer)) from error
     connected = perf_counter()
     with closing(sock):
         tell("connect", connected - known, _remote(sock) or peer)
+        if tls is not None:
+            _secure(cast(TlsSocket, sock), tls, host, peer, deadline)
+            secured = perf_counter()
+            tell("TLS", secured - connected, _certified(cast(TlsSocket, sock)))
+            connected = secured
         leaves = _greeting(sock, peer, deadline)
     payload = sum(leaf.nbytes for leaf in leaves)
     arrays = f"{len(leaves):,} array{'s' * (len(leaves) != 1)}"
@@ -86,8 +94,22 @@ def _remote(sock: socket.socket) -> str | None:
         return None
 
 
+def _secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) -> None:
+    try:
+        secure(sock, tls, host, peer, deadline)
+    except ConnectionClosedError as error:
+        raise CommandError(_hung_up(error)) from error
+    except (HandshakeError, TimeoutError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _certified(sock: TlsSocket) -> str:
+    """What the proxy has shown of itself."""
+    return f"{sock.tls.version()}, with a certificate for {names_in(sock.tls) or 'nobody by name'}"
+
+
 def _greeting(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
-    if not select.select([sock], [], [], bounded_wait(deadline.remaining()))[0]:
+    if not isinstance(sock, TlsSocket) and not select.select([sock], [], [], bounded_wait(deadline.remaining()))[0]:
         raise CommandError(_silent(sock, peer, deadline))
     try:
         return shake_hands(sock, peer, deadline)
@@ -120,7 +142,7 @@ def _silent(sock: socket.socket, peer: str, deadline: Deadline) -> str:
     except OSError:
         waits = True
     if waits:
-        what = "no echo server: it waits for its client to speak first, as HTTP servers do"
-        return f"{peer}: {what}; check the port: something else listens there"
+        what = "no echo server: it waits for its client to speak first, as HTTP servers do, and proxies with TLS"
+        return f"{peer}: {what}; check the port, or give --tls-ca"
     what = f"accepts connections and says nothing, not even when it is hung up on (waited {deadline.timeout:g} s)"
     return f"{peer}: {what}; its process is stopped or hangs, or it is a forwarded port: look at the learner's process"

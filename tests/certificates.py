@@ -1,0 +1,30 @@
+"""Certificates for the tests of TLS, made anew each time: PEM files, each with its key."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+_DAY = timedelta(days=1)
+
+
+def issue_all(folder: Path) -> None:
+    """Put them into ``folder``: of a CA, and of another that nobody trusts."""
+    import trustme  # takes a while, and few tests need it
+
+    ours, other = trustme.CA(), trustme.CA(organization_name="nobody's")
+    ours.cert_pem.write_to_path(str(folder / "ca.pem"))
+
+    def issue(file: str, *names: str, ca: trustme.CA = ours, **dates: Any) -> None:
+        issued = ca.issue_cert(*names, **dates)
+        issued.private_key_and_cert_chain_pem.write_to_path(str(folder / f"{file}.pem"))
+
+    now = datetime.now(timezone.utc)
+    issue("server", "localhost", "127.0.0.1")
+    issue("elsewhere", "other.example", "10.0.0.5")
+    issue("expired", "127.0.0.1", not_before=now - 2 * _DAY, not_after=now - _DAY)
+    issue("later", "127.0.0.1", not_before=now + _DAY, not_after=now + 2 * _DAY)
+    issue("strange", "127.0.0.1", ca=other)
+    issue("client", "actor@learner.example")
+    issue("strange_client", "actor@learner.example", ca=other)

@@ -1,0 +1,127 @@
+"""A proxy that terminates TLS in front of a learner, in a process of its own: Python's ``ssl``, on asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import threading
+from multiprocessing.connection import Connection as Pipe
+from typing import Any
+
+from spawned import Spawned, answer
+
+_PIECE = 1 << 16
+
+
+class Terminator(Spawned):
+    """The proxy, as a context manager.
+
+    Args:
+        backend: the learner's port.
+        cert_file: its certificate and key.
+        client_ca: issues the certificates that clients must have; None to ask for none.
+        most: its highest version of TLS, as ``ssl.TLSVersion`` has it.
+        port: where it listens; 0 to have the system choose.
+    """
+
+    def __init__(
+        self,
+        backend: int,
+        cert_file: str,
+        *,
+        client_ca: str | None = None,
+        most: str = "MAXIMUM_SUPPORTED",
+        port: int = 0,
+    ) -> None:
+        super().__init__(_serve, backend, port, cert_file, client_ca, most)
+        self.port: int = self._answer()
+
+    def cut(self, abort: bool = False) -> int:
+        """End all connections, by closing them in order or by RST; gives how many there were."""
+        return self._ask("cut", abort)
+
+    def stall(self) -> None:
+        """Move nothing any more that clients send, until `resume`."""
+        self._ask("stall")
+
+    def resume(self) -> None:
+        self._ask("resume")
+
+    def versions(self) -> list[str]:
+        """Of TLS, of all connections so far."""
+        return self._ask("versions")
+
+
+class _Proxy:
+    def __init__(self, loop: asyncio.AbstractEventLoop, backend: int, port: int, context: ssl.SSLContext) -> None:
+        self._loop = loop
+        self._backend = backend
+        self._clients: set[asyncio.StreamWriter] = set()
+        self._versions: list[str] = []
+        self._going = asyncio.Event()
+        self._going.set()
+        self.port = asyncio.run_coroutine_threadsafe(self._listen(port, context), loop).result()
+
+    async def _listen(self, port: int, context: ssl.SSLContext) -> int:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", port, ssl=context)
+        return self._server.sockets[0].getsockname()[1]
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients.add(writer)
+        self._versions.append(writer.get_extra_info("ssl_object").version())
+        with contextlib.suppress(OSError):
+            theirs, ours = await asyncio.open_connection("127.0.0.1", self._backend)
+            await asyncio.gather(self._forward(reader, ours, True), self._forward(theirs, writer, False))
+        self._clients.discard(writer)
+
+    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, gated: bool) -> None:
+        with contextlib.suppress(OSError):  # as an end by RST is
+            while data := await source.read(_PIECE):
+                if gated:
+                    await self._going.wait()
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        async def call() -> None:
+            function(*arguments)
+
+        asyncio.run_coroutine_threadsafe(call(), self._loop).result()
+
+    def cut(self, abort: bool) -> int:
+        clients = list(self._clients)
+        for writer in clients:
+            self._call(writer.transport.abort if abort else writer.close)
+        return len(clients)
+
+    def stall(self) -> None:
+        self._call(self._going.clear)
+
+    def resume(self) -> None:
+        self._call(self._going.set)
+
+    def versions(self) -> list[str]:
+        return self._versions
+
+
+def _serve(pipe: Pipe, backend: int, port: int, cert_file: str, client_ca: str | None, most: str) -> None:
+    context = server_context(cert_file, client_ca, most)
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    proxy = _Proxy(loop, backend, port, context)
+    pipe.send(proxy.port)
+    while True:
+        answer(pipe, proxy)
+
+
+def server_context(cert_file: str, client_ca: str | None = None, most: str = "MAXIMUM_SUPPORTED") -> ssl.SSLContext:
+    """A server's, with the arguments of a `Terminator`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion[most]
+    context.load_cert_chain(cert_file)
+    if client_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(client_ca)
+    return context
