@@ -8,23 +8,55 @@ from __future__ import annotations
 
 import random
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from calls import alarms
-from peers import Line, Peer
+from peers import Line, Peer, Script
+from terminator import server_context
 
-from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
+from echo_torch import TLS, ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
+from echo_torch.secure import SPEAKS_FIRST_S
 from echo_torch.tail import Tail
 
 SOON_S = 30.0
+
+Behind = Callable[[Script], Script]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "TLS"])
+def tls(request: pytest.FixtureRequest, certificates: Path) -> TLS | None:
+    """What is interrupted."""
+    return TLS(ca_file=certificates / "ca.pem") if request.param else None
+
+
+@pytest.fixture
+def behind(tls: TLS | None, certificates: Path) -> Behind:
+    """Makes of a peer's script one that speaks TLS, if that is wanted."""
+    if tls is None:
+        return lambda script: script
+    context = server_context(str(certificates / "server.pem"))
+
+    def wrap(script: Script) -> Script:
+        def run(line: Line) -> None:
+            try:
+                line.sock = context.wrap_socket(line.sock, server_side=True)
+                script(line)
+            except ssl.SSLError:  # the client left, for an interrupt
+                line.hang_up()
+
+        return run
+
+    return wrap
 
 
 class Interrupts:
@@ -144,9 +176,17 @@ def check(seen: list[int], returned: set[int], accepted: int) -> None:
         (20_000, 4, 600e-6, 400),  # payloads larger than what a caller writes: the thread writes them
     ],
 )
-def test_interrupted_sends(interrupts: Interrupts, words: int, window: int, longest_s: float, strikes: int) -> None:
+def test_interrupted_sends(
+    interrupts: Interrupts,
+    tls: TLS | None,
+    behind: Behind,
+    words: int,
+    window: int,
+    longest_s: float,
+    strikes: int,
+) -> None:
     checker = Checker(words)
-    with Peer(checker) as peer, TcpClient("127.0.0.1", peer.port, checker.sample, window) as client:
+    with Peer(behind(checker)) as peer, TcpClient("127.0.0.1", peer.port, checker.sample, window, tls=tls) as client:
         returned = storm(
             interrupts, strikes, longest_s, lambda number: client.send({"x": np.full(words, number, np.int64)})
         )
@@ -178,21 +218,20 @@ def test_interrupted_batches_of_a_sink(interrupts: Interrupts) -> None:
 
 @pytest.mark.parametrize(("words", "window", "longest_s"), [(4, 32, 200e-6), (2000, 4, 400e-6)])
 def test_interrupted_sends_and_waits_over_connections_that_are_cut(
-    interrupts: Interrupts, words: int, window: int, longest_s: float
+    interrupts: Interrupts, tls: TLS | None, behind: Behind, words: int, window: int, longest_s: float
 ) -> None:
     """Whoever is struck while finding out that the connection is lost: nothing is lost, and all counts settle."""
     checker = CuttingChecker(words)
-    with Peer(checker) as peer:
-        client = TcpClient(
-            "127.0.0.1", peer.port, checker.sample, window, buffer_bytes=100 * 8 * words, reconnect=SOON_S
-        )
+    with Peer(behind(checker)) as peer:
+        options = {"buffer_bytes": 100 * 8 * words, "reconnect": SOON_S, "tls": tls}
+        client = TcpClient("127.0.0.1", peer.port, checker.sample, window, **options)
 
         def send_and_wait(number: int) -> None:
             client.send({"x": np.full(words, number, np.int64)})
             if number % 8 == 0:
                 client.wait(SOON_S)
 
-        returned = storm(interrupts, 5000, longest_s, send_and_wait)
+        returned = storm(interrupts, 5000 if tls is None else 1000, longest_s, send_and_wait)
         checker.cutting = False
         client.wait(SOON_S)
         client.close(SOON_S)
@@ -201,7 +240,7 @@ def test_interrupted_sends_and_waits_over_connections_that_are_cut(
     assert len(set(checker.seen)) == counts.sent
     assert len(checker.seen) - counts.sent <= counts.resent
     assert counts.unacked == 0
-    assert counts.reconnects >= 10
+    assert counts.reconnects >= (10 if tls is None else 3)
 
 
 def test_an_interrupt_that_follows_another_at_once_leaves_no_lock_held() -> None:
@@ -234,9 +273,9 @@ def test_an_interrupt_that_follows_another_at_once_leaves_no_lock_held() -> None
             client.wait(SOON_S)
 
 
-def test_interrupted_waits(interrupts: Interrupts) -> None:
+def test_interrupted_waits(interrupts: Interrupts, tls: TLS | None, behind: Behind) -> None:
     checker = Checker(4)
-    with Peer(checker) as peer, TcpClient("127.0.0.1", peer.port, checker.sample) as client:
+    with Peer(behind(checker)) as peer, TcpClient("127.0.0.1", peer.port, checker.sample, tls=tls) as client:
 
         def send_and_wait(number: int) -> None:
             client.send({"x": np.full(4, number, np.int64)})
@@ -304,27 +343,30 @@ def test_close_that_is_interrupted_leaves_the_rest_to_the_thread(monkeypatch: py
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("lazily", [False, True], ids=["TcpClient", "EchoSink.send"])
-def test_interrupted_connecting_leaves_nothing(interrupts: Interrupts, descriptors: None, lazily: bool) -> None:
+def test_interrupted_connecting_leaves_nothing(
+    interrupts: Interrupts, descriptors: None, tls: TLS | None, behind: Behind, lazily: bool
+) -> None:
     """Nothing but KeyboardInterrupt comes out; the fixtures look for threads and descriptors."""
     checker = Checker(4)
-    with Peer(checker) as peer:
+    strikes, longest_s = (150, 3e-3) if tls is None else (50, SPEAKS_FIRST_S + 10e-3)
+    with Peer(behind(checker)) as peer:
 
         def client(number: int) -> None:
-            made = TcpClient("127.0.0.1", peer.port, checker.sample)
+            made = TcpClient("127.0.0.1", peer.port, checker.sample, tls=tls)
             interrupts.disarm()
             made.send({"x": np.full(4, number, np.int64)})
             made.close(SOON_S)
 
         def sink(number: int) -> None:
-            made = EchoSink("127.0.0.1", peer.port, checker.sample, replay_tail=False)
+            made = EchoSink("127.0.0.1", peer.port, checker.sample, replay_tail=False, tls=tls)
             try:
-                interrupts.arm(3e-3)
+                interrupts.arm(longest_s)
                 made.send({"x": np.full(4, number, np.int64)})
             finally:
                 interrupts.disarm()
                 made.close(SOON_S)
 
-        returned = storm(interrupts, 150, 3e-3, sink if lazily else client)
+        returned = storm(interrupts, strikes, longest_s, sink if lazily else client)
     assert returned <= set(checker.seen)
     assert len(checker.seen) == len(set(checker.seen))
 
