@@ -229,8 +229,8 @@ def test_doctor_names_the_leaf_that_differs(run, example: str, row: str, says: s
 def test_doctor_of_a_web_server(run) -> None:
     with web_server() as port:
         code, _, err = run("doctor", f"127.0.0.1:{port}", *SOON)
-    what = "no echo server: it waits for its client to speak first, as HTTP servers do"
-    assert (code, err) == (1, f"FAILED: 127.0.0.1:{port}: {what}; check the port: something else listens there\n")
+    what = "no echo server: it waits for its client to speak first, as HTTP servers do, and proxies with TLS"
+    assert (code, err) == (1, f"FAILED: 127.0.0.1:{port}: {what}; check the port, or give --tls-ca\n")
 
 
 def test_doctor_of_a_closed_port(run) -> None:
