@@ -82,7 +82,8 @@ class TcpClient:
         replay_tail: whether `close` sends the last ``replay_acked`` samples once more, so that the server cannot
             discard samples that it acked and still has queued when the connection ends.
         linger: seconds that `close` waits, once all is acked, for the server to take them out of its queue.
-        retry_refused: while nobody listens at the address yet, try again until ``connect_timeout``.
+        retry_refused: while nobody listens at the address yet, or behind the proxy there, with TLS, try again until
+            ``connect_timeout``.
         tls: how to speak to a proxy that has TLS, in front of the server; None for a plain connection.
 
     Raises:

@@ -65,7 +65,7 @@ def dial(
         host: name, IPv4 or IPv6 address.
         port: 1 to 65535.
         deadline: covers resolving, connecting and the handshakes.
-        retry_refused: try again until the deadline while nobody listens there.
+        retry_refused: try again until the deadline while nobody listens there; or behind the proxy there, with TLS.
         tls: None for a socket without; else it is a `TlsSocket`.
 
     Raises:
@@ -78,15 +78,21 @@ def dial(
     check_address(host, port)
     peer = peer_name(host, port)
     backoff = Backoff(*_RETRY_S)
+    refusals = (ConnectionRefusedError,) if tls is None else (ConnectionRefusedError, ConnectionClosedError)
     while True:
         try:
-            sock = connect(resolve(host, port, deadline), peer, deadline, socket.socket if tls is None else TlsSocket)
-            break
-        except ConnectionRefusedError:
+            return _dial_once(host, port, peer, deadline, tls)
+        except refusals:  # a proxy accepts at first, and hangs up when it finds nobody behind it
             left = deadline.remaining()
             if not retry_refused or left <= _RETRY_S[0]:  # no time for another that could do more than run out of it
                 raise
         time.sleep(min(backoff.pause(), left / 2))
+
+
+def _dial_once(
+    host: str, port: int, peer: str, deadline: Deadline, tls: TLS | None
+) -> tuple[socket.socket, WireLeaves]:
+    sock = connect(resolve(host, port, deadline), peer, deadline, socket.socket if tls is None else TlsSocket)
     try:
         if tls is not None:
             secure(cast(TlsSocket, sock), tls, host, peer, deadline)

@@ -74,6 +74,7 @@ class _Proxy:
             theirs, ours = await asyncio.open_connection("127.0.0.1", self._backend)
             await asyncio.gather(self._forward(reader, ours, True), self._forward(theirs, writer, False))
         self._clients.discard(writer)
+        writer.close()
 
     async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, gated: bool) -> None:
         with contextlib.suppress(OSError):  # as an end by RST is

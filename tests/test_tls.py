@@ -182,6 +182,24 @@ def test_a_terminator_that_starts_again(learner: Learner, certificates: Path, tl
     check_stored(learner, first, 128)
 
 
+def test_a_learner_that_starts_after_its_terminator(certificates: Path, tls: TLS) -> None:
+    """Until then the terminator accepts and hangs up."""
+
+    def script(line: Line) -> None:
+        line.greet(example(SIZE))
+        line.hear_all()
+
+    with Peer(script) as peer, Terminator(peer.port, str(certificates / "server.pem")) as terminator:
+        peer.refuse()
+        with running(lambda: client_to(terminator.port, tls, retry_refused=True).close()) as outcomes:
+            eventually(lambda: len(terminator.versions()) > 1)
+            peer.listen()
+        assert outcomes == [None]
+        peer.refuse()
+        with pytest.raises(ConnectionClosedError, match="closed the connection during the handshake, after 0 bytes"):
+            client_to(terminator.port, tls)
+
+
 def test_a_certificate_that_is_another_one_by_then_is_final(certificates: Path, tls: TLS, learner: Learner) -> None:
     with Terminator(learner.port, str(certificates / "server.pem")) as terminator:
         client = client_to(terminator.port, tls, reconnect=SOON_S)
