@@ -154,7 +154,10 @@ class TlsSocket(socket.socket):
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
             return b""
         except ssl.SSLError as error:
-            raise refusal(error, *self._asked_for) or error from error
+            refused = refusal(error, *self._asked_for)
+            if refused is None:
+                raise
+            raise refused from error
         self.flush()
         return data
 
@@ -220,7 +223,10 @@ def _step(sock: TlsSocket, tls: TLS, name: str) -> bool:
     except ssl.SSLError as error:
         with contextlib.suppress(OSError):
             sock.flush()  # tells the server why
-        raise refusal(error, tls, name) or error from error
+        refused = refusal(error, tls, name)
+        if refused is None:
+            raise
+        raise refused from error
     return sock.flush() and complete
 
 
