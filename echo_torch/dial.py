@@ -65,7 +65,8 @@ def dial(
         host: name, IPv4 or IPv6 address.
         port: 1 to 65535.
         deadline: covers resolving, connecting and the handshakes.
-        retry_refused: try again until the deadline while nobody listens there; or behind the proxy there, with TLS.
+        retry_refused: try again until the deadline while nobody listens there, or behind the proxy there, with TLS; or
+            the connection is reset before the greeting is complete, as by a host that is called by too many at once.
         tls: None for a socket without; else it is a `TlsSocket`.
 
     Raises:
@@ -78,13 +79,13 @@ def dial(
     check_address(host, port)
     peer = peer_name(host, port)
     backoff = Backoff(*_RETRY_S)
-    refusals = (ConnectionRefusedError,) if tls is None else (ConnectionRefusedError, ConnectionClosedError)
     while True:
         try:
             return _dial_once(host, port, peer, deadline, tls)
-        except refusals:  # a proxy accepts at first, and hangs up when it finds nobody behind it
+        except (ConnectionRefusedError, ConnectionClosedError) as error:
             left = deadline.remaining()
-            if not retry_refused or left <= _RETRY_S[0]:  # no time for another that could do more than run out of it
+            # The last one if there is no time for another that could do more than run out of it.
+            if not (retry_refused and _may_pass(error, tls)) or left <= _RETRY_S[0]:
                 raise
         time.sleep(min(backoff.pause(), left / 2))
 
@@ -100,6 +101,14 @@ def _dial_once(
     except BaseException:
         sock.close()
         raise
+
+
+def _may_pass(error: OSError, tls: TLS | None) -> bool:
+    """Whether the peer may yet become a server that takes us: it was not there, or did not know of the connection.
+
+    A proxy, which is there, hangs up when it finds nobody behind it.
+    """
+    return isinstance(error, ConnectionRefusedError) or isinstance(error.__cause__, ConnectionResetError) or bool(tls)
 
 
 def resolve(host: str, port: int, deadline: Deadline) -> Sequence[Address]:
@@ -181,7 +190,7 @@ def _connect_one(
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_asking(sock)
+        keep_asking(sock, greeted=False)
         try:
             sock.connect(address)
         except BlockingIOError:
@@ -236,6 +245,7 @@ def shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeave
             raise HandshakeError(f"{peer}: {error}") from None
         if handshake.leaves is None and deadline.expired:  # bytes that dribble in do not extend the deadline
             raise _late(sock, handshake, peer, deadline)
+    keep_asking(sock)
     return handshake.leaves
 
 

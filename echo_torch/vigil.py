@@ -1,6 +1,9 @@
 """Whether the host at the other end is still there, which a host that vanishes (power, cable) does not say.
 
 * While nothing is under way, the kernel asks (keepalive) and ends the connection if there is no answer.
+* While the peer has not said anything yet, that is asked soon: a host that is called by many at once may forget a
+  connection that it has let begin (its queue is full by then), and answers that it knows of none. Of itself it would
+  be silent, and so would we, who wait for it to speak first.
 * While something is, the kernel only repeats it, for a quarter of an hour; `silence` looks at how often it did.
 * A learner that is paused is no fault: its kernel answers for it. So nothing here counts time without acks, and
   TCP_USER_TIMEOUT, which ends connections to hosts that are only slow, is not used.
@@ -17,6 +20,8 @@ import socket
 KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_COUNT = 3
+# Seconds until the first question while the peer's greeting is waited for; the kernel counts whole ones.
+GREETING_IDLE_S = 1
 # How often the same bytes were sent without an answer, which takes some seven seconds on a fast network; and how many
 # questions whether a full peer has room again stayed without one. A peer that lives answers the first.
 MOST_RETRANSMITS = 5
@@ -25,11 +30,11 @@ MOST_PROBES = 2
 _RETRANSMITS_AT, _PROBES_AT = 2, 3
 
 
-def keep_asking(sock: socket.socket) -> None:
-    """Turn keepalive on."""
+def keep_asking(sock: socket.socket, greeted: bool = True) -> None:
+    """Turn keepalive on, for a peer that has said something, or one that has not yet."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {
-        "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
+        "TCP_KEEPIDLE": KEEPALIVE_IDLE_S if greeted else GREETING_IDLE_S,
         "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
         "TCP_KEEPCNT": KEEPALIVE_COUNT,
     }

@@ -24,6 +24,10 @@ PATIENCE_S = 30.0
 LOST_ON_RESET = struct.pack("ii", 1, 0)
 
 
+TCP_REPAIR = 19
+"""Of linux/tcp.h: a socket in this mode closes without a word."""
+
+
 class Line:
     """The peer's end of one connection."""
 
@@ -66,6 +70,11 @@ class Line:
         """FIN."""
         with contextlib.suppress(OSError):  # the client was faster
             self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    def forget(self) -> None:
+        """As if the connection had never been, which the client is not told; takes Linux, and root."""
+        self.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         self.sock.close()
 
     def reset(self) -> None:

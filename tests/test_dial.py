@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peers import PATIENCE_S, Line, Peer, Script, full_queue, greeting
+from peers import PATIENCE_S, TCP_REPAIR, Line, Peer, Script, Scripts, full_queue, greeting
 
+from echo_torch import vigil
 from echo_torch.deadline import Deadline
 from echo_torch.dial import dial, hang_up, peer_name
 from echo_torch.errors import ConnectionClosedError, HandshakeError
@@ -90,6 +93,18 @@ def resolve_to(monkeypatch):
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: resolution(*addresses))
 
     return patch
+
+
+def can_forget() -> bool:
+    """Whether `Line.forget` can be had; root on Linux always can, so that nothing is skipped there."""
+    if sys.platform != "linux" or not os.geteuid():
+        return sys.platform == "linux"
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        except OSError:
+            return False
+    return True
 
 
 # Connecting.
@@ -379,6 +394,43 @@ def test_a_peer_that_hangs_up_is_not_tried_again() -> None:
         with pytest.raises(ConnectionClosedError):
             dial("127.0.0.1", peer.port, Deadline(LATER_S), retry_refused=True)
         assert len(peer.lines) == 1
+
+
+def test_a_connection_that_was_reset_is_opened_again_if_a_refused_one_would_be() -> None:
+    """As a proxy does whose backend is not there yet."""
+
+    def begin(line: Line) -> None:
+        line.say(GREETING[:9])
+        line.reset()
+
+    with Peer(Scripts(Line.reset, begin, greet)) as peer:
+        with pytest.raises(ConnectionClosedError):
+            dial("127.0.0.1", peer.port, Deadline(LATER_S))
+        sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S), retry_refused=True)
+        with sock:
+            assert leaves == LEAVES
+
+
+def test_a_peer_that_always_resets_is_given_up_at_the_deadline() -> None:
+    with Peer(Line.reset) as peer:
+        began = time.monotonic()
+        with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port} broke the connection off"):
+            dial("127.0.0.1", peer.port, Deadline(SOON_S), retry_refused=True)
+        assert time.monotonic() - began < SLACK_S
+    assert len(peer.lines) > 1
+
+
+@pytest.mark.skipif(not can_forget(), reason="takes Linux, and root")
+def test_a_peer_that_knows_nothing_of_the_connection_is_called_again() -> None:
+    """As Linux does where more call at once than its queue takes: the peer was to speak first, and never would."""
+    with Peer(Scripts(Line.forget, greet)) as peer:
+        began = time.monotonic()
+        sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S), retry_refused=True)
+        with sock:
+            assert leaves == LEAVES
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == vigil.KEEPALIVE_IDLE_S
+        assert time.monotonic() - began < vigil.GREETING_IDLE_S + SLACK_S
+    assert len(peer.lines) == 2
 
 
 # Shaking hands.

@@ -147,6 +147,10 @@ A host that vanishes without a word
     ConnectionClosedError, idle or busy
     test_vigil::test_a_host_that_vanishes_is_noticed
 
+A host that forgets a connection it has let begin, being called by too many at once
+    is called again a second later
+    test_dial::test_a_peer_that_knows_nothing_of_the_connection_is_called_again
+
 Ctrl-C while a call waits for the window
     every count settles; later calls work
     test_interrupts::test_interrupted_sends
