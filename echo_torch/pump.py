@@ -21,7 +21,8 @@ from .record import record
 from .ring import Ring
 from .wire import check_acks
 
-# Acks read by one system call, in bytes, one each.
+# Most acks read by one system call, in bytes, one each; of a smaller window there are no more than that, and one that
+# was too many. A machine may have hundreds of connections.
 ACK_BYTES = 64 * 1024
 # How many acks must lie in the kernel before whoever polls for them is woken: they come one byte a segment, and a
 # wake-up for each costs more than the sample did. The server may have some ten segments under way before TCP
@@ -55,7 +56,7 @@ class Pump:
         self._partial = 0  # bytes of row `written` that are written
         self._sent: deque[int] = deque()
         self._received: deque[int] = deque()
-        self._acks = bytearray(ACK_BYTES)
+        self._acks = bytearray(min(ACK_BYTES, window + 1))
         self._ack_mark = 1
 
     @property
