@@ -39,14 +39,18 @@ from benchmark_device import launch_rows, send_rows, staging_rows, step_rows, wh
 from benchmark_loaders import WORKERS, loader_rows
 from benchmark_others import OTHERS, installed, other_rows
 from benchmark_plot import draw
+from benchmark_producers import BUFFER_KIB, SINKS, producers
 from benchmark_rounds import batches_in, measure, medians, send_all, timed
 from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, elsewhere, sink
+from benchmark_table import Table, filled
 
 # Samples per second at which all senders are compared beside a training loop, and how many batches a slice of it has.
 LOOP_RATE = 10_000.0
 SLICE_BATCHES = 4
 # A peer that is busy for less of the time than this waited for the sender more than it was waited for.
 FASTER_BELOW = 0.8
+# Rounds for which many sinks send at once: all have to have had their turn.
+PRODUCER_ROUNDS = 5
 # How many calls of `send` must leave memory as it was.
 MEMORY_SENDS = 10_000
 # As many lots of them as may warm up: one for each MiB of the ring.
@@ -55,27 +59,6 @@ MOST_WARM_UP_LOTS = 64
 BLOCKS_NOISE = 10
 # Bytes by which the allocator's pages may do so; a leak of 7 bytes a send is more.
 RESIDENT_NOISE = 64 * 1024
-
-
-# Tables.
-
-
-class Table:
-    """Prints its rows as they come, aligned, and keeps them.
-
-    ``columns`` are heads, right-aligned in as many characters as they have, each with its key in a row and how to
-    format that.
-    """
-
-    def __init__(self, title: str, columns: dict[str, tuple[str, str]]) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._columns = columns
-        print(f"\n{title}\n{'  '.join(columns)}", flush=True)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        cells = (format(row[key], form).rjust(len(head)) for head, (key, form) in self._columns.items())
-        print("  ".join(cells), flush=True)
 
 
 # Throughput.
@@ -442,6 +425,13 @@ def others(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+# What many sinks at once get from one server.
+
+
+def producers_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return producers(SINKS, PRODUCER_ROUNDS * options.seconds, BUFFER_KIB)
+
+
 # What was to be reached.
 
 
@@ -481,6 +471,7 @@ TARGETS = [
     Target("share of send that times take", "counting", {}, "share", 0.01),
     Target("samples/s, sink x other", "others", OTHER_SENDERS, "sink_faster", 1, True),
     Target("CPU per sample, sink / other", "others", OTHER_SENDERS, "sink_cpu", 1),
+    Target("samples lost of many sinks", "producers", {}, "lost", 0),
     Target(f"resident bytes grown per {MEMORY_SENDS:,} sends", "memory", {}, "resident", RESIDENT_NOISE),
     Target(f"Python blocks grown per {MEMORY_SENDS:,} sends", "memory", {}, "blocks", BLOCKS_NOISE),
     Target("threads per connection", "memory", {}, "threads", 1),
@@ -513,7 +504,9 @@ def judge(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             table.add(
                 {
                     "target": target.says,
-                    "of": " ".join(str(row[key]) for key in ("case", "model", "sender", "peer") if key in row),
+                    "of": " ".join(
+                        str(row[key]) for key in ("case", "model", "sender", "peer", "sinks", "how") if key in row
+                    ),
                     "bound": f"{'>=' if target.at_least else '<='} {target.bound:.3g}",
                     "figure": figure,
                     "verdict": "reached" if reached else "missed",
@@ -564,12 +557,6 @@ def launches_table(options: argparse.Namespace) -> list[dict[str, Any]]:
     return filled(Table("What a send of 4 leaves launches", columns), launch_rows(options))
 
 
-def filled(table: Table, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    for row in rows:
-        table.add(row)
-    return table.rows
-
-
 DEVICE_TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "staging": staging_table,
     "send": send_table,
@@ -587,7 +574,9 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "counting": counting,
     "dataset": dataset,
     "others": others,
+    **({"producers": producers_table} if os.path.exists("/proc/self/statm") else {}),
 }
+NOT_QUICK = ("others", "producers")
 PLOTTED = ("throughput", "others")
 
 
@@ -611,7 +600,7 @@ def parse_arguments() -> argparse.Namespace:
         return float(value)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    quick = "under 60 s: rounds of 0.1 s, and throughput of 29 B only, without the table of others"
+    quick = "under 60 s: rounds of 0.1 s, and throughput of 29 B only, without the tables of others and producers"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--plot", metavar="FILE.png", help=f"draw the tables {' and '.join(PLOTTED)}; needs matplotlib")
@@ -628,7 +617,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tables", type=some_of([*TABLES, *DEVICE_TABLES]), help=names)
     options = parser.parse_args()
     tables = DEVICE_TABLES if options.device else TABLES
-    options.tables = options.tables or [name for name in tables if not (options.quick and name == "others")]
+    options.tables = options.tables or [name for name in tables if not (options.quick and name in NOT_QUICK)]
     if options.plot and not set(PLOTTED) & set(options.tables):
         parser.error(f"--plot: got tables {', '.join(options.tables)}, expected one of {', '.join(PLOTTED)}")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
