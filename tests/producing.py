@@ -1,0 +1,95 @@
+"""Processes with many sinks each, as of actors that step many environments; for test_producers.
+
+They import little: each is spawned, and that takes longer than what it does.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from multiprocessing.connection import Connection as Pipe
+from typing import Any
+
+import numpy as np
+from spawned import Spawned, answer
+
+from echo_torch import EchoSink
+
+SINKS = 50
+"""Of each process."""
+BATCHES = 8
+BATCH = 32
+EXAMPLE = {"index": np.zeros((), np.int64), "obs": np.zeros(100, np.uint8), "sink": np.zeros((), np.int64)}
+BUFFER_BYTES = 64 * 116
+"""Two batches, so that `send` has to wait."""
+
+
+class Farm(Spawned):
+    """A process with sinks from number ``first`` on, none of which is connected; it may not be ready yet."""
+
+    def __init__(self, port: int, first: int) -> None:
+        super().__init__(_run, port, first)
+
+    def begin(self, *request: Any) -> None:
+        """Ask, without waiting for the answer."""
+        self._pipe.send(request)
+
+    def ended(self) -> Any:
+        """What was asked for has; the first answer is to nothing but that."""
+        return self._answer()
+
+
+class _Sinks:
+    def __init__(self, port: int, first: int) -> None:
+        self._before = _threads_and_descriptors()
+        self._sinks = {
+            number: EchoSink("127.0.0.1", port, EXAMPLE, buffer_bytes=BUFFER_BYTES)
+            for number in range(first, first + SINKS)
+        }
+
+    def connect(self) -> int:
+        """All at once; gives the number of threads that came of it."""
+        errors: list[Exception] = []
+
+        def connect(sink: EchoSink) -> None:
+            try:
+                sink.connect()
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=connect, args=(sink,)) for sink in self._sinks.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return _threads_and_descriptors()[0] - self._before[0]
+
+    def send(self) -> int:
+        """In turns; gives how many samples were acked."""
+        for first in range(0, BATCHES * BATCH, BATCH):
+            for number, sink in self._sinks.items():
+                obs = np.full((BATCH, 100), number, np.uint8)
+                sink.send({"index": np.arange(first, first + BATCH), "obs": obs, "sink": np.full(BATCH, number)})
+        for sink in self._sinks.values():
+            sink.wait()
+        return sum(sink.stats().samples_acked for sink in self._sinks.values())
+
+    def close(self) -> tuple[int, int]:
+        """Gives how many threads and descriptors there are that were not before."""
+        for sink in self._sinks.values():
+            sink.close()
+        threads, descriptors = _threads_and_descriptors()
+        return threads - self._before[0], descriptors - self._before[1]
+
+
+def _threads_and_descriptors() -> tuple[int, int]:
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def _run(pipe: Pipe, port: int, first: int) -> None:
+    sinks = _Sinks(port, first)
+    pipe.send(None)
+    while True:
+        answer(pipe, sinks)
