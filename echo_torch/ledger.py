@@ -3,7 +3,7 @@
 Each child that sends for a sink keeps one small file, in a folder of the sink in the temporary folder that the sink was
 made with, and its parent reads it::
 
-    echo_torch-<token of the sink>/<pid of the parent>.<pid of the child>.<random>
+    echo_torch-<token of the sink>-<user>/<pid of the parent>.<pid of the child>.<random>
 
 * The file holds `FIELDS`, numbers of 8 bytes, each stored at once, then times, an error's text, and the numbers of each
   of several learners. The child maps and
@@ -152,7 +152,7 @@ _INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 
 def new_token() -> str:
-    """What a sink and its copies have in common: the path of their folder, which nobody has made yet."""
+    """What a sink and its copies have in common: how the path of their folder begins, which nobody has made yet."""
     try:
         home = os.path.abspath(tempfile.gettempdir())
     except FileNotFoundError:  # there is none to write to, which only children need
@@ -163,10 +163,10 @@ def new_token() -> str:
 def folder_of(token: str) -> Path:
     """Where the children of a sink keep their files, if any do; on another host, that may be somewhere else.
 
-    All processes of a host must come to the same one, whatever each takes for its temporary folder.
+    All processes of a host and user must come to the same one, whatever each takes for its temporary folder.
     """
-    folder = Path(token)
-    if folder.parent.is_dir():
+    folder = Path(f"{token}-{os.getuid()}")
+    if os.access(folder.parent, os.W_OK | os.X_OK):
         return folder
     return Path(_ELSEWHERE if os.path.isdir(_ELSEWHERE) else tempfile.gettempdir(), folder.name)
 

@@ -237,7 +237,7 @@ def test_children_find_the_folder_of_their_parent_whatever_theirs_is(token: str,
         tempfile.tempdir = str(home / "elsewhere")
         return str(ledger.begin(token, os.getppid()).path.parent)
 
-    assert in_child(elsewhere) == token
+    assert in_child(elsewhere) == str(ledger.folder_of(token))
 
 
 def test_a_child_with_the_number_of_one_that_died_has_a_file_of_its_own(token: str) -> None:
@@ -493,8 +493,26 @@ def test_without_their_folder_all_processes_take_the_same(
     (home / "elsewhere").mkdir()
     gone = str(home / "gone" / Path(token).name)
     monkeypatch.setattr(tempfile, "tempdir", str(home / "another"))
-    assert ledger.folder_of(gone) == home / "elsewhere" / Path(token).name
+    assert ledger.folder_of(gone) == home / "elsewhere" / ledger.folder_of(token).name
     (home / "elsewhere").rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+def test_a_process_of_another_user_has_a_place_of_its_own(token: str) -> None:
+    """As one may that was handed the sink, and is no child; it may not even look into this one's."""
+
+    def as_another() -> tuple[int, bool]:
+        os.setuid(65534)
+        me = os.getpid()
+        before = len(ledger.entries_of(token, me))
+        entry = ledger.begin(token, me)
+        found = ledger.entries_of(token, me) == [entry.path]
+        entry.close()
+        ledger.forget(token, me)
+        return before, found
+
+    with Child(token):
+        assert in_child(as_another) == (0, True)
 
 
 def test_a_child_finds_out_that_there_is_no_room_for_its_file(token: str) -> None:
