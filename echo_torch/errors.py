@@ -19,17 +19,26 @@ Refused and unreachable addresses stay what the operating system makes of them (
 
 
 class _CountedError(Exception):
-    """An exception that says what became of the samples."""
+    """An exception that says what became of the samples.
 
-    unacked: int = 0
+    The counts are of the instance alone: Ray raises one that looks its cause's up only where its class has none.
+    """
+
+    unacked: int
     """Samples that were accepted by ``send`` and are not acknowledged: maybe stored, maybe lost."""
 
-    rows_accepted: int = 0
+    rows_accepted: int
     """How many samples of the batch whose ``send`` raised were accepted before it did; those are its first ones."""
 
-    rows_left: list[int] | None = None
+    rows_left: list[int] | None
     """Which samples of the batch were not accepted, if a function spread them over several learners: then
     ``rows_accepted`` says how many were, and not which."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.unacked = 0
+        self.rows_accepted = 0
+        self.rows_left = None
 
 
 class ConnectionClosedError(_CountedError, ConnectionError):
