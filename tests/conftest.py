@@ -26,9 +26,27 @@ settings.register_profile("thorough", max_examples=2000)
 """For `--hypothesis-profile`: twenty times as many examples as by default, where a test does not say how many."""
 
 
+UNDIVIDED = ("test_ray.py",)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuts", type=int, help="cuts for each case of test_total_queue, and print what was counted")
     parser.addoption("--loaders", action="store_true", help="all cases of test_loaders, and print what was counted")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``: modules whose tests share what takes long to start are not divided among processes."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if module.endswith(UNDIVIDED) else nodeid
+
+    return Scheduler(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
