@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from learner import Learner
+from test_readme import RAY, with_port
 from torch.utils.data import DataLoader
 
 from echo_torch import DeliveryTimeoutError, EchoSink, SpecMismatchError
@@ -286,3 +287,12 @@ def test_an_actor_waits_for_the_workers_of_its_loader(
     assert ray.get(mine.load.remote(MORE), timeout=ANSWER_S) == MORE
     ray.get(mine.close.remote(), timeout=ANSWER_S)
     assert set(learner.take(MORE + 2 * TAIL)["id"]) == set(range(MORE))
+
+
+def test_the_readmes_actors_deliver_to_the_learner(ray: Any) -> None:
+    with Learner({"obs": np.zeros(4, np.float32), "action": np.zeros((), np.int64)}) as learner:
+        program: dict[str, Any] = {"__name__": "__main__"}
+        exec(with_port(RAY, learner.port), program)
+        assert set(learner.take(2 * 100 * 16)["action"]) == {0, 1}
+        for actor in program["actors"]:
+            ray.kill(actor)

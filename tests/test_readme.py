@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-LEARNER, TRAINER, LOOP, WORKERS, SIGTERM, SEVERAL, MODULE = blocks("python")
+LEARNER, TRAINER, LOOP, WORKERS, RAY, SIGTERM, SEVERAL, MODULE = blocks("python")
 
 
 def with_port(program: str, port: int | str) -> str:
