@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,23 +58,23 @@ def running(example: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def alive(group: int) -> list[str]:
-    """The processes of a group that still run, by their stat lines. Nobody may have collected those that ended."""
+def alive(session: int) -> list[str]:
+    """The processes of a session that still run, by their stat lines. Nobody may have collected those that ended."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             line = stat.read_text()
-            state, _parent, its_group = line.rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
+            state, _parent, _group, its_session = line.rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
                 found.append(line)
     return found
 
 
-def assert_all_gone(group: int) -> None:
+def assert_all_gone(session: int) -> None:
     deadline = time.monotonic() + GONE_S
-    while alive(group) and time.monotonic() < deadline:
+    while alive(session) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not alive(group)
+    assert not alive(session)
 
 
 def figures(pattern: str, report: str) -> list[float]:
@@ -407,3 +408,211 @@ def test_benchmark_fills_the_tables_of_a_device(
         "What a send of",
     ):
         assert title in report
+
+
+CARTPOLE = EXAMPLES / "cartpole.py"
+ENDLESS = ("--updates", "1000000")
+
+
+def said(pipe: Any, pattern: str) -> re.Match[str]:
+    """In the first line that has it, of those that come."""
+    lines = []
+    for line in pipe:
+        lines.append(line)
+        if found := re.search(pattern, line):
+            return found
+    raise AssertionError(f"{pattern!r} is not in what was said: {lines}")
+
+
+def connected(port: int) -> int:
+    """How many connections there are to a port of this machine."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(int(local.split(":")[1], 16) == port and state == "01" for _, local, _, state, *_ in rows)
+
+
+def acting(process: subprocess.Popen[str]) -> list[int]:
+    """The processes of both actors, of either engine, when they are connected to the learner."""
+    port = int(said(process.stdout, r"listens on port (\d+)")[1])
+    deadline = time.monotonic() + RUN_S
+    while connected(port) < 2:
+        assert time.monotonic() < deadline, "the actors did not come"
+        time.sleep(0.02)
+    found = []
+    for line in alive(process.pid):
+        pid = int(line.split()[0])
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"spawn_main" in command or command.startswith(b"ray::RayActor"):
+            found.append(pid)
+    assert len(found) == 2
+    return found
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_cartpole_loses_nothing(engine: str, tmp_path: Path) -> None:
+    plot = tmp_path / "curve.png"
+    drawn = ("--plot", str(plot)) if engine == "local" else ()
+    with running(CARTPOLE, "--engine", engine, "--updates", "20", *drawn) as process:
+        report, errors = process.communicate(timeout=RUN_S)
+        assert process.returncode == 0, errors
+        assert engine == "ray" or errors == ""  # Ray has its say
+        assert_all_gone(process.pid)
+    updates, steps, seconds = figures(r"learned +([\d,]+) updates from ([\d,]+) steps in ([\d.]+) s", report)
+    assert updates == 20
+    assert 0.8 * 20 * 32 * 64 < steps <= 20 * 32 * 64  # without those that only begin an episode
+    assert seconds > 0
+    average, most = figures(r"lag +([\d.]+) updates on average, ([\d.]+) at most", report)
+    assert 0 <= average <= most < 20
+    pattern = r"sent +([\d,]+) unrolls of (\d) actors, ([\d,]+) acknowledged, ([\d,]+) received"
+    sent, actors, acknowledged, received = figures(pattern, report)
+    assert actors == 2
+    assert sent == acknowledged == received >= 20 * 32
+    took, waited = figures(r"sink cost +([\d.]+)% of the actors' time; ([\d.]+)%", report)
+    assert 0 < took < 100
+    assert 0 <= waited <= took
+    assert not drawn or 1000 < plot.stat().st_size < 100_000
+
+
+def test_cartpole_goes_on_without_an_actor_that_is_killed_and_not_without_any() -> None:
+    with running(CARTPOLE, *ENDLESS) as process:
+        first, second = acting(process)
+        os.kill(first, signal.SIGKILL)
+        said(process.stderr, rf"actor \d is gone: .*process {first} ended with exit code -9")
+        os.kill(second, signal.SIGKILL)
+        _, errors = process.communicate(timeout=RUN_S)
+        assert process.returncode == 1
+        assert f"process {second} ended with exit code -9" in errors
+        assert errors.endswith("\nFAILED: no actor is left\n")
+        assert_all_gone(process.pid)
+
+
+def test_cartpole_interrupted_ends_at_once() -> None:
+    with running(CARTPOLE, *ENDLESS) as process:
+        acting(process)
+        assert_ends_when_interrupted(process)
+
+
+def assert_ends_when_interrupted(process: subprocess.Popen[str]) -> None:
+    """As by Ctrl-C, of which all of its group hear."""
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=GONE_S)
+    assert time.monotonic() - began < INTERRUPTED_S
+    assert (process.returncode, errors.splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")
+    assert_all_gone(process.pid)
+
+
+def test_cartpole_on_ray_goes_on_without_an_actor_until_it_is_interrupted() -> None:
+    with running(CARTPOLE, "--engine", "ray", *ENDLESS) as process:
+        os.kill(acting(process)[0], signal.SIGKILL)
+        said(process.stderr, r"actor \d is gone: ActorDiedError")
+        assert_ends_when_interrupted(process)
+
+
+def test_cartpole_killed_leaves_no_process() -> None:
+    """The actors notice that the learner is gone when they send."""
+    with running(CARTPOLE, *ENDLESS) as process:
+        acting(process)
+        process.kill()
+        process.communicate(timeout=GONE_S)
+        assert process.returncode == -signal.SIGKILL
+        assert_all_gone(process.pid)
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that has the algorithm."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("cartpole_agent")
+
+
+def test_cartpole_targets_are_the_returns_of_the_policy_that_acted(agent: Any) -> None:
+    """Where nothing was learned since: of each step, up to the end of its episode, whatever is beyond."""
+    steps, generator = 40, torch.Generator().manual_seed(0)
+    values, reward = torch.rand(1, steps + 1, generator=generator), torch.rand(1, steps, generator=generator)
+    terminated, valid = torch.zeros(1, steps, dtype=torch.bool), torch.ones(1, steps, dtype=torch.bool)
+    terminated[0, 10] = True
+    last = {10: False, 25: True, steps - 1: True}  # steps of episodes, and whether the next value counts
+    valid[0, [11, 26]] = False
+    batch = {"reward": reward, "terminated": terminated, "valid": valid}
+    targets, advantages = agent.vtrace(values, torch.ones(1, steps), batch)
+    for step in set(range(steps)) - {11, 26}:
+        end = min(index for index in last if index >= step)
+        rewards = torch.cat([reward[0, step : end + 1], values[0, end + 1 : end + 2] * last[end]])
+        expected = (agent.DISCOUNT ** torch.arange(len(rewards)) * rewards).sum()
+        assert targets[0, step].item() == pytest.approx(expected.item(), rel=1e-4)
+        assert advantages[0, step].item() == pytest.approx((expected - values[0, step]).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("balanced", [True, False], ids=["truncated", "terminated"])
+def test_cartpole_tells_truncated_from_terminated(agent: Any, monkeypatch: pytest.MonkeyPatch, balanced: bool) -> None:
+    """And the step that begins an episode from those that are acted."""
+    cartpole = importlib.import_module("cartpole")
+    game = cartpole.Environments(8, seed=0)
+    returns, ends = np.zeros(8), np.zeros(8, bool)
+    for _ in range(600):
+        x, speed, angle, turning = game.observation.T
+        action = (0.05 * x + 0.1 * speed + angle + 0.5 * turning > 0) if balanced else np.ones(8)
+        seen = game.step(action.astype(np.int64))
+        assert (seen["valid"] == ~ends).all()
+        assert (abs(game.observation[ends]) <= 0.05).all()  # a new episode
+        returns += seen["valid"]
+        ends = seen["episode"] > 0
+        assert (seen["episode"][ends] == returns[ends]).all()
+        assert (seen["terminated"][ends] != balanced).all()
+        assert (returns[ends] == 500).all() or not balanced
+        returns[ends] = 0
+        if ends.any() and balanced:
+            break
+    else:
+        assert not balanced
+
+
+def test_cartpole_finds_whole_weights_however_often_they_change(agent: Any) -> None:
+    engines = importlib.import_module("cartpole_engines")
+    mailbox = engines.SharedMailbox(torch.zeros(50_000))
+    done = threading.Event()
+
+    def publish() -> None:
+        for version in range(1, 2000):
+            mailbox.put(version, torch.full((50_000,), float(version)))
+        done.set()
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    seen = set()
+    while not done.is_set():
+        version, weights = mailbox.newest()
+        assert (weights == version).all()
+        seen.add(version)
+    thread.join()
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "says"),
+    [
+        (("--engine", "local,mail"), (), "--engine: got mail, expected of local, ray"),
+        (("--engine", "ray"), ("ray",), "--engine: ray is not installed: pip install 'echo-torch[ray]'"),
+        (
+            ("--plot", "curve.png"),
+            ("matplotlib",),
+            "--plot: matplotlib is not installed: pip install 'echo-torch[bench]'",
+        ),
+    ],
+    ids=["unknown", "no ray", "no matplotlib"],
+)
+def test_cartpole_says_what_it_needs(
+    agent: Any,
+    options: tuple[str, ...],
+    missing: tuple[str, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cartpole = importlib.import_module("cartpole")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    monkeypatch.setattr(sys, "argv", ["cartpole.py", *options])
+    with pytest.raises(SystemExit):
+        cartpole.main()
+    assert says in capsys.readouterr().err
