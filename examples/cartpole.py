@@ -287,6 +287,7 @@ def plot(runs: list[Run], path: str) -> None:
             points = np.array(run.curve)
             panel.plot(points[:, column], points[:, 2], label=run.engine)
         panel.axhline(SOLVED, color="#8d99ae", linewidth=0.8, linestyle="--")
+        panel.set_xlim(left=0)
         panel.set_xlabel(label)
     panels[0].set_ylabel(f"mean return of {EPISODES} episodes")
     panels[0].legend()
