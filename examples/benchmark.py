@@ -36,6 +36,7 @@ import torch
 from benchmark_counting import counting_rows
 from benchmark_dataset import dataset_rows
 from benchmark_device import launch_rows, send_rows, staging_rows, step_rows, where
+from benchmark_learners import learners_table, stopped_table
 from benchmark_loaders import WORKERS, loader_rows
 from benchmark_others import OTHERS, installed, other_rows
 from benchmark_plot import draw
@@ -454,6 +455,9 @@ SMALL_NULL = rows_of("sink", "null", "29B")
 SMALL_REAL = rows_of("sink", "real", "29B", "1KB")
 LARGE_NULL = rows_of("sink", "null", "28KB", "602KB")
 OTHER_SENDERS = {"sender": tuple(sender for other in OTHERS.values() for sender in other.senders)}
+# What of a row says what it is of.
+SAYS_OF = ("case", "model", "sender", "peer", "way", "route", "sinks", "how")
+TWO = ("two, round_robin", "two, least_inflight")
 TARGETS = [
     Target("samples/s, x stock", "throughput", SMALL_NULL, "vs_stock", 100, True),
     Target("CPU per sample, / stock", "throughput", SMALL_NULL, "cpu_vs_stock", 1 / 100),
@@ -471,6 +475,9 @@ TARGETS = [
     Target("share of send that times take", "counting", {}, "share", 0.01),
     Target("samples/s, sink x other", "others", OTHER_SENDERS, "sink_faster", 1, True),
     Target("CPU per sample, sink / other", "others", OTHER_SENDERS, "sink_cpu", 1),
+    Target("samples/s, two learners / one", "learners", {"learners": ("train",), "way": TWO}, "faster", 1.8, True),
+    Target("steps kept, a learner stopped", "stopped", {"route": ("least_inflight",)}, "kept", 0.8, True),
+    Target("samples lost, a learner stopped", "stopped", {}, "lost", 0),
     Target("samples lost of many sinks", "producers", {}, "lost", 0),
     Target(f"resident bytes grown per {MEMORY_SENDS:,} sends", "memory", {}, "resident", RESIDENT_NOISE),
     Target(f"Python blocks grown per {MEMORY_SENDS:,} sends", "memory", {}, "blocks", BLOCKS_NOISE),
@@ -504,9 +511,7 @@ def judge(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             table.add(
                 {
                     "target": target.says,
-                    "of": " ".join(
-                        str(row[key]) for key in ("case", "model", "sender", "peer", "sinks", "how") if key in row
-                    ),
+                    "of": " ".join(str(row[key]) for key in SAYS_OF if key in row),
                     "bound": f"{'>=' if target.at_least else '<='} {target.bound:.3g}",
                     "figure": figure,
                     "verdict": "reached" if reached else "missed",
@@ -574,9 +579,11 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "counting": counting,
     "dataset": dataset,
     "others": others,
+    "learners": learners_table,
+    "stopped": stopped_table,
     **({"producers": producers_table} if os.path.exists("/proc/self/statm") else {}),
 }
-NOT_QUICK = ("others", "producers")
+NOT_QUICK = ("others", "learners", "stopped", "producers")
 PLOTTED = ("throughput", "others")
 
 
@@ -600,7 +607,7 @@ def parse_arguments() -> argparse.Namespace:
         return float(value)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    quick = "under 60 s: rounds of 0.1 s, and throughput of 29 B only, without the tables of others and producers"
+    quick = f"under 60 s: rounds of 0.1 s, and throughput of 29 B only, without the tables {', '.join(NOT_QUICK)}"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--plot", metavar="FILE.png", help=f"draw the tables {' and '.join(PLOTTED)}; needs matplotlib")

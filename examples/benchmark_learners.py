@@ -1,12 +1,10 @@
 """What one sink gets from two learners, and what it costs when one of them is stopped, as tables of ``benchmark.py``.
 
-* ``spread``: batches sent as fast as they are taken, by one sink to one learner and to two. Learners that train take a
-  while over each batch, for which they sleep, as those do that wait for a GPU; others do nothing but drain, and share
-  the cores of this machine with the sink.
+* ``learners``: batches sent as fast as they are taken, by one sink to one learner and to two. Learners that train take
+  a while over each batch, for which they sleep, as those do that wait for a GPU; others only drain, and share the cores
+  of this machine with the sink.
 * ``stopped``: a loop that computes and sends, to two learners, of which one is stopped (SIGSTOP) for some seconds. Each
   could take all that the loop sends by itself.
-
-Alone: ``python examples/benchmark_learners.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from typing import Any
 
 import echo
 from benchmark_senders import HOST, Case, Child, answer_cpu, cases
+from benchmark_table import Table, filled
 
 from echo_torch import EchoSink
 
@@ -144,17 +143,27 @@ def stopped_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-SPREAD_COLUMNS = {
-    "learners": ("learners", ""),
-    "way               ": ("way", ""),
-    "  samples/s": ("samples_s", ",.0f"),
-    "x one learner": ("faster", ".2f"),
-}
-STOPPED_COLUMNS = {
-    "route         ": ("route", ""),
-    "stopped s": ("stopped_s", ".1f"),
-    "steps/s before": ("steps_s", ".0f"),
-    "kept of that": ("kept", ".3f"),
-    "longest step s": ("longest_s", ".3f"),
-    "samples lost": ("lost", "d"),
-}
+# Tables.
+
+
+def learners_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "learners": ("learners", ""),
+        "                way": ("way", ""),
+        " samples/s": ("samples_s", ",.0f"),
+        "x one learner": ("faster", ".2f"),
+    }
+    return filled(Table("What one sink gets from two learners, batches of 256 x 1KB", columns), spread_rows(options))
+
+
+def stopped_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    columns = {
+        "         route": ("route", ""),
+        "stopped s": ("stopped_s", ".1f"),
+        "steps/s before": ("steps_s", ".0f"),
+        "kept of that": ("kept", ".3f"),
+        "longest step s": ("longest_s", ".3f"),
+        "samples lost": ("lost", "d"),
+    }
+    title = "A loop that sends 64 x 28KB every 10 ms to two learners, of which one is stopped"
+    return filled(Table(title, columns), stopped_rows(options))

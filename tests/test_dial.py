@@ -440,7 +440,7 @@ def test_a_peer_that_knows_nothing_of_the_connection_is_called_again() -> None:
 def test_a_greeting_that_stalls_anywhere_ends_at_the_deadline(count: int) -> None:
     with (
         Peer(say(GREETING[:count])) as peer,
-        times_out(SOON_S, f"127.0.0.1:{peer.port}.* got {count} bytes") as deadline,
+        times_out(4 * SOON_S, f"127.0.0.1:{peer.port}.* got {count} bytes") as deadline,
     ):
         dial("127.0.0.1", peer.port, deadline)
 

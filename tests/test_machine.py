@@ -66,7 +66,8 @@ class Stage:
         while not self.needed <= arrived.keys():
             assert time.monotonic() < deadline, f"lost: {sorted(self.needed - arrived.keys())}"
             for index, learner in enumerate(self.learners):
-                with TcpClient("127.0.0.1", learner.port, EXAMPLE, BATCH_SIZE) as client:
+                # With the tail, or the server may discard some of them, and have no full batch.
+                with TcpClient("127.0.0.1", learner.port, EXAMPLE, BATCH_SIZE, replay_tail=True) as client:
                     batch = numbered.fillers(BATCH_SIZE, SIZE)
                     client.send_rows([batch["check"], batch["id"]], timeout=LONG_S)
                     client.wait(LONG_S)
