@@ -40,28 +40,31 @@ def _server_differences(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf]) -> I
             yield f"leaf {index}: server expects {expected}, example has {example}"
 
 
-def batch_error(leaves: Sequence[Leaf], paths: Sequence[str], arrays: Sequence[Any]) -> SpecMismatchError:
+def batch_error(leaves: Sequence[Leaf], keys: Sequence[Key], arrays: Sequence[Any]) -> SpecMismatchError:
     """The error for a server that gives other batches than of samples like the example.
 
     Args:
         leaves: the example's.
-        paths: of the server's, in the order of the wire.
+        keys: of the server's, in the order of the wire.
         arrays: what is there, ``(batch_size, *shape)``.
     """
     problems = []
-    for index, (path, array, leaf) in enumerate(itertools.zip_longest(paths, arrays, leaves)):
-        theirs = "nothing" if path is None else _named(path, getattr(array, "dtype", type(array)), shape_of(array)[1:])
-        ours = _named(leaf.path, leaf.travels_as, leaf.shape) if leaf else "nothing"
+    for index, (key, array, leaf) in enumerate(itertools.zip_longest(keys, arrays, leaves)):
+        theirs = "nothing" if key is None else _named(key, getattr(array, "dtype", type(array)), shape_of(array)[1:])
+        ours = _named(leaf.key, leaf.travels_as, leaf.shape) if leaf else "nothing"
         if theirs != ours:
             values = f", for {leaf.dtype}" if leaf and leaf.opaque else ""
             problems.append(f"leaf {index}: the server has {theirs}, the example {ours}{values}")
+        elif leaf and key != leaf.key:
+            problems.append(f"leaf {index}: {path_of(key)} is in a dict of the one and in a list or tuple of the other")
     what = "Server spec mismatch: the server was not made for samples like the example"
     remedy = "make it with echo.Server(numpy_example(example), ...), of the example that the senders have, too"
     return SpecMismatchError(_listing(what, _shortened(problems), [remedy]))
 
 
-def _named(path: str, dtype: object, shape: Sequence[int]) -> str:
+def _named(key: Key, dtype: object, shape: Sequence[int]) -> str:
     """A leaf of a server's batches."""
+    path = path_of(key)
     return f"{path}: {dtype} {_stacked(shape)}" if path else f"{dtype} {_stacked(shape)}"
 
 

@@ -21,7 +21,7 @@ from . import accelerator
 from .leaves import Array, Leaf, tensor_dtype
 from .mismatch import batch_error
 from .spec import SampleSpec
-from .trees import keys_of, path_of
+from .trees import keys_of
 
 # Makes tensors of the arrays of a batch, and of what their memory belongs to.
 Convert = Callable[[Sequence[Array], object], list[torch.Tensor]]
@@ -75,7 +75,7 @@ class Unpacker:
     def _check(self, arrays: Sequence[Any], treespec: Any) -> None:
         keys, leaves = keys_of(treespec), self._spec.leaves
         if keys != [leaf.key for leaf in leaves] or not all(map(_holds, leaves, arrays)):
-            raise batch_error(leaves, [*map(path_of, keys)], arrays)
+            raise batch_error(leaves, keys, arrays)
 
 
 def _look(array: Any) -> object:

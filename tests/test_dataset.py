@@ -489,6 +489,15 @@ def test_a_server_for_other_samples(what: str) -> None:
         server.close()
 
 
+def test_a_server_for_a_list_where_the_example_has_a_dict() -> None:
+    with serving([B, B]) as server:
+        for _ in range(BATCH):
+            server.submit(numpy_example([B, B]))
+        with pytest.raises(SpecMismatchError, match=r"(?s)leaf 0: \[0\] is in a dict .* a list .*leaf 1: \[1\] is"):
+            next(iter(EchoDataset(server, {0: B, 1: B})))
+        server.close()
+
+
 def test_a_server_of_other_numbers_of_the_size_of_bfloat16() -> None:
     example = torch.zeros(3).bfloat16()
     with serving(np.zeros(3, np.float16)) as server:
