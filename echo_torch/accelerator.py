@@ -171,7 +171,7 @@ def _set_apart() -> None:
     except (OSError, AttributeError) as error:
         status = error
     if status:
-        _log.info("sending from a device while a graph is captured may end the capture: %s: %s", function, status)
+        _log.info("using a device while a graph is captured may end the capture: %s: %s", function, status)
 
 
 def pinned(size: int) -> torch.Tensor:

@@ -70,7 +70,7 @@ class EchoDataset(IterableDataset[Any]):
 
     Iterating raises `SpecMismatchError` if the server was not made for samples like the example; `RuntimeError` in
     another process than this one, such as a DataLoader's worker, and for a second consumer with ``copy=False``; and
-    what ``server.sample()`` does.
+    what ``server.sample()`` does, or PyTorch for want of memory on the device. One may go on then, with the next batch.
     """
 
     def __init__(

@@ -28,10 +28,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
-# Seconds that the end of the process waits for the thread.
-_END_S = 5.0
+from .deadline import Deadline
+
+# Seconds that the end of the process waits for the threads.
+END_S = 5.0
 # Seconds after which a Ctrl-C is seen at the latest: one that comes just as the waiting begins does not end it.
-_LOOK_S = 0.5
+LOOK_S = 0.5
 
 _Sample = TypeVar("_Sample")
 _Batch = TypeVar("_Batch")
@@ -72,10 +74,9 @@ class Taker(Generic[_Sample, _Batch]):
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._asked = self._ended = self._stopped = self._in_sample = False
-        self._waiting = 0  # who has to be told that something is there
+        self._waiting: set[queue.SimpleQueue[None]] = set()  # who has to be told that something is there
         self._there: deque[_Taken[_Batch]] = deque()
         self._questions: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[None] = queue.SimpleQueue()
         _living.add(self)
 
     def next(self) -> _Batch | None:
@@ -84,12 +85,16 @@ class Taker(Generic[_Sample, _Batch]):
         Raises:
             Exception: whatever ``sample`` or ``convert`` raised; the next call asks again.
         """
-        while (taken := self._fetch()) is None:
+        told: queue.SimpleQueue[None] = queue.SimpleQueue()
+        while (taken := self._fetch(told)) is None:
             with contextlib.suppress(queue.Empty):
-                self._answers.get(timeout=_LOOK_S)
-        if taken.error is not None:
+                told.get(timeout=LOOK_S)
+        if taken.error is None:
+            return taken.batch
+        try:
             raise taken.error
-        return taken.batch
+        finally:
+            del taken  # an error knows this frame, and would so keep itself, and what the frames it came by hold
 
     def stop(self) -> None:
         """Take no more. Without a lock, and without waiting."""
@@ -97,19 +102,22 @@ class Taker(Generic[_Sample, _Batch]):
         self._questions.put(None)
 
     def end(self) -> None:
-        """At the end of the process: stop, and wait for the thread to end."""
+        """At the end of the process: stop, and have ``sample`` end."""
         self.stop()
         if self._in_sample:
             self._close()
-        if self._thread is not None:
-            self._thread.join(_END_S)
 
-    def _fetch(self) -> _Taken[_Batch] | None:
-        """What is there; or else ask for it."""
+    def join(self, timeout: float) -> None:
+        """Wait for the thread to end."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _fetch(self, told: queue.SimpleQueue[None]) -> _Taken[_Batch] | None:
+        """What is there; or else ask for it, and to be told."""
         with self._lock:
             taken = self._there.popleft() if self._there else _Taken() if self._ended else None
             if taken is None:
-                self._waiting += 1
+                self._waiting.add(told)
             ask = not self._ended and (taken is None or (self._ahead and taken.error is None))
             self._asked = self._asked or ask
             start = ask and self._thread is None
@@ -153,9 +161,9 @@ class Taker(Generic[_Sample, _Batch]):
             self._ended = taken.batch is None and taken.error is None
             if not self._ended:
                 self._there.append(taken)
-            waiting, self._waiting = self._waiting, 0
-        for _ in range(waiting):
-            self._answers.put(None)
+            waiting, self._waiting = self._waiting, set()
+        for told in waiting:
+            told.put(None)
         return self._ended
 
 
@@ -174,8 +182,13 @@ _living: weakref.WeakSet[Taker[Any, Any]] = weakref.WeakSet()
 
 
 def _end_all() -> None:
-    for taker in list(_living):
+    """All are told first, as one may wait for the turn of another."""
+    takers = list(_living)
+    for taker in takers:
         taker.end()
+    until = Deadline(END_S)
+    for taker in takers:
+        taker.join(until.remaining())
 
 
 atexit.register(_end_all)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from echo_torch import (
     TcpClient,
     accelerator,
     numpy_example,
+    taker,
 )
 
 BATCH = 4
@@ -442,26 +444,90 @@ def test_what_sample_raises_is_raised_and_the_next_call_asks_again() -> None:
     assert [*batches] == []
 
 
+def test_an_error_that_was_handled_keeps_nothing() -> None:
+    """As one for want of memory on a device would: no cycle through its traceback waits for the garbage collector."""
+
+    class Memory:
+        pass
+
+    class Server:
+        memory: weakref.ref[Memory] | None = None
+
+        def sample(self) -> Any:
+            memory = Memory()
+            self.memory = weakref.ref(memory)
+            raise OSError
+
+    server = Server()
+    batches = iter(EchoDataset(server, EXAMPLE))
+    gc.disable()
+    try:
+        with contextlib.suppress(OSError):
+            next(batches)
+        first = server.memory
+        with contextlib.suppress(OSError):
+            next(batches)  # so the thread has done with the first
+    finally:
+        gc.enable()
+    assert first is not None
+    assert first() is None
+
+
+def test_who_waits_long_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each batch: not once for each look at what is there, which would be so many looks in the next wait, too."""
+    looks = told = 0
+
+    def see(frame: Any, event: str, function: Any) -> None:
+        nonlocal looks, told
+        if getattr(function, "__qualname__", "") == "SimpleQueue.get":
+            looks += event == "c_call"
+            told += event == "c_return"
+            if event == "c_call" and looks in (20, 23):
+                fill(server, looks)
+
+    monkeypatch.setattr(taker, "LOOK_S", 0.001)
+    with serving() as server:
+        batches = iter(EchoDataset(server, EXAMPLE, copy=False))
+        sys.setprofile(see)
+        try:
+            found = numbers(itertools.islice(batches, 2))
+        finally:
+            sys.setprofile(None)
+        server.close()
+    assert found == [20, 23]
+    assert told <= 2
+
+
 def test_a_program_may_end_at_any_moment() -> None:
-    """While batches come, are taken and copied, and nobody has closed the server."""
+    """While batches come, are taken and copied, and nobody has closed the server; while threads wait for their turn."""
     program = (
-        "import itertools, echo, numpy as np, echo_torch\n"
+        "import itertools, threading, time, echo, numpy as np, echo_torch\n"
         "example = np.zeros(1 << 12, np.uint8)\n"
         "server = echo.Server(example, batch_size=32, transport=echo.TcpTransport(port=0))\n"
         "server.start()\n"
         "print(server.port, flush=True)\n"
+        "echo_torch.taker.END_S = 1000\n"
+        "idle = echo.Server(example, batch_size=32)\n"
+        "for _ in range(8):\n"
+        "    waiting = iter(echo_torch.EchoDataset(idle, example)).__next__\n"
+        "    threading.Thread(target=waiting, daemon=True).start()\n"
+        "while sum(thread.name == 'echo_torch dataset' for thread in threading.enumerate()) < 8:\n"
+        "    time.sleep(0.001)\n"
         "print(sum(map(len, itertools.islice(echo_torch.EchoDataset(server, example), 20))))\n"
     )
     command = [sys.executable, "-W", "error", "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        client = TcpClient("127.0.0.1", int(process.stdout.readline()), np.zeros(1 << 12, np.uint8))
-        rows = [np.zeros((32, 1 << 12), np.uint8)]
-        with contextlib.suppress(ConnectionClosedError):
-            while True:
-                client.send_rows(rows)
-        client.close()
-        out, err = process.communicate(timeout=ANSWER_S)
+        try:
+            assert process.stdout is not None
+            client = TcpClient("127.0.0.1", int(process.stdout.readline()), np.zeros(1 << 12, np.uint8))
+            rows = [np.zeros((32, 1 << 12), np.uint8)]
+            with contextlib.suppress(ConnectionClosedError):
+                while True:
+                    client.send_rows(rows, timeout=ANSWER_S)
+            client.close()
+            out, err = process.communicate(timeout=ANSWER_S / 2)
+        finally:
+            process.kill()
     assert (process.returncode, out) == (0, "640\n"), err
 
 
