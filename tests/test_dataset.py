@@ -629,3 +629,24 @@ def test_that_a_slot_given_back_too_soon_is_noticed(device: FakeDevice, monkeypa
         device.run()
         server.close()
         assert device.freed_too_soon > 0 or [int(batch["id"][0]) for batch in kept] != [*range(5)]
+
+
+def test_a_batch_for_which_the_device_has_no_room_is_an_error_once(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = iter([True, True, True, False, True, True])  # for each of two leaves
+
+    def empty_like(tensor: torch.Tensor, stream: Any) -> torch.Tensor:
+        if not next(room):
+            raise torch.OutOfMemoryError("out of memory")
+        return device.empty_like(tensor, stream)
+
+    monkeypatch.setattr(accelerator, "empty_like", empty_like)
+    monkeypatch.setattr(accelerator, "wait_for", lambda stream: device.run())
+    with serving() as server, filling(server, 0, 1, 2):
+        batches = iter(EchoDataset(server, EXAMPLE, device="cpu"))
+        assert number_of(next(batches)) == 0
+        with pytest.raises(torch.OutOfMemoryError):
+            next(batches)
+        assert number_of(next(batches)) == 2
+        server.close()
