@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -88,7 +89,8 @@ class Opener:
             return Spread(", ".join(self.learners), peers, self.least_inflight, self.failover, self.stall_timeout)
         except BaseException:
             for route in routes.values():
-                route.close(0)
+                with contextlib.suppress(Exception):  # that of a client which is not ours; the others come next
+                    route.close(0)
             raise
 
     def _open_all(self, spec: SampleSpec, deadline: Deadline, routes: dict[Address, Route]) -> None:

@@ -65,7 +65,7 @@ def shards_of(given: Any, rows: int, learners: int) -> int | Array:
         ValueError: another shape, or no learner's index.
     """
     shards = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
-    if shards.dtype.kind not in "iu":
+    if shards.size and shards.dtype.kind not in "iu":  # an empty list has no whole numbers, and none that are not
         raise TypeError(f"route: the function gave {shards.dtype}, expected whole numbers, the index of a learner")
     if shards.shape not in ((), (rows,)):
         raise ValueError(f"route: the function gave {list(shards.shape)}, expected [] or [{rows}], one for each sample")

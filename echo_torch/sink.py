@@ -117,6 +117,8 @@ class EchoSink:
                 raise TypeError(f"{name}: got {function!r}, expected something to call")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'warn'")
+        if not isinstance(failover, bool):
+            raise TypeError(f"failover: got {failover!r}, expected True or False")
         self._learners = len(addresses)
         self._shard_of = route if callable(route) and self._learners > 1 else None
         self._spec = SampleSpec(example)

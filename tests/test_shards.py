@@ -64,6 +64,12 @@ def test_a_learner_for_each_sample(given: Any) -> None:
     assert shards.tolist() == [0, 2, 1]
 
 
+def test_an_empty_list_is_right_for_a_batch_of_no_samples() -> None:
+    shards = shards_of([], 0, 3)
+    assert isinstance(shards, np.ndarray)
+    assert shards.shape == (0,)
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [

@@ -336,6 +336,11 @@ def test_other_clients_tell_too_little_for_some_things(options: dict[str, Any]) 
         EchoSink("a", [1, 2], example(SIZE), client=echo.TcpClient, **options)
 
 
+def test_failover_is_true_or_false() -> None:
+    with pytest.raises(TypeError, match="failover: got 'yes', expected True or False"):
+        EchoSink("a", [1, 2], example(SIZE), failover="yes")  # type: ignore[arg-type]
+
+
 def test_other_clients_take_turns() -> None:
     with two_learners() as learners, sink_to(learners, client=echo.TcpClient) as sink:
         for number in range(4):
