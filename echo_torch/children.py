@@ -109,9 +109,10 @@ class Children:
         goals = [(entry, entry["sent"]) for entry in self._look()]
         acked, since, pause = -1, time.monotonic(), FIRST_LOOK_S
         while True:
+            done = [(entry, goal) for entry, goal in goals if entry["acked"] >= goal]  # before they say that it is over
             over = [(entry, goal) for entry, goal in goals if _over(entry)]
-            self._raise_failures([entry for entry, goal in over if entry["acked"] < goal])
-            goals = [(entry, goal) for entry, goal in goals if entry["acked"] < goal and (entry, goal) not in over]
+            self._raise_failures([entry for entry, goal in over if _lost(entry, goal)])
+            goals = [one for one in goals if one not in done and one not in over]
             if not goals:
                 return
             now = sum(entry["acked"] for entry, _ in goals)
@@ -223,6 +224,14 @@ class Children:
 
 def _added(one: list[PeerCounts], other: list[PeerCounts]) -> list[PeerCounts]:
     return [mine.plus(theirs) for mine, theirs in zip_longest(one, other, fillvalue=PeerCounts())]
+
+
+def _lost(entry: Entry, goal: int) -> bool:
+    """Whether not all of its first ``goal`` samples are acked, now that nothing more will be.
+
+    With several learners, those that were acked at the end may be any.
+    """
+    return entry["acked"] < (goal if entry["learners"] == 1 else entry["sent"])
 
 
 def _over(entry: Entry) -> bool:

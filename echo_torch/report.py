@@ -135,7 +135,7 @@ class Report:
                 return
             if error is not None:
                 self._say(error)
-            self._publish()
+            self._publish(ended=True)
             self._entry["closed"] = 1
             self._ended = True
         self._wake()
@@ -227,7 +227,7 @@ class Report:
             return problem
         return None
 
-    def _publish(self) -> bool:
+    def _publish(self, ended: bool = False) -> bool:
         """Store the counts; gives whether acks are out."""
         entry, session = self._entry, self._session()
         counts = Counts() if self.route is None else self.route.counts()
@@ -239,8 +239,8 @@ class Report:
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)
-        # While more is sent, those to wait for first: who waits knows how much had been sent, and not to whom.
-        if self.route is None or self.route.closed:
+        # Until all is over, those to wait for first: who waits knows how much had been sent, and not to whom.
+        if ended or self.route is None:
             entry["acked"] = counts.sent - counts.unacked
         else:
             entry["acked"] = self.route.progress()[1]

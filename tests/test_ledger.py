@@ -60,9 +60,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 class Child:
     """A process that keeps a file of the ledger; a context manager that kills it."""
 
-    def __init__(self, token: str, parent: int | None = None) -> None:
+    def __init__(self, token: str, parent: int | None = None, learners: int = 1) -> None:
         self._pipe, theirs = FORK.Pipe()
-        self._process = FORK.Process(target=_keep, args=(theirs, token, parent or os.getpid()), daemon=True)
+        self._process = FORK.Process(target=_keep, args=(theirs, token, parent or os.getpid(), learners), daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -97,8 +97,8 @@ class Child:
         self._pipe.close()
 
 
-def _keep(pipe: Pipe, token: str, parent: int) -> None:
-    entry = ledger.begin(token, parent)
+def _keep(pipe: Pipe, token: str, parent: int, learners: int) -> None:
+    entry = ledger.begin(token, parent, learners=learners)
     pipe.send(str(entry.path))
     while True:
         request, *arguments = pipe.recv()
@@ -365,6 +365,20 @@ def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, childre
         assert children.counts() == {**counts, "maybe_lost": counts["maybe_lost"] + 2}
         assert children.times() == times
         assert not two.path.parent.exists() or not list(two.path.parent.iterdir())
+
+
+def test_what_one_of_a_childs_learners_acked_later_does_not_stand_in_for_what_another_lost(
+    token: str, children: Children
+) -> None:
+    with Child(token, learners=2) as one:
+        one.set(sent=10, acked=5)
+        with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
+            time.sleep(0.05)
+            one.set(sent=20)
+            one.fail(KINDS.index(ConnectionClosedError), "the reason")
+            one.set(acked=15, closed=1)  # of any
+        assert isinstance(outcomes[0], ConnectionClosedError)
+        assert f"process {one.pid}: the reason" in str(outcomes[0])
 
 
 def test_what_one_may_have_lost_that_had_lost_its_connection_is_counted_once(token: str, children: Children) -> None:
