@@ -266,6 +266,10 @@ class TcpClient:
         """
         self._connection.close(Deadline(timeout))
 
+    def abandon(self) -> None:
+        """Deliver what was sent, for up to 5 s, and close, all without being waited for."""
+        self._connection.abandon()
+
     @property
     def room(self) -> int:
         """Samples that `send_rows` would take without waiting."""

@@ -167,12 +167,17 @@ class Connection:
         """What the peer may not have, now that the connection has ended; waits for the thread to be gone."""
         self.thread.join(Deadline(REMAINS_S))
         ring, sent = self.ring, self._link.sent
-        return Remains(ring, sent, sent if ring.arrived is None else min(sent, ring.arrived))
+        ready = ring.ready  # before it is asked whether the copies were abandoned, which are all done by then
+        return Remains(ring, sent, min(sent, ready if ring.arrived is None else ring.arrived))
 
     def refresh(self) -> None:
         """Take note of acks that have arrived, if that can be done at once."""
         if self._pid == os.getpid() and self._link.failure is None:
             self._link.nudge()
+
+    def abandon(self) -> None:
+        """Leave it to the thread to deliver what is packed, and to end."""
+        self.thread.say_farewell()
 
     def close(self, deadline: Deadline) -> None:
         """Deliver what is packed, and the tail again, until the deadline; then end thread and socket.

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from .deadline import Deadline
+from .locks import is_mine
 from .remains import Remains
 from .routes import RingRoute, Route
 from .stats import Counts
@@ -87,20 +88,28 @@ class Estate:
                 time.sleep(PASS_ON_S)
         return some
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the caller is a signal handler, or finaliser, that interrupted its own thread here."""
+        return is_mine(self._lock)
+
     def left(self) -> int:
         """How many samples are still to be passed on."""
-        if not self.closed:
-            for index, peer in enumerate(self._peers):
-                if peer.remains is None and peer.route.closed and isinstance(peer.route, RingRoute):
-                    self._bury(index, peer, peer.route)
+        if self.interrupted:
+            raise RuntimeError("called by a signal handler or finaliser that interrupted the same sink's passing on")
+        for index, peer in enumerate(self._peers):
+            if peer.remains is None and isinstance(peer.route, RingRoute) and peer.route.failure is not None:
+                self._bury(index, peer, peer.route)
         return sum(remains.left for _, _, remains in self._lost)
 
     def _bury(self, index: int, peer: Peer, route: RingRoute) -> None:
         with self._lock:
-            if peer.remains is not None:
+            if peer.remains is not None or self.closed:
                 return
             remains = route.remains()
-            self._lost.append((index, peer, remains))
+            lost = [*self._lost, (index, peer, remains)]
+            # Nothing comes between the next two lines: what it left is passed on once.
+            self._lost = lost
             peer.remains = remains
         text = "the learner is gone; its share, and %d samples that it may not have, go to the others: %s"
         _log.warning(text, remains.left, route.failure)

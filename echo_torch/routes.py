@@ -75,6 +75,10 @@ class RingRoute:
         """What ended the connection."""
         return self._client.failure
 
+    def abandon(self) -> None:
+        """Have it deliver what was sent, and end, without waiting for that."""
+        self._client.abandon()
+
     def remains(self) -> Remains:
         """The samples that the server may not have, once the connection was lost for good, and before `close`."""
         return self._client.remains()
@@ -127,7 +131,7 @@ class RowRoute:
         self._acked = 0
         self._sent = 0
         self._lost = False
-        self.closed = False
+        self._closed = False
         self._began = time.monotonic()
         self._ended_at: float | None = None
         self._sending = 0.0
@@ -139,17 +143,21 @@ class RowRoute:
     def peers(self) -> list[PeerCounts]:
         return [PeerCounts.of(self.counts(), self._lost)]
 
+    @property
+    def closed(self) -> bool:
+        return self._closed or self._lost
+
     def counts(self) -> Counts:
         """Such a client tells nothing of what comes after ``wait``."""
         unacked = self._sent - self._acked
-        return Counts(sent=self._sent, unacked=unacked, maybe_lost=unacked if self.closed or self._lost else 0)
+        return Counts(sent=self._sent, unacked=unacked, maybe_lost=unacked if self.closed else 0)
 
     def progress(self) -> tuple[int, int]:
         return self._sent, self._acked
 
     def check(self) -> None:
         """Such a client tells of acks only by waiting for all of them."""
-        if self._sent > self._acked and not self.closed:
+        if self._sent > self._acked and not self._closed:
             self.wait(None)
 
     def send(self, match: Match, timeout: float | None) -> None:
@@ -182,9 +190,9 @@ class RowRoute:
 
     def close(self, timeout: float | None) -> None:
         with self._closing:  # who closes it at the same time waits for the end as well
-            if self.closed:  # not every client's `wait` returns after its `close`
+            if self._closed:  # not every client's `wait` returns after its `close`
                 return
-            self.closed = True
+            self._closed = True
             try:
                 self.wait(timeout)
             finally:

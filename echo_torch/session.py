@@ -202,13 +202,16 @@ class Session:
         return self.ended("this sink was closed")
 
     def drop(self, rows: int, error: OSError | None = None) -> None:
-        """Count samples as dropped; with the first ``error``, log why."""
+        """Count samples as dropped, and log ``error``; the learner is gone then, unless another has taken its place."""
         with self._lock:
             self._begin_report()
             self.account.dropped += rows
             if error is None or self.gone:
                 return
-            self.gone = True
+            self.gone = self.route is None or self.route.closed
+        if not self.gone:
+            _log.warning("%s", error)
+            return
         self._marks.tell_gone(True)
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ import numpy as np
 from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .estate import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
+from .locks import is_mine
 from .meter import Times
 from .prefix import Prefix
+from .routes import RingRoute
 from .spec import Match
 from .stats import Counts, PeerCounts
 
@@ -64,6 +67,8 @@ class Spread:
         self._prefix_lock = threading.RLock()
         self._turns = itertools.count()
         self._closing = False
+        self._told_lost = False  # whether a caller was told that nobody is left
+        self._progress = 0, 0
 
     # What became of the samples.
 
@@ -83,9 +88,12 @@ class Spread:
         return [counts for peer in self._peers for counts in peer.route.peers()]
 
     def progress(self) -> tuple[int, int]:
+        if is_mine(self._prefix_lock) or self._estate.interrupted:
+            return self._progress  # for a signal handler: as it was
         with self._prefix_lock:
             total, sent, acked = self._estate.progress()
-            return total, min(total, self._prefix.acked(total, sent, acked))
+            self._progress = total, min(total, self._prefix.acked(total, sent, acked))
+            return self._progress
 
     def times(self) -> Times:
         """Callers wait for one learner at a time, but connections side by side: so of their waits, the mean."""
@@ -150,6 +158,7 @@ class Spread:
                 elif stall.expired:
                     raise NoRoomError("no learner has room")
         except (ConnectionClosedError, DeliveryTimeoutError, *_OURS) as error:
+            self._told_lost = self._told_lost or isinstance(error, NobodyLeftError)
             told = self._in_words(error, "send", deadline)
             told.rows_accepted += done
             raise told from error.__cause__
@@ -159,11 +168,14 @@ class Spread:
         if self._failover:
             self._estate.settle(deadline, self._stall_timeout)
         peer, others = self._choose(first, match.rows)
+        limit = deadline.within(SLICE_S) if others else deadline
         try:
-            peer.route.send(match, (deadline.within(SLICE_S) if others else deadline).seconds)
+            peer.route.send(match, limit.seconds)
         except DeliveryTimeoutError as error:
             if not others:
                 raise
+            if not error.rows_accepted:  # at once, from one that has acked nothing for ``stall_timeout``
+                time.sleep(limit.remaining())
             return error.rows_accepted
         except ConnectionClosedError as error:
             if not self._failover:
@@ -194,16 +206,20 @@ class Spread:
         try:
             self._wait(deadline)
         except (ConnectionClosedError, DeliveryTimeoutError, *_OURS) as error:
+            self._told_lost = self._told_lost or isinstance(error, NobodyLeftError)
             raise self._in_words(error, "wait", deadline) from error.__cause__
 
-    def _wait(self, deadline: Deadline) -> None:
-        """Until everything is acked, by whomever."""
+    def _wait(self, deadline: Deadline, lost_too: bool = True) -> None:
+        """Until everything is acked, by whomever; or all but what is lost, without failover."""
         again = True
         while again:
             again = self._failover and self._estate.settle(deadline, self._stall_timeout)
-            for peer in self._peers:
-                if peer.remains is None and not self._waited(peer, deadline):
+            peers = [peer for peer in self._peers if peer.remains is None and (lost_too or not peer.route.closed)]
+            for peer in peers:
+                if not self._waited(peer, deadline):
                     again = True
+            # What one left meanwhile, another caller may have passed on to one that was waited for before.
+            again = again or any(peer.remains is not None for peer in peers)
         self._estate.tell_of_stuck()
 
     def _waited(self, peer: Peer, deadline: Deadline) -> bool:
@@ -211,7 +227,7 @@ class Spread:
         try:
             peer.route.wait(deadline.seconds)
         except ConnectionClosedError:
-            if not self._failover:
+            if not self._failover or self._estate.closed:
                 raise
             return False
         return True
@@ -219,21 +235,14 @@ class Spread:
     def close(self, timeout: float | None) -> None:
         self._closing = True
         deadline = Deadline(timeout)
-        spare = 0.0 if timeout is None else min(TAIL_S, TAIL_SHARE * timeout)
         problems: list[Exception] = []
         try:
-            self._wait(Deadline(None if timeout is None else timeout - spare))
-        except DeliveryTimeoutError:
-            pass  # whoever is late will say so
-        except (ConnectionClosedError, *_OURS) as error:
-            problems.append(self._in_words(error, "close", deadline))
-        self._estate.closed = True
-        for peer in sorted(self._peers, key=lambda peer: peer.route.counts().unacked):
-            try:
-                peer.route.close(deadline.seconds)
-            except (ConnectionClosedError, DeliveryTimeoutError) as error:
-                if peer.remains is None:  # otherwise it is with others, or was told of
-                    problems.append(self._in_words(error))
+            if not self._estate.closed:
+                self._deliver_all(deadline, problems)
+            self._close_all(deadline, problems)
+        except BaseException:  # an interrupt: as with one learner, the rest is left to the threads
+            self._abandon_all()
+            raise
         for problem in problems[1:]:
             _log.warning("%s", problem)
         try:
@@ -241,6 +250,37 @@ class Spread:
                 raise problems[0]
         finally:
             problems.clear()  # their tracebacks hold this frame, and with it the connections
+
+    def _deliver_all(self, deadline: Deadline, problems: list[Exception]) -> None:
+        timeout = deadline.timeout
+        spare = 0.0 if timeout is None else min(TAIL_S, TAIL_SHARE * timeout)
+        try:
+            # Without failover, who is lost already says so when it is closed, unless that was told.
+            self._wait(Deadline(None if timeout is None else timeout - spare), lost_too=self._failover)
+        except DeliveryTimeoutError:
+            pass  # whoever is late will say so
+        except (ConnectionClosedError, *_OURS) as error:
+            if not (self._told_lost and isinstance(error, NobodyLeftError)):
+                problems.append(self._in_words(error, "close", deadline))
+
+    def _close_all(self, deadline: Deadline, problems: list[Exception]) -> None:
+        self._estate.closed = True
+        for peer in sorted(self._peers, key=lambda peer: peer.route.counts().unacked):
+            try:
+                peer.route.close(deadline.seconds)
+            except (ConnectionClosedError, DeliveryTimeoutError) as error:
+                if peer.remains is None:  # otherwise it is with others, or was told of
+                    problems.append(self._in_words(error))
+
+    def _abandon_all(self) -> None:
+        self._estate.closed = True
+        for peer in self._peers:
+            if isinstance(peer.route, RingRoute):
+                peer.route.abandon()
+        left = self._estate.left()
+        if left:
+            text = "%s: close() was interrupted before %d samples of a learner that is gone were passed on"
+            _log.warning(text, self._name, left)
 
     def _in_words(
         self, error: Exception, call: str = "", deadline: Deadline | None = None
