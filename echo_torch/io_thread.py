@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from . import lifetime
-from .deadline import Deadline, bounded_wait
+from .deadline import Deadline
 from .dial import hang_up
 from .errors import ConnectionClosedError, HandshakeError, SpecMismatchError
 from .link import LINGER_S, Link
@@ -44,6 +44,8 @@ TAIL_REDIAL_S = 5.0
 # Seconds for a thread that has done everything to be gone; bounded, since a signal handler may have interrupted
 # another call's `Thread.join`, which then holds the thread's lock.
 JOIN_S = 1.0
+# Seconds between two looks at whether the thread has ended, where that is waited for with a limit.
+JOIN_LOOK_S = 0.001
 # One system call's worth, in bytes: large enough for calls not to count, small enough for the lock.
 WRITE_BYTES = 1024 * 1024
 # Whether `poll` tells of a peer that hung up without being asked for acks too. Where not, every ack wakes the thread.
@@ -107,7 +109,7 @@ class IoThread:
     @property
     def is_current(self) -> bool:
         """Whether the caller is this thread: a logging handler, say."""
-        return threading.get_ident() == self._thread.ident
+        return threading.current_thread() is self._thread  # whose number another has after its end
 
     def linger(self, deadline: Deadline) -> None:
         """Give the server time to take what it acked out of its queue."""
@@ -129,10 +131,14 @@ class IoThread:
         self._link.wake_up.kick()
 
     def join(self, deadline: Deadline) -> bool:
-        """Wait for the thread to end; gives whether it did."""
-        if not self._ended.acquire(timeout=bounded_wait(deadline.remaining())):
-            return False
-        self._ended.release()
+        """Wait for the thread to end; gives whether it did.
+
+        By looking: an interrupt between acquiring the lock, with a limit, and releasing it would leave it locked.
+        """
+        while self._ended.locked():
+            if deadline.expired:
+                return False
+            time.sleep(min(JOIN_LOOK_S, deadline.remaining()))
         return True
 
     def disown(self) -> None:

@@ -239,8 +239,9 @@ class Report:
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)
-        # Until all is over, those to wait for first: who waits knows how much had been sent, and not to whom.
-        if ended or self.route is None:
+        # Until it is over, or that was said, those to wait for first: who waits knows how much had been sent, and not
+        # to whom.
+        if ended or entry["error_kind"] or self.route is None:
             entry["acked"] = counts.sent - counts.unacked
         else:
             entry["acked"] = self.route.progress()[1]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calls import alarms
+from calls import alarms, eventually, running
 from peers import Line, Peer, Script
 from terminator import server_context
 
@@ -428,3 +428,23 @@ def test_a_signal_handler_that_calls_us_hangs_nothing(what: str, handler: str) -
                 raise
     assert (process.returncode, out) == (0, "ended\n"), err
     assert err == ""
+
+
+def test_interrupted_looks_at_what_a_lost_connection_left(interrupts: Interrupts) -> None:
+    """They wait for its thread, and leave nothing locked that `close` waits for."""
+    sample = {"x": np.zeros((), np.int64)}
+
+    def resets(line: Line) -> None:
+        line.greet(sample)
+        line.hear(8)
+        line.reset()
+
+    with Peer(resets) as peer:
+        client = TcpClient("127.0.0.1", peer.port, sample)
+        client.send({"x": np.ones((), np.int64)})
+        eventually(lambda: client.closed)
+        storm(interrupts, 1000, 20e-6, lambda number: client.remains())
+        assert client.remains().left == 1
+        with running(client.close) as outcomes:
+            pass
+        assert isinstance(outcomes[0], ConnectionClosedError)
