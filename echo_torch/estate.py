@@ -2,6 +2,7 @@
 
 * They are passed on in steps that wait for nothing, so that the lock which makes them one caller's at a time is held
   for moments only.
+* It is callers who pass on, and in a child the thread that reports: nobody does for a sink that was dropped.
 * What was passed on is counted where it is now, and no more where it was.
 * An interrupt between a sample's being passed on and its being noted sends it twice.
 """

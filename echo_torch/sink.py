@@ -72,7 +72,9 @@ class EchoSink:
             learner, or for a batch an integer tensor ``(B,)`` of them; a module-level function, to pickle.
         failover: whether the others get the share of a learner that is gone, with what it may not have. Without it,
             the loss of one is the loss of all. A learner is gone when it could not be reached for ``reconnect``
-            seconds; before that, it is passed over. Each connection has a window and a buffer of its own.
+            seconds; before that, it is passed over. Each connection has a window and a buffer of its own. It is `send`,
+            `wait` and `close` that hand samples on: a sink that is dropped without `close` loses what a lost learner
+            had left since the last of them, which is logged.
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
         on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and drop and count what is sent after.
         reconnect: seconds for which a lost connection is tried to be opened again before that is an error; 0 not to.
