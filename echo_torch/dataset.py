@@ -38,7 +38,8 @@ class EchoDataset(IterableDataset[Any]):
 
     To be iterated over as it is, or through ``DataLoader(dataset, batch_size=None)``: it is the server that makes the
     batches. Iterating again goes on with the next batch. It has no length. After ``server.close()``, in any thread, the
-    batches that are full come, and then all iterations end; what has not made a full batch is lost.
+    batches come that the server still hands out, and then all iterations end; what has not made a full batch is lost,
+    and full ones may be.
 
     Ctrl-C gets through while a batch is waited for, as it does not in ``server.sample()``. What is waited for is not
     lost then, nor what was taken ahead when a loop is left: it comes next.

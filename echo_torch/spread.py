@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ SLICE_S = 0.01
 TAIL_SHARE = 0.1
 TAIL_S = 1.0
 
+_WITHIN = re.compile(r"within [\d.e-]+ s")
 _OURS = (NobodyLeftError, NoRoomError, StuckError)
 
 
@@ -155,7 +157,7 @@ class Spread:
                     return
                 if accepted:
                     stall = deadline.within(self._stall_timeout)
-                elif stall.expired:
+                if stall.expired:
                     raise NoRoomError("no learner has room")
         except (ConnectionClosedError, DeliveryTimeoutError, *_OURS) as error:
             self._told_lost = self._told_lost or isinstance(error, NobodyLeftError)
@@ -196,8 +198,9 @@ class Spread:
         usable = [peer for peer in living if not (self._failover and peer.lost)] or living
         if not self._least_inflight:
             return usable[0], len(living) > 1
-        roomy = usable if len(usable) == 1 else [peer for peer in usable if peer.room >= rows] or usable
-        return min(roomy, key=lambda peer: peer.route.counts().unacked), len(living) > 1
+        if len(usable) > 1:  # who has no room at all may have been stopped
+            usable = [peer for peer in usable if peer.room >= rows] or [peer for peer in usable if peer.room] or usable
+        return min(usable, key=lambda peer: peer.route.counts().unacked), len(living) > 1
 
     # Waiting, and the end.
 
@@ -270,7 +273,7 @@ class Spread:
                 peer.route.close(deadline.seconds)
             except (ConnectionClosedError, DeliveryTimeoutError) as error:
                 if peer.remains is None:  # otherwise it is with others, or was told of
-                    problems.append(self._in_words(error))
+                    problems.append(self._in_words(error, "close", deadline))
 
     def _abandon_all(self) -> None:
         self._estate.closed = True
@@ -298,5 +301,9 @@ class Spread:
                 what = f"{error}, and nothing was acked for {self._stall_timeout:g} s (stall_timeout)"
             text = f"{self._name}: {what}; {unacked} samples un-acked"
             told = DeliveryTimeoutError(f"{text}; delivery goes on") if late else ConnectionClosedError(text)
+        elif isinstance(told, DeliveryTimeoutError) and deadline is not None and deadline.expired:
+            # One learner knows what was left of the time, and not how much there was.
+            told = DeliveryTimeoutError(_WITHIN.sub(f"within {deadline.timeout:g} s", str(error), count=1))
+            told.rows_accepted = error.rows_accepted  # type: ignore[attr-defined]
         told.unacked = unacked
         return told

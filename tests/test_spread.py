@@ -293,7 +293,8 @@ def test_close_does_not_have_a_learner_pay_for_one_that_is_stopped() -> None:
         learners[0].freeze()
         for number in range(4):
             sink.send(batch(number))
-        with pytest.raises(DeliveryTimeoutError, match=f"127.0.0.1:{learners[0].port}: close") as caught:
+        late = rf"127.0.0.1:{learners[0].port}: close\(\) not done within 0.5 s; "
+        with pytest.raises(DeliveryTimeoutError, match=late) as caught:
             sink.close(0.5)
         learners[0].thaw()
         assert caught.value.unacked == 2 * BATCH
