@@ -27,6 +27,8 @@ settings.register_profile("thorough", max_examples=2000)
 
 
 UNDIVIDED = ("test_ray.py",)
+WAITING = ("test_vigil.py",)
+"""Those that do little but wait, for up to half a minute."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +49,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return module if module.endswith(UNDIVIDED) else nodeid
 
     return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread what waits over the rest, beside which it costs nothing; at the end all others would wait for it."""
+    waiting = [item for item in items if item.path.name in WAITING]
+    others = [item for item in items if item.path.name not in WAITING]
+    for number, item in enumerate(waiting):
+        others.insert(number * len(others) // len(waiting), item)
+    items[:] = others
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
