@@ -2,7 +2,8 @@
 
 * The peer's certificate is always verified: there is no way to turn that off.
 * Files are read when a connection is opened, by the process that opens it: so a `TLS` pickles, each machine reads files
-  of its own, and certificates that were renewed count from the next connection on.
+  of its own, a relative path counts from the directory that the process is in by then, and certificates that were
+  renewed count from the next connection on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ _OTHER_NAME = {62, 64}
 # What a peer says, or OpenSSL of it, that is not about our certificate but about TLS itself.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"}
 _OF_OUR_CERTIFICATE = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
+_OLD_TLS = {"TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"}
+# What a server says that has trouble of its own, which may pass.
+_ITS_TROUBLE = "ALERT_INTERNAL_ERROR"
 # A server of TLS 1.2 says no more than this if it misses a certificate.
 _HANDSHAKE_FAILURE = "HANDSHAKE_FAILURE"
 
@@ -37,7 +41,8 @@ class TLS:
         server_name: the name, or IP address, that the proxy's certificate must be for; None for the host that is
             connected to.
 
-    The files are read whenever a connection is opened.
+    The files are read whenever a connection is opened, by the process that opens it: relative paths count from the
+    directory that it is in by then.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -148,7 +153,9 @@ def refusal(error: ssl.SSLError, tls: TLS, name: str) -> HandshakeError | None:
         return CertificateError(_refused_by_them(reason, tls))
     if reason in _NO_TLS:
         return HandshakeError("the server speaks no TLS; if it is a plain echo server, leave out tls=")
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
+    if reason in _OLD_TLS:
+        return HandshakeError(f"the server speaks no TLS 1.2 or later ({reason})")
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)) or _ITS_TROUBLE in reason:
         return None
     if _HANDSHAKE_FAILURE in reason and tls.cert_file is None:
         reason += "; it may want a client certificate: give cert_file and key_file"
