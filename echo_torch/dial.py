@@ -229,7 +229,7 @@ def shake_hands(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeave
         try:
             data = sock.recv(handshake.missing)
         except BlockingIOError:  # first of all, for a record of TLS may have held more than was read of it
-            if not ready(sock, select.POLLIN, deadline):
+            if not ready(sock, select.POLLIN, deadline) or deadline.expired:  # what is no greeting does not extend it
                 raise _late(sock, handshake, peer, deadline) from None
             continue
         except HandshakeError as error:

@@ -25,6 +25,7 @@ from .errors import CertificateError, ConnectionClosedError, HandshakeError
 from .ready import ready
 from .record import record
 from .tls import TLS, OtherNameError, refusal
+from .vigil import round_trip
 from .wire import MAGIC
 
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
@@ -35,8 +36,12 @@ SEAL_BYTES = 256 * 1024
 # Read by one system call.
 _READ_BYTES = 64 * 1024
 # Seconds for the peer to speak first, before we do. A TLS server never does, but an echo server that was taken for one
-# does at once, and would take our handshake for samples.
+# does at once, and would take our handshake for samples. To that is added what its words take from afar, and as much
+# again for what delays them, in round trips.
 SPEAKS_FIRST_S = 0.05
+SPEAKS_FIRST_TRIPS = 2
+# Seconds for what only says more of an error that is known.
+_TELLING_S = 1.0
 
 
 class TlsSocket(socket.socket):
@@ -53,7 +58,7 @@ class TlsSocket(socket.socket):
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         try:
             self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name.partition("%")[0])
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise HandshakeError(f"no certificate can be for {name!r} ({error}); give server_name") from error
         self._asked_for = (tls, name)
         self.ended = False
@@ -116,12 +121,12 @@ class TlsSocket(socket.socket):
         return self._incoming.pending > 0
 
     def fetch(self) -> None:
-        """Read what has arrived.
+        """Read what has arrived, unless as much lies in memory that nobody has opened.
 
         Raises:
             OSError: the connection is lost.
         """
-        if self.ended:
+        if self.ended or self._incoming.pending >= _READ_BYTES:
             return
         try:
             # Taken from the system and put into memory in one piece of C code.
@@ -190,7 +195,7 @@ def secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) 
         while not _step(sock, tls, name):
             _wait(sock, peer, deadline)
     except OtherNameError as error:
-        names = _names(sock, context, tls, name, deadline)
+        names = _names(sock, context, tls, name, deadline.within(_TELLING_S))
         what = f"its certificate is for {names or 'others'}, and not for {name!r}; connect to that, or give server_name"
         raise CertificateError(f"{peer}: {what}") from error.__cause__
     except HandshakeError as error:
@@ -202,7 +207,8 @@ def secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) 
 
 
 def _hear_first(sock: TlsSocket, deadline: Deadline) -> None:
-    if not ready(sock, select.POLLIN, deadline.within(SPEAKS_FIRST_S)):
+    patience = SPEAKS_FIRST_S + SPEAKS_FIRST_TRIPS * round_trip(sock)
+    if not ready(sock, select.POLLIN, deadline.within(patience)):
         return
     said = socket.socket.recv(sock, len(MAGIC))
     if not said:

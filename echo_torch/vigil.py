@@ -14,6 +14,7 @@ Both are Linux's; elsewhere the defaults of the operating system and ``stall_tim
 from __future__ import annotations
 
 import socket
+import struct
 
 # Seconds until the first question to an idle peer and between them, and how many may stay without an answer: together
 # a minute, as fast as is usual for datacentres, and too slow for a hiccup of the network to count.
@@ -26,8 +27,9 @@ GREETING_IDLE_S = 1
 # questions whether a full peer has room again stayed without one. A peer that lives answers the first.
 MOST_RETRANSMITS = 5
 MOST_PROBES = 2
-# Where these two are in struct tcp_info of linux/tcp.h, in bytes.
+# Where these two are in struct tcp_info of linux/tcp.h, in bytes; and the round trip's time, in microseconds.
 _RETRANSMITS_AT, _PROBES_AT = 2, 3
+_ROUND_TRIP = struct.Struct("=68xI")
 
 
 def keep_asking(sock: socket.socket, greeted: bool = True) -> None:
@@ -53,3 +55,12 @@ def silence(sock: socket.socket) -> str | None:
     if info[_PROBES_AT] >= MOST_PROBES:
         return f"the peer's host does not answer: it was full, and asked {info[_PROBES_AT]} times in vain since"
     return None
+
+
+def round_trip(sock: socket.socket) -> float:
+    """Seconds that a word to the peer's host and its answer take, as connecting did; 0 where that is not known."""
+    if not hasattr(socket, "TCP_INFO"):
+        return 0.0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ROUND_TRIP.size)
+    microseconds: int = _ROUND_TRIP.unpack(info)[0] if len(info) == _ROUND_TRIP.size else 0
+    return microseconds / 1e6

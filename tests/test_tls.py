@@ -7,7 +7,10 @@ import gc
 import itertools
 import multiprocessing
 import pickle
+import select
+import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ import pytest
 from calls import SOON_S, Gate, eventually, running
 from learner import Learner
 from numbered import FILLER, digest, example, fillers, samples
-from peers import Line, Peer, Script, greeting
+from peers import Line, Peer, Script, Scripts, greeting
 from terminator import Terminator, server_context
 from torch.utils.data import DataLoader
 
@@ -32,6 +35,10 @@ from echo_torch import (
     TcpClient,
 )
 from echo_torch.cli import main
+from echo_torch.deadline import Deadline
+from echo_torch.dial import connect, shake_hands
+from echo_torch.ready import ready
+from echo_torch.secure import TlsSocket, secure
 
 SIZE = 29
 BRIEF_S = 0.3
@@ -286,6 +293,11 @@ def test_certificates_that_are_refused(certificates: Path, tls: TLS, descriptors
             assert str(caught.value).startswith(f"127.0.0.1:{peer.port}: {words}")
 
 
+def alert(description: int) -> bytes:
+    """A record of TLS that says that the handshake has failed, and why, as RFC 8446 numbers it."""
+    return bytes((21, 3, 3, 0, 2, 2, description))
+
+
 def test_by_default_the_system_says_who_is_trusted(terminator: Terminator) -> None:
     with pytest.raises(CertificateError, match="not issued by a CA that the operating system trusts"):
         client_to(terminator.port, TLS())
@@ -314,6 +326,36 @@ def test_a_server_without_tls(learner: Learner, tls: TLS) -> None:
     check_stored(learner, first, 0)
 
 
+class Distant(TlsSocket):
+    """One whose peer is a quarter of a second away, as Linux has it in struct tcp_info."""
+
+    def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
+        if (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
+            return struct.pack("=68xI", 250_000)[:size]
+        return super().getsockopt(level, option, size)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="nobody knows how far it is")
+def test_a_server_without_tls_that_is_far_away(tls: TLS) -> None:
+    """Its greeting is waited for as long as it may be on the way."""
+    heard = []
+
+    def script(line: Line) -> None:
+        if select.select([line.sock], [], [], BRIEF_S)[0]:
+            heard.append(line.sock.recv(1))
+        line.greet(example(SIZE))
+        line.hear_all()
+
+    deadline = Deadline(SOON_S)
+    with Peer(script) as peer:
+        address = (socket.AF_INET, ("127.0.0.1", peer.port))
+        with connect([address], "it", deadline, Distant) as sock:
+            assert isinstance(sock, Distant)
+            with pytest.raises(HandshakeError, match="it is a plain echo server; leave out tls="):
+                secure(sock, tls, "127.0.0.1", "it", deadline)
+    assert not heard
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
@@ -324,6 +366,7 @@ def test_a_server_without_tls(learner: Learner, tls: TLS) -> None:
             "the server speaks no TLS; if it is a plain echo server, leave out ",
         ),
         (b"", greeting(example(SIZE)), "the server speaks no TLS; if it is a plain echo server, leave out tls="),
+        (b"", alert(70), "the server speaks no TLS 1.2 or later ("),
     ],
 )
 def test_other_servers(tls: TLS, before: bytes, after: bytes, words: str) -> None:
@@ -340,9 +383,11 @@ def test_other_servers(tls: TLS, before: bytes, after: bytes, words: str) -> Non
     assert str(caught.value).startswith(f"127.0.0.1:{peer.port}: {words}")
 
 
-def test_a_server_that_hangs_up_in_the_handshake_may_be_tried_again(tls: TLS) -> None:
+@pytest.mark.parametrize("last_words", [b"", alert(80)], ids=["none", "internal_error"])
+def test_a_server_that_hangs_up_in_the_handshake_may_be_tried_again(tls: TLS, last_words: bytes) -> None:
     def script(line: Line) -> None:
         line.hear(5)
+        line.say(last_words)
         line.hang_up()
 
     with Peer(script) as peer, pytest.raises(ConnectionClosedError, match=r"broke .* off during the TLS handshake"):
@@ -380,6 +425,59 @@ def test_a_handshake_that_stalls_ends_with_connect_timeout(tls: TLS, script: Scr
         with pytest.raises(TimeoutError, match=r"TLS handshake not complete within 0\.3 s"):
             client_to(peer.port, tls, connect_timeout=BRIEF_S)
         assert BRIEF_S - 0.02 <= time.monotonic() - began < SOON_S
+
+
+def test_who_else_a_certificate_is_for_is_not_waited_for(certificates: Path, tls: TLS) -> None:
+    """For that takes another connection, where the server may say nothing, and the error is known."""
+    scripts = Scripts(refuse(certificates, "elsewhere"), silence)
+    with (
+        Peer(scripts) as peer,
+        running(lambda: client_to(peer.port, tls, connect_timeout=None)) as outcomes,
+    ):
+        pass
+    assert isinstance(outcomes[0], CertificateError)
+    assert "its certificate is for others, and not for '127.0.0.1'" in str(outcomes[0])
+
+
+def test_what_never_becomes_a_greeting_ends_with_the_deadline() -> None:
+    """As records of TLS that hold nothing, of which there may always be one more."""
+
+    class Hungry(socket.socket):
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            raise BlockingIOError
+
+    deadline = Deadline(BRIEF_S)
+    with Peer(lambda line: line.say(b"more")) as peer:
+        address = (socket.AF_INET, ("127.0.0.1", peer.port))
+        with (
+            connect([address], "it", deadline, Hungry) as sock,
+            running(lambda: shake_hands(sock, "it", deadline)) as outcomes,
+        ):
+            pass
+    assert isinstance(outcomes[0], TimeoutError)
+
+
+def test_what_nobody_opens_is_not_read_for_ever(tls: TLS) -> None:
+    """It waits in the kernel, whose memory has a bound."""
+    said = 1 << 20
+    deadline = Deadline(SOON_S)
+
+    def script(line: Line) -> None:
+        line.say(bytes(said))
+        line.hang_up()
+
+    with Peer(script) as peer:
+        address = (socket.AF_INET, ("127.0.0.1", peer.port))
+        with connect([address], "it", deadline, TlsSocket) as sock:
+            assert isinstance(sock, TlsSocket)
+            sock.begin(tls.context(), "127.0.0.1", tls)
+            for _ in range(100):
+                assert ready(sock, select.POLLIN, deadline)
+                sock.fetch()
+            left = 0
+            while ready(sock, select.POLLIN, deadline) and (piece := socket.socket.recv(sock, said)):
+                left += len(piece)
+    assert said - left < 1 << 18
 
 
 def test_a_handshake_that_stalls_can_be_called_off(certificates: Path, tls: TLS, descriptors: None) -> None:
