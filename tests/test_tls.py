@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from calls import SOON_S, Gate, eventually, running
+from cutting import Cutter
 from learner import Learner
 from numbered import FILLER, digest, example, fillers, samples
 from peers import Line, Peer, Script, Scripts, greeting
@@ -97,7 +98,6 @@ def check_stored(learner: Learner, first: int, count: int, size: int = SIZE) -> 
         (29, 1, 300, "TLSv1_2"),
         (30_000, 64, 10, "TLSv1_3"),
         (60_000, 40, 4, "TLSv1_2"),
-        (60_000, 40, 4, "TLSv1_3"),
     ],
 )
 def test_all_samples_arrive(certificates: Path, tls: TLS, size: int, batch: int, batches: int, version: str) -> None:
@@ -163,7 +163,7 @@ def test_nothing_is_lost_over_connections_that_are_cut(
     first = next(FIRST)
     count = 0
     with sink_to(terminator.port, tls, max_inflight_msgs=64, replay_acked=8) as sink:
-        for cut in range(12):
+        for cut in range(6):
             for _ in range(5):
                 sink.send(samples(first + count, 200, SIZE))
                 count += 200
@@ -172,6 +172,25 @@ def test_nothing_is_lost_over_connections_that_are_cut(
         sink.wait(SOON_S)
         stats = sink.stats()
     assert stats.samples_acked == count
+    check_stored(learner, first, count)
+
+
+def test_nothing_is_lost_over_connections_that_are_cut_anywhere(
+    learner: Learner, terminator: Terminator, tls: TLS, descriptors: None
+) -> None:
+    """In the middle of a handshake, of a record, of what ends a connection."""
+    first = next(FIRST)
+    count, cuts = 0, 8
+    with Cutter(terminator.port, most_bytes=1 << 16, most_acks=1 << 15) as cutter:
+        cutter.cut_at_random(cuts)
+        with sink_to(cutter.port, tls, max_inflight_msgs=64, replay_acked=8, buffer_bytes=500 * SIZE) as sink:
+            while cutter.counts()["cuts"] < cuts:
+                sink.send(samples(first + count, 200, SIZE))
+                count += 200
+            sink.wait(SOON_S)
+            stats = sink.stats()
+    assert stats.samples_acked == count
+    assert stats.reconnects > 0
     check_stored(learner, first, count)
 
 
@@ -518,10 +537,10 @@ def test_nothing_goes_round_in_circles_while_nothing_moves(learner: Learner, ter
     """Idle, and with the window full."""
     first = next(FIRST)
     with sink_to(terminator.port, tls, max_inflight_msgs=64) as sink:
-        assert cpu_while_waiting(0.5) < 0.2
+        assert cpu_while_waiting(0.3) < 0.12
         terminator.stall()
         sink.send(samples(first, 1000, SIZE))
-        assert cpu_while_waiting(0.5) < 0.2
+        assert cpu_while_waiting(0.3) < 0.12
         terminator.resume()
         sink.wait(SOON_S)
     check_stored(learner, first, 1000)
@@ -543,7 +562,7 @@ def test_nothing_goes_round_in_circles_while_the_socket_is_full(certificates: Pa
     with peer, TcpClient("127.0.0.1", peer.port, rows[0], 64, tls=tls) as client:
         client.send_rows([rows])
         eventually(lambda: cpu_while_waiting(0.1) < 0.03)  # all is full by then
-        assert cpu_while_waiting(0.5) < 0.2
+        assert cpu_while_waiting(0.3) < 0.12
         going.open()
         client.wait(SOON_S)
         assert peer.lines[0].received == rows.tobytes()
