@@ -234,7 +234,7 @@ def train(agent: Agent, engine: Engine, batches: Batches, run: Run, options: arg
 def finish(server: echo.Server, engine: Engine, batches: Batches, run: Run, actors: int) -> None:
     """Have the actors end, and meanwhile take what they sent: they wait until all of it is acknowledged."""
     engine.stop()
-    filler = numpy_example({**EXAMPLE, "actor": torch.tensor(-1)})
+    filler = {name: leaf.numpy() for name, leaf in EXAMPLE.items()} | {"actor": np.array(-1)}  # nobody's
     deadline = time.monotonic() + STOP_S
     while (len(run.ended) < actors or run.missing) and time.monotonic() < deadline:
         run.note_ended(engine)
