@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -97,6 +98,7 @@ class LocalEngine(Engine):
     def start(self, act: Act, actors: int, weights: torch.Tensor, *arguments: Any) -> None:
         context = torch.multiprocessing.get_context("spawn")
         self._mailbox = SharedMailbox(weights)
+        resource_tracker.ensure_running()  # or the first process starts it, which unblocks interrupts
         for number in range(actors):
             pipe, its_end = context.Pipe(duplex=False)
             its = (its_end, act, self._mailbox, number, *arguments)
