@@ -4,7 +4,9 @@ What it shows:
 
 * one `echo.Server` in each rank of a DDP job, and an `EchoDataset` over it: no rank has another's samples;
 * actors, in processes of their own, whose one sink spreads batches over all ranks by ``route="least_inflight"``: a rank
-  that is slower for a while gets fewer, and holds up no actor. With ``failover=True``, one that dies does neither;
+  that is slower for a while gets fewer, and holds up no actor; with ``failover=True``, nor does one that dies;
+* ranks that agree on each step that all of them have a batch: they end after different numbers of batches, and none may
+  be left in an all-reduce for which the others do not come;
 * who ends when: the learners train for as many steps as they like, then the actors stop and `close`, for which the
   ranks still take what they send, and the servers close last.
 
@@ -27,6 +29,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -121,19 +124,26 @@ def serve(store: dist.Store) -> echo.Server:
     return server
 
 
+def next_of_all(batches: Iterator[Any]) -> Any:
+    """The next batch of this rank, or None as soon as any rank has none: its actors, and so its server, have ended."""
+    batch = next(batches, None)
+    have = torch.tensor(batch is not None, dtype=torch.int32)
+    dist.all_reduce(have, dist.ReduceOp.MIN)
+    return batch if have else None
+
+
 def train(model: nn.Module, dataset: EchoDataset, steps: int) -> int:
     """Train for ``steps`` batches of this rank; gives how many there were."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     done = 0
     progress = tqdm(total=steps, desc="steps", disable=None if dist.get_rank() == 0 else True)
-    for batch in dataset:
+    batches = iter(dataset)
+    while done < steps and (batch := next_of_all(batches)) is not None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(batch["image"]), batch["label"]).backward()  # which averages over all ranks
         optimizer.step()
         done += 1
         progress.update()
-        if done == steps:
-            break
     progress.close()
     return done
 
