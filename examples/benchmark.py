@@ -477,7 +477,6 @@ TARGETS = [
     Target("CPU per sample, sink / other", "others", OTHER_SENDERS, "sink_cpu", 1),
     Target("samples/s, two learners / one", "learners", {"learners": ("train",), "way": TWO}, "faster", 1.8, True),
     Target("steps kept, a learner stopped", "stopped", {"route": ("least_inflight",)}, "kept", 0.8, True),
-    Target("samples lost, a learner stopped", "stopped", {}, "lost", 0),
     Target("samples lost of many sinks", "producers", {}, "lost", 0),
     Target(f"resident bytes grown per {MEMORY_SENDS:,} sends", "memory", {}, "resident", RESIDENT_NOISE),
     Target(f"Python blocks grown per {MEMORY_SENDS:,} sends", "memory", {}, "blocks", BLOCKS_NOISE),

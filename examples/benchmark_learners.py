@@ -129,7 +129,6 @@ def stopped_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 during, longest_step = steps(sink, case, seconds)
                 goes_on.join()
                 sink.wait()
-                lost = sink.stats().samples_sent - sink.stats().samples_acked
             before_s.append(before)
             kept.append(during / before)
             longest.append(longest_step)
@@ -139,7 +138,6 @@ def stopped_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "steps_s": statistics.median(before_s),
             "kept": statistics.median(kept),
             "longest_s": statistics.median(longest),
-            "lost": lost,
         }
 
 
@@ -163,7 +161,6 @@ def stopped_table(options: argparse.Namespace) -> list[dict[str, Any]]:
         "steps/s before": ("steps_s", ".0f"),
         "kept of that": ("kept", ".3f"),
         "longest step s": ("longest_s", ".3f"),
-        "samples lost": ("lost", "d"),
     }
     title = "A loop that sends 64 x 28KB every 10 ms to two learners, of which one is stopped"
     return filled(Table(title, columns), stopped_rows(options))
