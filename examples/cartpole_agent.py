@@ -38,7 +38,7 @@ def vtrace(values: torch.Tensor, ratio: torch.Tensor, batch: Tensors) -> tuple[t
 
     Args:
         values: float32 [B, T + 1], of the observations.
-        ratio: float32 [B, T], how much likelier the actions are by now.
+        ratio: float32 [B, T], the importance ratios: how much likelier the actions are by now.
         batch: unrolls.
 
     A truncated episode could have gone on, so the value of its last observation counts; that of a terminated one does
@@ -46,10 +46,10 @@ def vtrace(values: torch.Tensor, ratio: torch.Tensor, batch: Tensors) -> tuple[t
     """
     weight = ratio.clamp(max=1) * batch["valid"]
     discount = DISCOUNT * ~batch["terminated"]
-    surprise = weight * (batch["reward"] + discount * values[:, 1:] - values[:, :-1])
+    delta = weight * (batch["reward"] + discount * values[:, 1:] - values[:, :-1])
     correction = torch.zeros_like(values)
     for step in reversed(range(weight.shape[1])):
-        correction[:, step] = surprise[:, step] + discount[:, step] * weight[:, step] * correction[:, step + 1]
+        correction[:, step] = delta[:, step] + discount[:, step] * weight[:, step] * correction[:, step + 1]
     targets = values + correction
     return targets[:, :-1], batch["reward"] + discount * targets[:, 1:] - values[:, :-1]
 

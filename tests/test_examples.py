@@ -486,17 +486,19 @@ def test_cartpole_goes_on_without_an_actor_that_is_killed_and_not_without_any() 
 
 
 def test_cartpole_interrupted_ends_at_once() -> None:
+    """And its actors do not hear of it."""
     with running(CARTPOLE, *ENDLESS) as process:
-        acting(process)
+        for pid in acting(process):
+            blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+            assert blocked is not None
+            assert int(blocked[1], 16) >> (signal.SIGINT - 1) & 1
         assert_ends_when_interrupted(process)
 
 
 def assert_ends_when_interrupted(process: subprocess.Popen[str]) -> None:
     """As by Ctrl-C, of which all of its group hear."""
-    began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=GONE_S)
-    assert time.monotonic() - began < INTERRUPTED_S
+    _, errors = process.communicate(timeout=GONE_S)  # which is less than it gives actors that it asks to end
     assert (process.returncode, errors.splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")
     assert_all_gone(process.pid)
 
@@ -504,7 +506,7 @@ def assert_ends_when_interrupted(process: subprocess.Popen[str]) -> None:
 def test_cartpole_on_ray_goes_on_without_an_actor_until_it_is_interrupted() -> None:
     with running(CARTPOLE, "--engine", "ray", *ENDLESS) as process:
         os.kill(acting(process)[0], signal.SIGKILL)
-        said(process.stderr, r"actor \d is gone: ActorDiedError")
+        said(process.stderr, r"actor \d is gone: Actor(Died|Unavailable)Error")
         assert_ends_when_interrupted(process)
 
 
@@ -543,6 +545,19 @@ def test_cartpole_targets_are_the_returns_of_the_policy_that_acted(agent: Any) -
         assert advantages[0, step].item() == pytest.approx((expected - values[0, step]).item(), abs=1e-4)
 
 
+def test_cartpole_weighs_what_the_policy_would_do_by_now(agent: Any) -> None:
+    """Less where it would rather not, and never more: both targets of V-trace, written out."""
+    values, reward = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.5, 0.25]])
+    nothing, all_of_it = torch.zeros(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+    batch = {"reward": reward, "terminated": nothing, "valid": all_of_it}
+    targets, advantages = agent.vtrace(values, torch.tensor([[0.5, 3.0]]), batch)
+    discount = agent.DISCOUNT
+    second = 0.25 + discount * 4
+    first = 1 + 0.5 * (0.5 + discount * 2 - 1) + discount * 0.5 * (second - 2)
+    assert targets[0].tolist() == pytest.approx([first, second])
+    assert advantages[0].tolist() == pytest.approx([0.5 + discount * second - 1, second - 2])
+
+
 @pytest.mark.parametrize("balanced", [True, False], ids=["truncated", "terminated"])
 def test_cartpole_tells_truncated_from_terminated(agent: Any, monkeypatch: pytest.MonkeyPatch, balanced: bool) -> None:
     """And the step that begins an episode from those that are acted."""
@@ -573,19 +588,22 @@ def test_cartpole_finds_whole_weights_however_often_they_change(agent: Any) -> N
     done = threading.Event()
 
     def publish() -> None:
-        for version in range(1, 2000):
+        version = 0
+        while not done.is_set():
+            version += 1
             mailbox.put(version, torch.full((50_000,), float(version)))
-        done.set()
 
     thread = threading.Thread(target=publish)
     thread.start()
-    seen = set()
-    while not done.is_set():
-        version, weights = mailbox.newest()
-        assert (weights == version).all()
-        seen.add(version)
-    thread.join()
-    assert len(seen) > 1
+    try:
+        seen = set[int]()
+        while len(seen) < 500:
+            version, weights = mailbox.newest()
+            assert (weights == version).all()
+            seen.add(version)
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(
