@@ -118,7 +118,7 @@ class LocalEngine(Engine):
             number = self._pipes.pop(pipe)
             try:
                 found[number] = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):  # the latter in the middle of what it told
                 process = self._processes[number]
                 process.join()
                 found[number] = RuntimeError(f"process {process.pid} ended with exit code {process.exitcode}")
