@@ -62,7 +62,8 @@ class SharedMailbox:
     """Weights in shared memory, without a lock, which an actor that is killed would keep.
 
     They are written to two places by turns, and the version after them. Who finds the same version before and after
-    copying from one place knows that only the other one can have been written to meanwhile.
+    copying from one place knows that only the other one can have been written to meanwhile. (That asks for a processor
+    that has writes seen in their order, as x86 does and ARM does not promise.)
     """
 
     def __init__(self, weights: torch.Tensor) -> None:

@@ -461,7 +461,7 @@ def test_cartpole_loses_nothing(engine: str, tmp_path: Path) -> None:
     assert 0.8 * 20 * 32 * 64 < steps <= 20 * 32 * 64  # without those that only begin an episode
     assert seconds > 0
     average, most = figures(r"lag +([\d.]+) updates on average, ([\d.]+) at most", report)
-    assert 0 <= average <= most < 20
+    assert 0 <= average <= most
     pattern = r"sent +([\d,]+) unrolls of (\d) actors, ([\d,]+) acknowledged, ([\d,]+) received"
     sent, actors, acknowledged, received = figures(pattern, report)
     assert actors == 2
