@@ -19,6 +19,10 @@ import pytest
 from certificates import issue_all
 from hypothesis import settings
 
+# For torch, here and in what the tests start, and before it is imported: several threads would wait for each other in
+# steps this small, and a process that was forked after they had worked waits for ever for those that it does not have.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
