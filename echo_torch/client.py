@@ -271,9 +271,9 @@ class TcpClient:
         self._connection.abandon()
 
     @property
-    def room(self) -> int:
+    def free_rows(self) -> int:
         """Samples that `send_rows` would take without waiting."""
-        return self._connection.room
+        return self._connection.free_rows
 
     @property
     def reconnecting(self) -> bool:

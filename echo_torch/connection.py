@@ -148,7 +148,7 @@ class Connection:
         self._wait_for("wait", self.ring.packed, deadline)
 
     @property
-    def room(self) -> int:
+    def free_rows(self) -> int:
         """How many rows there is room for at once."""
         ring = self.ring
         return max(0, ring.limit - ring.reserved + ring.acked)

@@ -17,6 +17,12 @@ Refused and unreachable addresses stay what the operating system makes of them (
 ``socket.gaierror``, ...), and running out of ``connect_timeout`` is a plain ``TimeoutError``.
 """
 
+from __future__ import annotations
+
+import logging
+
+_log = logging.getLogger(__name__)
+
 
 class _CountedError(Exception):
     """An exception that says what became of the samples.
@@ -69,3 +75,14 @@ class SpecMismatchError(ValueError):
 
     rows_accepted: int = 0
     """Always 0: a batch is checked as a whole before any of it is sent."""
+
+
+def raise_first(problems: list[Exception]) -> None:
+    """Raise the first, if there is any, and log the others, when all steps of something were tried."""
+    for text in map(str, problems[1:]):
+        _log.warning("%s", text)
+    try:
+        if problems:
+            raise problems[0]
+    finally:
+        problems.clear()  # their tracebacks hold the caller's frame, and with it what that holds

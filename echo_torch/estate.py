@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from .client import TcpClient
 from .deadline import Deadline
 from .locks import is_mine
 from .remains import Remains
@@ -41,9 +42,10 @@ class StuckError(Exception):
 class Peer:
     """One of several learners, and the route to it."""
 
-    def __init__(self, name: str, route: Route) -> None:
-        self.name = name
+    def __init__(self, route: Route) -> None:
         self.route = route
+        self.client = route.client if isinstance(route, RingRoute) else None
+        """Ours, which tells more than others."""
         self.remains: Remains | None = None
         """What it left to the others when it was lost."""
         self.settled_at: tuple[int, ...] | None = None
@@ -52,12 +54,12 @@ class Peer:
     @property
     def lost(self) -> bool:
         """Whether its connection is, for good or for now."""
-        return self.route.closed or (isinstance(self.route, RingRoute) and self.route.reconnecting)
+        return self.route.closed or (self.client is not None and self.client.reconnecting)
 
     @property
-    def room(self) -> int:
+    def free_rows(self) -> int:
         """How many samples it takes without waiting."""
-        return self.route.room if isinstance(self.route, RingRoute) else 0
+        return 0 if self.client is None else self.client.free_rows
 
 
 class Estate:
@@ -99,21 +101,21 @@ class Estate:
         if self.interrupted:
             raise RuntimeError("called by a signal handler or finaliser that interrupted the same sink's passing on")
         for index, peer in enumerate(self._peers):
-            if peer.remains is None and isinstance(peer.route, RingRoute) and peer.route.failure is not None:
-                self._bury(index, peer, peer.route)
+            if peer.remains is None and peer.client is not None and peer.client.failure is not None:
+                self._bury(index, peer, peer.client)
         return sum(remains.left for _, _, remains in self._lost)
 
-    def _bury(self, index: int, peer: Peer, route: RingRoute) -> None:
+    def _bury(self, index: int, peer: Peer, client: TcpClient) -> None:
         with self._lock:
             if peer.remains is not None or self.closed:
                 return
-            remains = route.remains()
+            remains = client.remains()
             lost = [*self._lost, (index, peer, remains)]
             # Nothing comes between the next two lines: what it left is passed on once.
             self._lost = lost
             peer.remains = remains
         text = "the learner is gone; its share, and %d samples that it may not have, go to the others: %s"
-        _log.warning(text, remains.left, route.failure)
+        _log.warning(text, remains.left, client.failure)
 
     def pass_on(self) -> int:
         """Some of it, without waiting; gives how many samples.
@@ -128,10 +130,11 @@ class Estate:
             living = [peer for peer in self._peers if not peer.route.closed]
             if not living:
                 raise NobodyLeftError("no learner is left")
-            heir = max([peer for peer in living if not peer.lost] or living, key=lambda peer: peer.room)
-            if not heir.room or not isinstance(heir.route, RingRoute):
+            heir = max([peer for peer in living if not peer.lost] or living, key=lambda peer: peer.free_rows)
+            free_rows = heir.free_rows
+            if not free_rows or not isinstance(heir.route, RingRoute):
                 return 0
-            taken = heir.route.send_packed(remains.view(), heir.room)
+            taken = heir.route.send_packed(remains.view(), free_rows)
             remains.pass_on(taken)
             return taken
 

@@ -85,7 +85,7 @@ class Opener:
         routes: dict[Address, Route] = {}
         try:
             self._open_all(spec, deadline, routes)
-            peers = [Peer(peer_name(*address), routes[address]) for address in self.addresses]
+            peers = [Peer(routes[address]) for address in self.addresses]
             return Spread(", ".join(self.learners), peers, self.least_inflight, self.failover, self.stall_timeout)
         except BaseException:
             for route in routes.values():

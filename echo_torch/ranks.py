@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,27 @@ def check_group(group: ProcessGroup) -> None:
         raise ValueError(
             f"group: got {backends}, expected one for CPU tensors: torch.distributed.new_group(backend='gloo')"
         )
+
+
+def wait_together(
+    peer: str,
+    wait: Callable[[float | None], None],
+    timeout: float | None,
+    stall_timeout: float | None,
+    group: ProcessGroup,
+) -> None:
+    """``wait(timeout)``, which may give up after ``stall_timeout``; and then raise on all ranks or none, as `agree`."""
+    check_group(group)
+    problem = None
+    try:
+        wait(timeout)
+    except Exception as error:
+        problem = error
+    limits = [limit for limit in (timeout, stall_timeout) if limit is not None]
+    try:
+        agree(peer, problem, getattr(problem, "unacked", 0), group, min(limits, default=None))
+    finally:
+        del problem  # whose traceback holds this frame, and with it the sink
 
 
 def agree(

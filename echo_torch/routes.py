@@ -12,7 +12,6 @@ from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .locks import is_mine
 from .meter import Times
-from .remains import Remains
 from .spec import Match, SampleSpec
 from .stats import Counts, PeerCounts
 
@@ -50,69 +49,46 @@ class RingRoute:
     """Blocks of rows into a `TcpClient`."""
 
     def __init__(self, client: TcpClient) -> None:
-        self._client = client
+        self.client = client
         self.progress = client.progress
         self._closing = self._lost = False
 
     def counts(self) -> Counts:
-        return self._client.counts()
+        return self.client.counts()
 
     def peers(self) -> list[PeerCounts]:
         return [PeerCounts.of(self.counts(), self._lost if self._closing else self.closed)]
 
-    @property
-    def room(self) -> int:
-        """Samples that it takes without waiting."""
-        return self._client.room
-
-    @property
-    def reconnecting(self) -> bool:
-        """Whether the connection is lost, and tried to be opened again."""
-        return self._client.reconnecting
-
-    @property
-    def failure(self) -> ConnectionClosedError | None:
-        """What ended the connection."""
-        return self._client.failure
-
-    def abandon(self) -> None:
-        """Have it deliver what was sent, and end, without waiting for that."""
-        self._client.abandon()
-
-    def remains(self) -> Remains:
-        """The samples that the server may not have, once the connection was lost for good, and before `close`."""
-        return self._client.remains()
-
     def send_packed(self, rows: memoryview, most: int) -> int:
         """At the most so many samples that are packed already, without waiting; gives how many were accepted."""
         try:
-            return self._client.send_packed(rows, most=most, timeout=0.0)
+            return self.client.send_packed(rows, most=most, timeout=0.0)
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
             return error.rows_accepted
 
     def check(self) -> None:
-        if self._client.closed:
+        if self.client.closed:
             with contextlib.suppress(DeliveryTimeoutError):  # being closed just now
-                self._client.wait(0.0)
+                self.client.wait(0.0)
 
     def times(self) -> Times:
-        return self._client.times()
+        return self.client.times()
 
     @property
     def closed(self) -> bool:
-        return self._client.closed
+        return self.client.closed
 
     def send(self, match: Match, timeout: float | None) -> None:
-        self._client.send_match(match, timeout=timeout)
+        self.client.send_match(match, timeout=timeout)
 
     def wait(self, timeout: float | None) -> None:
-        self._client.wait(timeout)
+        self.client.wait(timeout)
 
     def close(self, timeout: float | None) -> None:
         if not self._closing:
             self._lost = self.closed
             self._closing = True
-        self._client.close(timeout)
+        self.client.close(timeout)
 
 
 class RowRoute:

@@ -14,12 +14,12 @@ from .account import Account
 from .checks import check_count
 from .children import Children
 from .deadline import Deadline, bounded_wait
-from .errors import ConnectionClosedError
+from .errors import ConnectionClosedError, raise_first
 from .locks import is_mine
 from .marks import Marks
 from .report import CHILD_CLOSE_S, Report, parent_of
 from .routes import Route
-from .spec import Match
+from .spec import Match, SampleSpec
 from .stats import SinkStats
 from .watermark import Watermark
 
@@ -103,6 +103,12 @@ class Session:
             self.drop(match.rows - error.rows_accepted, error)
             return None
 
+    def tell_how_read(self, match: Match, spec: SampleSpec) -> None:
+        """Log, for the first batch, what it was taken for."""
+        self.told = True
+        what = f"{match.rows} samples" if match.batched else "one sample"
+        _log.info("%s: the first batch is %s of %s", self.peer, what, spec.describe())
+
     def accepted(self, watermark: Watermark, step: int, route: Route) -> None:
         """Note that ``route`` took all of ``step``; in the watermark in which it began, if another was loaded since."""
         sent, acked = route.progress()
@@ -149,7 +155,7 @@ class Session:
     def _close(self, timeout: float | None) -> None:
         self.closed = True  # whoever is connecting just now will see it
         deadline = Deadline(timeout)
-        problems = []
+        problems: list[Exception] = []
         self._marks.close()
         self.children.ask()
         for step in (functools.partial(self._close_route, timeout), functools.partial(self._await_children, deadline)):
@@ -160,13 +166,7 @@ class Session:
         if self._report is not None:
             self._report.over(problems[0] if problems else None)
         self.children.forget()
-        for text in map(str, problems[1:]):
-            _log.warning("%s", text)
-        try:
-            if problems:
-                raise problems[0]
-        finally:
-            problems.clear()  # their tracebacks hold this frame, and with it the sink
+        raise_first(problems)
 
     def _close_route(self, timeout: float | None) -> None:
         if self.route is not None:

@@ -1,4 +1,4 @@
-"""Which of several learners a batch goes to: the names of the ways, and the user's own function."""
+"""Several learners, as a sink is told of them: where they are, and which of them a batch goes to."""
 
 from __future__ import annotations
 
@@ -47,14 +47,16 @@ def _listed(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def check_routing(route: Any) -> None:
-    """Raise TypeError or ValueError unless ``route`` is one."""
+def check_routing(route: Any, failover: Any) -> None:
+    """Raise TypeError or ValueError unless ``route`` is one, and ``failover`` says whether."""
     names = " or ".join(map(repr, ROUTINGS))
     if isinstance(route, str):
         if route not in ROUTINGS:
             raise ValueError(f"route: got {route!r}, expected {names}, or a function of a batch")
     elif not callable(route):
         raise TypeError(f"route: got {route!r}, expected {names}, or a function of a batch")
+    if not isinstance(failover, bool):
+        raise TypeError(f"failover: got {failover!r}, expected True or False")
 
 
 def shards_of(given: Any, rows: int, learners: int) -> int | Array:

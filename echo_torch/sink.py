@@ -7,7 +7,6 @@ which process that is, is looked up before any lock is touched, so that a fork a
 from __future__ import annotations
 
 import functools
-import logging
 import multiprocessing.util
 import os
 import time
@@ -23,7 +22,7 @@ from .ledger import new_token
 from .locks import is_mine
 from .opener import Opener
 from .progress import show_acks
-from .ranks import agree, check_group
+from .ranks import wait_together
 from .routes import Route
 from .session import Session
 from .shards import Routing, addresses_of, check_routing, shards_of
@@ -36,8 +35,6 @@ from .workers import SinkCollate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_log = logging.getLogger(__name__)
 
 _Batch = TypeVar("_Batch")
 _Sink = TypeVar("_Sink", bound="EchoSink")
@@ -59,8 +56,8 @@ class EchoSink:
         example: one sample as the server shall get it, ``dataset[0]`` for instance: a pytree of tensors, numpy arrays
             and scalars. Only structure, shapes and dtypes count.
         max_inflight_msgs: most samples un-acked at a time, and at most 8 MiB of them.
-        buffer_bytes: host memory for samples that are not acked; `send` blocks when it is full. By default 64 MiB, and
-            16 MiB in each of a DataLoader's workers, or more if ``replay_acked + 2`` samples need that.
+        buffer_bytes: host memory, for each learner, for samples that are not acked; `send` blocks when it is full. By
+            default 64 MiB, 16 MiB in each of a DataLoader's workers, or more if ``replay_acked + 2`` samples need that.
         select: makes what the server wants (like ``example``) of what is sent; a module-level function, to pickle.
         client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that gives a `Client`,
             such as ``echo.TcpClient``. Other clients than ours know no timeouts, and their promises hold.
@@ -70,11 +67,9 @@ class EchoSink:
             ``"least_inflight"``: to the one with the fewest samples un-acked of those that have room, so that a slow
             one holds up nobody. Or a function of what is sent, one sample or a batch, that gives the index of the
             learner, or for a batch an integer tensor ``(B,)`` of them; a module-level function, to pickle.
-        failover: whether the others get the share of a learner that is gone, with what it may not have. Without it,
-            the loss of one is the loss of all. A learner is gone when it could not be reached for ``reconnect``
-            seconds; before that, it is passed over. Each connection has a window and a buffer of its own. It is `send`,
-            `wait` and `close` that hand samples on: a sink that is dropped without `close` loses what a lost learner
-            had left since the last of them, which is logged.
+        failover: whether the others get the share of a learner that is gone, with what it may not have, at the next
+            `send`, `wait` or `close`; without it, the loss of one is the loss of all. A learner is gone when it could
+            not be reached for ``reconnect`` seconds, and passed over before that.
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
         on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and drop and count what is sent after.
         reconnect: seconds for which a lost connection is tried to be opened again before that is an error; 0 not to.
@@ -113,14 +108,12 @@ class EchoSink:
         tls: TLS | None = None,
     ) -> None:
         addresses = addresses_of(host, port)
-        check_routing(route)
+        check_routing(route, failover)
         for name, function in {"select": select, "client": client}.items():
             if not callable(function) and not (name == "select" and function is None):
                 raise TypeError(f"{name}: got {function!r}, expected something to call")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'warn'")
-        if not isinstance(failover, bool):
-            raise TypeError(f"failover: got {failover!r}, expected True or False")
         self._learners = len(addresses)
         self._shard_of = route if callable(route) and self._learners > 1 else None
         self._spec = SampleSpec(example)
@@ -228,7 +221,7 @@ class EchoSink:
             match = self._matched(batch, batched, skip_last)
             session.account.check_seconds += time.monotonic() - began
             if not session.told:
-                self._tell_how_read(session, match.rows, match.batched)
+                session.tell_how_read(match, self._spec)
             if step is None:  # so that a batch that is refused takes no number
                 step = watermark.begin(None)
             accepted = session.deliver(self._open, match, timeout)
@@ -272,18 +265,8 @@ class EchoSink:
         session = self._session()
         if group is None:
             session.wait(timeout)
-            return
-        check_group(group)
-        problem = None
-        try:
-            session.wait(timeout)
-        except Exception as error:
-            problem = error
-        limits = [limit for limit in (timeout, self._stall_timeout) if limit is not None]
-        try:
-            agree(self.peer, problem, getattr(problem, "unacked", 0), group, min(limits, default=None))
-        finally:
-            del problem  # whose traceback holds this frame, and with it the sink
+        else:
+            wait_together(session.peer, session.wait, timeout, self._stall_timeout, group)
 
     @property
     def acked_through(self) -> int:
@@ -414,8 +397,3 @@ class EchoSink:
 
     def _open(self, timeout: float | None) -> Route:
         return self._opener.open(self._spec, timeout)
-
-    def _tell_how_read(self, session: Session, rows: int, batched: bool) -> None:
-        session.told = True
-        what = f"{rows} samples" if batched else "one sample"
-        _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())

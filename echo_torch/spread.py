@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from .deadline import Deadline
-from .errors import ConnectionClosedError, DeliveryTimeoutError
+from .errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
 from .estate import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
 from .locks import is_mine
 from .meter import Times
 from .prefix import Prefix
-from .routes import RingRoute
 from .spec import Match
 from .stats import Counts, PeerCounts
 
@@ -199,7 +198,8 @@ class Spread:
         if not self._least_inflight:
             return usable[0], len(living) > 1
         if len(usable) > 1:  # who has no room at all may have been stopped
-            usable = [peer for peer in usable if peer.room >= rows] or [peer for peer in usable if peer.room] or usable
+            roomy = [peer for peer in usable if peer.free_rows]
+            usable = [peer for peer in roomy if peer.free_rows >= rows] or roomy or usable
         return min(usable, key=lambda peer: peer.route.counts().unacked), len(living) > 1
 
     # Waiting, and the end.
@@ -246,13 +246,7 @@ class Spread:
         except BaseException:  # an interrupt: as with one learner, the rest is left to the threads
             self._abandon_all()
             raise
-        for problem in problems[1:]:
-            _log.warning("%s", problem)
-        try:
-            if problems:
-                raise problems[0]
-        finally:
-            problems.clear()  # their tracebacks hold this frame, and with it the connections
+        raise_first(problems)
 
     def _deliver_all(self, deadline: Deadline, problems: list[Exception]) -> None:
         timeout = deadline.timeout
@@ -278,8 +272,8 @@ class Spread:
     def _abandon_all(self) -> None:
         self._estate.closed = True
         for peer in self._peers:
-            if isinstance(peer.route, RingRoute):
-                peer.route.abandon()
+            if peer.client is not None:
+                peer.client.abandon()
         left = self._estate.left()
         if left:
             text = "%s: close() was interrupted before %d samples of a learner that is gone were passed on"

@@ -49,7 +49,7 @@ def test_bad_addresses_are_named(host: Any, port: Any, kind: type[Exception], me
 @pytest.mark.parametrize(("route", "kind"), [("random", ValueError), (None, TypeError), (3, TypeError)])
 def test_an_unknown_route_is_named(route: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=r"route: got .*, expected 'round_robin' or 'least_inflight', or a function"):
-        check_routing(route)
+        check_routing(route, False)
 
 
 @pytest.mark.parametrize("given", [1, np.int8(1), torch.tensor(1), np.array([1, 1, 1]), torch.tensor([1, 1, 1])])

@@ -206,7 +206,7 @@ def test_a_signal_handler_that_interrupts_passing_on_is_turned_away() -> None:
     with dying.peer, Peer(acks) as peer:
         lost = TcpClient("127.0.0.1", dying.peer.port, EXAMPLE)
         heir = TcpClient("127.0.0.1", peer.port, EXAMPLE)
-        estate = Estate([Heir("lost", RingRoute(lost)), Heir("heir", Interrupted(heir, handler))])
+        estate = Estate([Heir(RingRoute(lost)), Heir(Interrupted(heir, handler))])
         lost.send_rows([np.arange(4)])
         dying.die()
         eventually(lambda: lost.closed)
