@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from .checks import check_count, check_seconds
 from .children import Children
 from .meter import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
 from .routes import Route
 from .stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
+from .support.validation import check_count, check_seconds
 
 _log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import weakref
 from itertools import zip_longest
 
 from . import ledger
-from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
 from .ledger import COUNTED, Entry, entries_of
 from .meter import Times
 from .stats import PeerCounts
+from .support.deadline import Deadline
 
 _log = logging.getLogger(__name__)
 

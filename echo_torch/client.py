@@ -16,9 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from .checks import check_count, check_seconds, check_timeout
 from .connection import Connection
-from .deadline import NEVER, Deadline
 from .dial import dial, hang_up, peer_name
 from .errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
 from .io_thread import IoThread
@@ -31,6 +29,8 @@ from .ring import Ring
 from .spec import Match, SampleSpec, check_numpy
 from .staging import Stager, UnstagedError
 from .stats import Counts
+from .support.deadline import NEVER, Deadline
+from .support.validation import check_count, check_seconds, check_timeout
 from .tls import TLS, check_tls
 from .trees import flatten
 

@@ -15,7 +15,6 @@ import socket
 import time
 from typing import Any, NoReturn
 
-from .deadline import NEVER, Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .io_thread import IoThread
 from .link import Link
@@ -24,6 +23,7 @@ from .redial import Redial
 from .remains import Remains
 from .ring import Fill, Ring
 from .stats import Counts
+from .support.deadline import NEVER, Deadline
 from .tail import Tail
 
 _log = logging.getLogger(__name__)

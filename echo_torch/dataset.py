@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from . import accelerator
+from .support import accelerator
 from .taker import Taker, turn_of
 from .unpack import Convert, Mover, Unpacker, Uploader, copied, shared
 

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, cast
 
-from .backoff import Backoff
-from .checks import check_count
-from .deadline import LOOK_S, Deadline
 from .errors import ConnectionClosedError, HandshakeError
 from .ready import ready
 from .secure import TlsSocket, secure
+from .support.backoff import Backoff
+from .support.deadline import LOOK_S, Deadline
+from .support.validation import check_count
 from .tls import TLS
 from .vigil import keep_asking
 from .wire import Handshake, WireLeaves

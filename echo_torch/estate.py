@@ -15,11 +15,11 @@ import time
 from collections.abc import Sequence
 
 from .client import TcpClient
-from .deadline import Deadline
-from .locks import is_mine
 from .remains import Remains
 from .routes import RingRoute, Route
 from .stats import Counts
+from .support.deadline import Deadline
+from .support.interrupts import is_mine
 
 _log = logging.getLogger(__name__)
 

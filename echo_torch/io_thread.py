@@ -16,13 +16,13 @@ import threading
 import time
 from typing import Any
 
-from . import lifetime
-from .deadline import Deadline
 from .dial import hang_up
 from .errors import ConnectionClosedError, HandshakeError, SpecMismatchError
 from .link import LINGER_S, Link
 from .pace import Pace
 from .redial import Redial
+from .support import shutdown
+from .support.deadline import Deadline
 from .vigil import silence
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class IoThread:
         descriptors that nobody owns: so both are called on a thread of their own, where none strikes, which is waited
         for in C.
         """
-        lifetime.expect_end_of_child()
+        shutdown.expect_end_of_child()
         started = threading.Lock()
         outcome: list[BaseException] = []
 
@@ -151,7 +151,7 @@ class IoThread:
 
     def _run(self) -> None:
         link = self._link
-        lifetime.begin(self)
+        shutdown.begin(self)
         try:
             while self._attend():
                 assert link.redial is not None
@@ -271,7 +271,7 @@ class IoThread:
     def _until_farewell(self) -> Deadline:
         """The deadline of an abandoned connection."""
         if self._farewell is None:
-            self._farewell = Deadline(lifetime.FAREWELL_S)
+            self._farewell = Deadline(shutdown.FAREWELL_S)
         return self._farewell
 
     def _open_again(self, redial: Redial) -> None:
@@ -326,7 +326,7 @@ class IoThread:
         try:
             link.ring.abandon()
         finally:
-            lifetime.end(self)
+            shutdown.end(self)
             self._ended.release()
 
 

@@ -9,9 +9,9 @@ import select
 import socket
 import threading
 
-from .deadline import bounded_wait
-from .locks import is_mine
 from .ring import Waiter
+from .support.deadline import bounded_wait
+from .support.interrupts import is_mine
 from .wakeup import WakeUp
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from numpy.ma import MaskedArray
 
-from . import accelerator
+from .support import accelerator
 from .wire import WireLeaf
 
 Array = npt.NDArray[Any]

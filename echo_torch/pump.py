@@ -17,8 +17,8 @@ from collections import deque
 
 from .errors import ConnectionClosedError
 from .meter import Latencies
-from .record import record
 from .ring import Ring
+from .support.record import record
 from .wire import check_acks
 
 # Most acks read by one system call, in bytes, one each; of a smaller window there are no more than that, and one that

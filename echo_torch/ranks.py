@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
+from .support.deadline import Deadline
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work

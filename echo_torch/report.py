@@ -15,15 +15,15 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-from . import lifetime
 from .account import Account
 from .children import KINDS
 from .claims import lives
-from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .ledger import begin
 from .routes import Route
 from .stats import Counts
+from .support import shutdown
+from .support.deadline import Deadline
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Report:
         self._thread = threading.Thread(target=self._run, name=f"echo_torch report to {parent}", daemon=True)
 
     def start(self) -> None:
-        lifetime.tell(self)
+        shutdown.tell(self)
         self._thread.start()
 
     def sent(self, count: int) -> None:

@@ -8,12 +8,12 @@ import time
 from typing import Protocol
 
 from .client import Client, TcpClient
-from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError
-from .locks import is_mine
 from .meter import Times
 from .spec import Match, SampleSpec
 from .stats import Counts, PeerCounts
+from .support.deadline import Deadline
+from .support.interrupts import is_mine
 
 
 class Route(Protocol):

@@ -20,10 +20,10 @@ import ssl
 from collections import deque
 from typing import Any
 
-from .deadline import Deadline
 from .errors import CertificateError, ConnectionClosedError, HandshakeError
 from .ready import ready
-from .record import record
+from .support.deadline import Deadline
+from .support.record import record
 from .tls import TLS, OtherNameError, refusal
 from .vigil import round_trip
 from .wire import MAGIC

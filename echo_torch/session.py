@@ -9,18 +9,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from . import lifetime
 from .account import Account
-from .checks import check_count
 from .children import Children
-from .deadline import Deadline, bounded_wait
 from .errors import ConnectionClosedError, raise_first
-from .locks import is_mine
 from .marks import Marks
 from .report import CHILD_CLOSE_S, Report, parent_of
 from .routes import Route
 from .spec import Match, SampleSpec
 from .stats import SinkStats
+from .support import shutdown
+from .support.deadline import Deadline, bounded_wait
+from .support.interrupts import is_mine
+from .support.validation import check_count
 from .watermark import Watermark
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Session:
         self._raises = raises
         self._report: Report | None = None
         self._lock = threading.RLock()
-        lifetime.tell(self)
+        shutdown.tell(self)
 
     @property
     def unacked(self) -> int:
@@ -182,7 +182,7 @@ class Session:
 
     def end(self) -> None:
         """After that: wait for it."""
-        self._await_children(Deadline(lifetime.FAREWELL_S))
+        self._await_children(Deadline(shutdown.FAREWELL_S))
 
     def finish(self) -> None:
         """As the parent asks."""

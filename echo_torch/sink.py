@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch.utils.data import default_collate
 
-from .checks import check_count, check_seconds, check_timeout
 from .client import SERVER_QUEUE, Client, TcpClient, close_after
 from .ledger import new_token
-from .locks import is_mine
 from .opener import Opener
 from .progress import show_acks
 from .ranks import wait_together
@@ -28,9 +26,11 @@ from .session import Session
 from .shards import Routing, addresses_of, check_routing, shards_of
 from .spec import Match, SampleSpec, example_of
 from .stats import SinkStats
+from .support.interrupts import is_mine
+from .support.tracing import profiled, profiling, uncompiled
+from .support.validation import check_count, check_seconds, check_timeout
 from .tee import Tee
 from .tls import TLS, check_tls
-from .tracing import profiled, profiling, uncompiled
 from .workers import SinkCollate
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import numpy as np
 import optree
 import torch
 
-from . import accelerator
 from .leaves import OPAQUE, Array, Leaf, as_array, dtypes_of, on_host, shape_of
 from .mismatch import leaves_error, server_error, structure_error
+from .support import accelerator
 from .trees import flatten, flatten_telling, is_plain, keys_of, path_of, tensors_may_be_hollow
 from .wire import WireLeaf
 

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from .deadline import Deadline
 from .errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
 from .estate import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
-from .locks import is_mine
 from .meter import Times
 from .prefix import Prefix
 from .spec import Match
 from .stats import Counts, PeerCounts
+from .support.deadline import Deadline
+from .support.interrupts import is_mine
 
 _log = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import accelerator
 from .leaves import Leaf
 from .ring import Fill, Ring
-from .tracing import profiled
+from .support import accelerator
+from .support.tracing import profiled
 
 # What rows are packed in: the widest of which all leaves are whole numbers. Their size is what leaves are aligned to.
 _UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)

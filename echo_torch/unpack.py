@@ -17,10 +17,10 @@ import numpy as np
 import optree
 import torch
 
-from . import accelerator
 from .leaves import Array, Leaf, tensor_dtype
 from .mismatch import batch_error
 from .spec import SampleSpec
+from .support import accelerator
 from .trees import keys_of
 
 # Makes tensors of the arrays of a batch, and of what their memory belongs to.

@@ -1,8 +1,8 @@
 """An accelerator that computes on the CPU, but only when it is told to, and in as wrong an order as its streams allow.
 
-`FakeDevice.install` puts it in place of what `echo_torch.accelerator` asks PyTorch for. What is enqueued in a stream
-waits there, as on a real device, until `FakeDevice.run` or a synchronisation comes to it. Tensors are "on" the device
-that `FakeDevice.put` gave, and no others.
+`FakeDevice.install` puts it in place of what `echo_torch.support.accelerator` asks PyTorch for. What is enqueued in a
+stream waits there, as on a real device, until `FakeDevice.run` or a synchronisation comes to it. Tensors are "on" the
+device that `FakeDevice.put` gave, and no others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from echo_torch import accelerator
+from echo_torch.support import accelerator
 
 
 class FakeEvent:

@@ -18,7 +18,8 @@ import torch
 from learner import Learner
 from spawned import ANSWER_S
 
-from echo_torch import EchoSink, accelerator, numpy_example
+from echo_torch import EchoSink, numpy_example
+from echo_torch.support import accelerator
 
 pytestmark = [
     pytest.mark.cuda,

@@ -31,16 +31,8 @@ from spawned import ANSWER_S
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
 
-from echo_torch import (
-    ConnectionClosedError,
-    EchoDataset,
-    EchoSink,
-    SpecMismatchError,
-    TcpClient,
-    accelerator,
-    numpy_example,
-    taker,
-)
+from echo_torch import ConnectionClosedError, EchoDataset, EchoSink, SpecMismatchError, TcpClient, numpy_example, taker
+from echo_torch.support import accelerator
 
 BATCH = 4
 EXAMPLE = {"id": torch.tensor(0), "bytes": torch.zeros(5, dtype=torch.uint8)}

@@ -10,8 +10,8 @@ import threading
 import pytest
 from conftest import Clock
 
-import echo_torch.deadline as deadline_module
-from echo_torch.deadline import Deadline, Revocable, bounded_wait, check_timeout
+import echo_torch.support.deadline as deadline_module
+from echo_torch.support.deadline import Deadline, Revocable, bounded_wait, check_timeout
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import pytest
 from peers import PATIENCE_S, TCP_REPAIR, Line, Peer, Script, Scripts, full_queue, greeting
 
 from echo_torch import vigil
-from echo_torch.deadline import Deadline
 from echo_torch.dial import dial, hang_up, peer_name
 from echo_torch.errors import ConnectionClosedError, HandshakeError
+from echo_torch.support.deadline import Deadline
 from echo_torch.wire import ACK, WireLeaf
 
 pytestmark = pytest.mark.usefixtures("descriptors")

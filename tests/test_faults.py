@@ -222,8 +222,8 @@ from echo_torch import (
     HandshakeError,
     SpecMismatchError,
     TcpClient,
-    lifetime,
 )
+from echo_torch.support import shutdown
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -478,7 +478,7 @@ def test_what_is_dropped_is_collected_and_delivers(make: Callable[..., Any]) -> 
 def test_what_is_dropped_gives_up_in_time_and_says_what_is_left(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, descriptors: None
 ) -> None:
-    monkeypatch.setattr(lifetime, "FAREWELL_S", 0.2)
+    monkeypatch.setattr(shutdown, "FAREWELL_S", 0.2)
     with Peer(silent) as peer:
         dropped = make(peer.port, SAMPLE)
         dropped.send(sample(0))

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 from conftest import Clock
 
-from echo_torch import deadline as deadline_module
 from echo_torch import redial as redial_module
-from echo_torch.backoff import Backoff
-from echo_torch.deadline import Deadline
 from echo_torch.errors import ConnectionClosedError, HandshakeError
 from echo_torch.redial import PAUSES_S, Redial
+from echo_torch.support import deadline as deadline_module
+from echo_torch.support.backoff import Backoff
+from echo_torch.support.deadline import Deadline
 
 
 class SleepingClock(Clock):

@@ -30,7 +30,6 @@ from echo_torch import (
     DeliveryTimeoutError,
     EchoSink,
     SpecMismatchError,
-    accelerator,
     link,
     pump,
     ring,
@@ -41,6 +40,7 @@ from echo_torch.pace import Pace
 from echo_torch.ring import Ring
 from echo_torch.spec import SampleSpec
 from echo_torch.staging import DeviceCopy, device_of, pack_rows, unit_of
+from echo_torch.support import accelerator
 
 ROWS = 8
 EXAMPLE = {"a": torch.zeros(3, dtype=torch.int32), "b": torch.zeros((), dtype=torch.uint8)}

@@ -18,11 +18,11 @@ from fake_device import FakeDevice
 from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient, connection
-from echo_torch.deadline import NEVER
 from echo_torch.estate import Estate
 from echo_torch.estate import Peer as Heir
 from echo_torch.routes import RingRoute
 from echo_torch.spec import SampleSpec
+from echo_torch.support.deadline import NEVER
 
 EXAMPLE = {"id": np.zeros((), np.int64)}
 SIZE = 8

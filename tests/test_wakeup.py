@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from echo_torch.locks import is_mine
+from echo_torch.support.interrupts import is_mine
 from echo_torch.wakeup import WakeUp
 
 pytestmark = pytest.mark.usefixtures("descriptors")

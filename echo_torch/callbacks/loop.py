@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import optree
 import torch
 
-from echo_torch.checks import check_count, check_timeout
 from echo_torch.errors import DeliveryTimeoutError
 from echo_torch.sink import EchoSink
+from echo_torch.support.validation import check_count, check_timeout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .checks import check_timeout
+from .validation import check_timeout
 
 # What `lock.acquire` and `poll` take at the most; a longer wait is cut here and begun again by whoever waits.
 _LONGEST_WAIT_S = min(threading.TIMEOUT_MAX, 86_400.0)
