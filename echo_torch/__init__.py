@@ -13,7 +13,7 @@ from .errors import (
 from .sink import EchoSink
 from .spec import numpy_example
 from .stats import PeerStats, SinkStats
-from .tls import TLS
+from .wire.tls import TLS
 
 __version__ = "0.1.0"
 

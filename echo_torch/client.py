@@ -17,7 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from .connection import Connection
-from .dial import dial, hang_up, peer_name
 from .errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
 from .io_thread import IoThread
 from .leaves import Array
@@ -31,8 +30,9 @@ from .staging import Stager, UnstagedError
 from .stats import Counts
 from .support.deadline import NEVER, Deadline
 from .support.validation import check_count, check_seconds, check_timeout
-from .tls import TLS, check_tls
 from .trees import flatten
+from .wire.connect import dial, hang_up, peer_name
+from .wire.tls import TLS, check_tls
 
 _log = logging.getLogger(__name__)
 

@@ -16,14 +16,14 @@ import threading
 import time
 from typing import Any
 
-from .dial import hang_up
 from .errors import ConnectionClosedError, HandshakeError, SpecMismatchError
 from .link import LINGER_S, Link
 from .pace import Pace
 from .redial import Redial
 from .support import shutdown
 from .support.deadline import Deadline
-from .vigil import silence
+from .wire.connect import hang_up
+from .wire.keepalive import silence
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from numpy.ma import MaskedArray
 
 from .support import accelerator
-from .wire import WireLeaf
+from .wire.protocol import WireLeaf
 
 Array = npt.NDArray[Any]
 DType = torch.dtype | np.dtype[Any]

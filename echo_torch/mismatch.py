@@ -19,7 +19,7 @@ from typing import Any
 from .errors import SpecMismatchError
 from .leaves import Key, Leaf, dtypes_of, how_to_cast, how_to_expand, shape_of
 from .trees import keys_of, nodes_of, path_of
-from .wire import WireLeaf
+from .wire.protocol import WireLeaf
 
 # How many wrong leaves an error names.
 _MAX_NAMED = 8

@@ -11,14 +11,14 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from .client import Client, TcpClient, least_buffer, ring_rows
-from .dial import peer_name
 from .estate import Peer
 from .routes import NoRoute, RingRoute, Route, RowRoute
 from .shards import Addresses
 from .spec import SampleSpec
 from .spread import Spread
 from .support.deadline import Deadline
-from .tls import TLS
+from .wire.connect import peer_name
+from .wire.tls import TLS
 
 _log = logging.getLogger(__name__)
 

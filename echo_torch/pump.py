@@ -19,7 +19,7 @@ from .errors import ConnectionClosedError
 from .meter import Latencies
 from .ring import Ring
 from .support.record import record
-from .wire import check_acks
+from .wire.protocol import check_acks
 
 # Most acks read by one system call, in bytes, one each; of a smaller window there are no more than that, and one that
 # was too many. A machine may have hundreds of connections.

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .dial import check_address, peer_name
 from .leaves import Array
+from .wire.connect import check_address, peer_name
 
 Routing = Literal["round_robin", "least_inflight"] | Callable[[Any], Any]
 """How batches are spread; a function gives the learner's index for each sample."""

@@ -30,7 +30,7 @@ from .support.interrupts import is_mine
 from .support.tracing import profiled, profiling, uncompiled
 from .support.validation import check_count, check_seconds, check_timeout
 from .tee import Tee
-from .tls import TLS, check_tls
+from .wire.tls import TLS, check_tls
 from .workers import SinkCollate
 
 if TYPE_CHECKING:

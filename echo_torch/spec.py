@@ -22,7 +22,7 @@ from .leaves import OPAQUE, Array, Leaf, as_array, dtypes_of, on_host, shape_of
 from .mismatch import leaves_error, server_error, structure_error
 from .support import accelerator
 from .trees import flatten, flatten_telling, is_plain, keys_of, path_of, tensors_may_be_hollow
-from .wire import WireLeaf
+from .wire.protocol import WireLeaf
 
 # How many structures of batches are remembered; a loader yields one or two, and a fresh one each time is no leak.
 _MAX_STRUCTURES = 64

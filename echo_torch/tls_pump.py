@@ -20,8 +20,8 @@ from .errors import ConnectionClosedError
 from .meter import Latencies
 from .pump import Pump
 from .ring import Ring
-from .secure import SEAL_BYTES, TlsSocket
-from .wire import check_acks
+from .wire.protocol import check_acks
+from .wire.tls_socket import SEAL_BYTES, TlsSocket
 
 
 def pump_for(sock: socket.socket, ring: Ring, window: int, latencies: Latencies | None = None) -> Pump:

@@ -35,7 +35,7 @@ import optree
 import torch
 
 from echo_torch import EchoSink, TcpClient, numpy_example
-from echo_torch.wire import ACK, WireLeaf, encode_handshake
+from echo_torch.wire.protocol import ACK, WireLeaf, encode_handshake
 
 HOST = "127.0.0.1"
 ACK_MARK = 16

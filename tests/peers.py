@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import optree
 
-from echo_torch.wire import ACK, WireLeaf, encode_handshake
+from echo_torch.wire.protocol import ACK, WireLeaf, encode_handshake
 
 PATIENCE_S = 30.0
 """Seconds after which a peer that hears nothing gives up."""

@@ -35,7 +35,7 @@ from echo_torch.cli import bench, main
 from echo_torch.cli.example import server_code
 from echo_torch.cli.table import table
 from echo_torch.spec import SampleSpec
-from echo_torch.wire import WireLeaf, encode_handshake
+from echo_torch.wire.protocol import WireLeaf, encode_handshake
 
 SOON = ("--timeout", "0.3")
 """For a server that is not meant to answer."""

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from peers import PATIENCE_S, TCP_REPAIR, Line, Peer, Script, Scripts, full_queue, greeting
 
-from echo_torch import vigil
-from echo_torch.dial import dial, hang_up, peer_name
 from echo_torch.errors import ConnectionClosedError, HandshakeError
 from echo_torch.support.deadline import Deadline
-from echo_torch.wire import ACK, WireLeaf
+from echo_torch.wire import keepalive
+from echo_torch.wire.connect import dial, hang_up, peer_name
+from echo_torch.wire.protocol import ACK, WireLeaf
 
 pytestmark = pytest.mark.usefixtures("descriptors")
 
@@ -428,8 +428,8 @@ def test_a_peer_that_knows_nothing_of_the_connection_is_called_again() -> None:
         sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S), retry_refused=True)
         with sock:
             assert leaves == LEAVES
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == vigil.KEEPALIVE_IDLE_S
-        assert time.monotonic() - began < vigil.GREETING_IDLE_S + SLACK_S
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == keepalive.KEEPALIVE_IDLE_S
+        assert time.monotonic() - began < keepalive.GREETING_IDLE_S + SLACK_S
     assert len(peer.lines) == 2
 
 

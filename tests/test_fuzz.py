@@ -34,10 +34,10 @@ from echo_torch import (
     ProtocolError,
     SpecMismatchError,
     TcpClient,
-    wire,
 )
 from echo_torch.stats import Counts
-from echo_torch.wire import ACK, WireLeaf, encode_handshake
+from echo_torch.wire import protocol
+from echo_torch.wire.protocol import ACK, WireLeaf, encode_handshake
 
 pytestmark = pytest.mark.usefixtures("descriptors", "little_memory")
 
@@ -323,13 +323,13 @@ def test_a_peer_that_never_stops_greeting(start: bytes, flood: bytes, error: typ
 
 def test_without_the_caps_a_count_is_more_than_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for cap in ("MAX_ARRAYS", "MAX_DIMS", "HANDSHAKE_LIMIT"):
-        monkeypatch.setattr(wire, cap, 2**40)
+        monkeypatch.setattr(protocol, cap, 2**40)
     with pytest.raises(MemoryError):
         greeted(Act(header(1) + struct.pack("<III", 1, 2**32 - 1, 1), [2**16], None, stall), SOON_S)
 
 
 def test_without_the_limit_a_long_greeting_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "HANDSHAKE_LIMIT", 2**40)
+    monkeypatch.setattr(protocol, "HANDSHAKE_LIMIT", 2**40)
     array = WireLeaf(1, (1,) * 64)
     with pytest.raises(AssertionError, match="bytes were allocated"):
         greeted(Act(encode_handshake([array] * 500), [2**16], None, finish), LATER_S)

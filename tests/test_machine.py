@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 from learner import Learner
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, TcpClient
-from echo_torch.wire import WireLeaf, encode_handshake
+from echo_torch.wire.protocol import WireLeaf, encode_handshake
 
 SIZE = 40
 EXAMPLE = numbered.example(SIZE)

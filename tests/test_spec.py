@@ -23,7 +23,7 @@ from torch.utils.data import default_collate
 from echo_torch import SpecMismatchError, numpy_example
 from echo_torch.spec import SampleSpec
 from echo_torch.trees import flatten
-from echo_torch.wire import MAX_ARRAYS, WireLeaf, WireLeaves, encode_handshake
+from echo_torch.wire.protocol import MAX_ARRAYS, WireLeaf, WireLeaves, encode_handshake
 
 OPAQUE = {
     torch.bfloat16: np.uint16,

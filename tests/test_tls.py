@@ -36,10 +36,10 @@ from echo_torch import (
     TcpClient,
 )
 from echo_torch.cli import main
-from echo_torch.dial import connect, shake_hands
-from echo_torch.ready import ready
-from echo_torch.secure import TlsSocket, secure
 from echo_torch.support.deadline import Deadline
+from echo_torch.wire.connect import connect, shake_hands
+from echo_torch.wire.poll import ready
+from echo_torch.wire.tls_socket import TlsSocket, secure
 
 SIZE = 29
 BRIEF_S = 0.3

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from echo_torch.errors import HandshakeError, ProtocolError
-from echo_torch.wire import (
+from echo_torch.wire.protocol import (
     ACK,
     HANDSHAKE_LIMIT,
     MAGIC,

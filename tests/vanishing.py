@@ -15,7 +15,8 @@ import time
 import numpy as np
 from learner import Learner
 
-from echo_torch import ConnectionClosedError, DeliveryTimeoutError, TcpClient, vigil
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, TcpClient
+from echo_torch.wire import keepalive
 
 SAMPLE = {"x": np.zeros(1 << 18, np.uint8)}
 
@@ -33,8 +34,8 @@ def fill(client: TcpClient) -> None:
 
 
 def main(when: str) -> None:
-    vigil.KEEPALIVE_IDLE_S = vigil.KEEPALIVE_INTERVAL_S = 1
-    vigil.KEEPALIVE_COUNT = 2
+    keepalive.KEEPALIVE_IDLE_S = keepalive.KEEPALIVE_INTERVAL_S = 1
+    keepalive.KEEPALIVE_COUNT = 2
     link("up")
     with Learner(SAMPLE, num_buffers=2) as learner:
         client = TcpClient("127.0.0.1", learner.port, SAMPLE, 256, connect_timeout=30)
@@ -43,7 +44,7 @@ def main(when: str) -> None:
         if when == "full":
             learner.pause()
             fill(client)
-            time.sleep(3 * (vigil.KEEPALIVE_IDLE_S + vigil.KEEPALIVE_COUNT * vigil.KEEPALIVE_INTERVAL_S))
+            time.sleep(3 * (keepalive.KEEPALIVE_IDLE_S + keepalive.KEEPALIVE_COUNT * keepalive.KEEPALIVE_INTERVAL_S))
             assert not client.closed
         link("down")
         began = time.monotonic()

@@ -20,9 +20,9 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from echo_torch.dial import check_address
 from echo_torch.spec import SampleSpec
-from echo_torch.tls import TLS
+from echo_torch.wire.connect import check_address
+from echo_torch.wire.tls import TLS
 
 from .errors import CommandError, one_line
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from echo_torch.client import SERVER_QUEUE, least_buffer
-from echo_torch.dial import peer_name
 from echo_torch.errors import DeliveryTimeoutError, HandshakeError, SpecMismatchError
 from echo_torch.leaves import Array
 from echo_torch.sink import EchoSink
+from echo_torch.wire.connect import peer_name
 
 from .arguments import add_address, add_tls, count, seconds, tls_of
 from .errors import CommandError, one_line

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from echo_torch.dial import peer_name
 from echo_torch.leaves import Leaf
-from echo_torch.wire import WireLeaf
+from echo_torch.wire.connect import peer_name
+from echo_torch.wire.protocol import WireLeaf
 
 from .arguments import HELP_ON_EXAMPLES, add_address, add_tls, sample_spec, seconds, tls_of
 from .errors import CommandError

@@ -13,12 +13,12 @@ from contextlib import closing
 from time import perf_counter
 from typing import cast
 
-from echo_torch.dial import connect, peer_name, resolve, shake_hands
 from echo_torch.errors import ConnectionClosedError, HandshakeError
-from echo_torch.secure import TlsSocket, names_in, secure
 from echo_torch.support.deadline import Deadline, bounded_wait
-from echo_torch.tls import TLS
-from echo_torch.wire import MAGIC, VERSION, WireLeaves
+from echo_torch.wire.connect import connect, peer_name, resolve, shake_hands
+from echo_torch.wire.protocol import MAGIC, VERSION, WireLeaves
+from echo_torch.wire.tls import TLS
+from echo_torch.wire.tls_socket import TlsSocket, names_in, secure
 
 from .errors import CommandError
 

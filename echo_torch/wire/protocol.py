@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, overload
 
-from .errors import HandshakeError, ProtocolError
+from echo_torch.errors import HandshakeError, ProtocolError
 
 MAGIC = b"ECHO"
 VERSION = 1

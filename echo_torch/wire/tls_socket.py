@@ -20,13 +20,14 @@ import ssl
 from collections import deque
 from typing import Any
 
-from .errors import CertificateError, ConnectionClosedError, HandshakeError
-from .ready import ready
-from .support.deadline import Deadline
-from .support.record import record
+from echo_torch.errors import CertificateError, ConnectionClosedError, HandshakeError
+from echo_torch.support.deadline import Deadline
+from echo_torch.support.record import record
+
+from .keepalive import round_trip
+from .poll import ready
+from .protocol import MAGIC
 from .tls import TLS, OtherNameError, refusal
-from .vigil import round_trip
-from .wire import MAGIC
 
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 

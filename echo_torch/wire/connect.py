@@ -21,15 +21,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, cast
 
-from .errors import ConnectionClosedError, HandshakeError
-from .ready import ready
-from .secure import TlsSocket, secure
-from .support.backoff import Backoff
-from .support.deadline import LOOK_S, Deadline
-from .support.validation import check_count
+from echo_torch.errors import ConnectionClosedError, HandshakeError
+from echo_torch.support.backoff import Backoff
+from echo_torch.support.deadline import LOOK_S, Deadline
+from echo_torch.support.validation import check_count
+
+from .keepalive import keep_asking
+from .poll import ready
+from .protocol import Handshake, WireLeaves
 from .tls import TLS
-from .vigil import keep_asking
-from .wire import Handshake, WireLeaves
+from .tls_socket import TlsSocket, secure
 
 # Seconds between tries while a server is not listening yet: at first and at the most.
 _RETRY_S = (0.05, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 
-from .support.deadline import LOOK_S, Deadline
+from echo_torch.support.deadline import LOOK_S, Deadline
 
 
 def ready(sock: socket.socket, event: int, deadline: Deadline) -> bool:

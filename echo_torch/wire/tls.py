@@ -13,7 +13,7 @@ import os
 import ssl
 from typing import Any, NoReturn
 
-from .errors import CertificateError, HandshakeError
+from echo_torch.errors import CertificateError, HandshakeError
 
 # What OpenSSL says of a certificate that it refuses: X509_V_ERR_* of openssl/x509_vfy.h.
 _NOT_YET_VALID, _EXPIRED = 9, 10
