@@ -10,8 +10,8 @@ from .errors import (
     ProtocolError,
     SpecMismatchError,
 )
+from .samples.spec import numpy_example
 from .sink import EchoSink
-from .spec import numpy_example
 from .stats import PeerStats, SinkStats
 from .wire.tls import TLS
 

@@ -19,18 +19,18 @@ import numpy as np
 from .connection import Connection
 from .errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
 from .io_thread import IoThread
-from .leaves import Array
 from .meter import Times
 from .pack import Packer
 from .redial import Redial
 from .remains import Remains
 from .ring import Ring
-from .spec import Match, SampleSpec, check_numpy
+from .samples.leaf import Array
+from .samples.pytree import flatten
+from .samples.spec import Match, SampleSpec, check_numpy
 from .staging import Stager, UnstagedError
 from .stats import Counts
 from .support.deadline import NEVER, Deadline
 from .support.validation import check_count, check_seconds, check_timeout
-from .trees import flatten
 from .wire.connect import dial, hang_up, peer_name
 from .wire.tls import TLS, check_tls
 

@@ -13,8 +13,8 @@ from torch.utils.data import get_worker_info
 from .client import Client, TcpClient, least_buffer, ring_rows
 from .estate import Peer
 from .routes import NoRoute, RingRoute, Route, RowRoute
+from .samples.spec import SampleSpec
 from .shards import Addresses
-from .spec import SampleSpec
 from .spread import Spread
 from .support.deadline import Deadline
 from .wire.connect import peer_name

@@ -10,7 +10,7 @@ from typing import Protocol
 from .client import Client, TcpClient
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .meter import Times
-from .spec import Match, SampleSpec
+from .samples.spec import Match, SampleSpec
 from .stats import Counts, PeerCounts
 from .support.deadline import Deadline
 from .support.interrupts import is_mine

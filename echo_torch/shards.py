@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .leaves import Array
+from .samples.leaf import Array
 from .wire.connect import check_address, peer_name
 
 Routing = Literal["round_robin", "least_inflight"] | Callable[[Any], Any]

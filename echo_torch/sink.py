@@ -22,9 +22,9 @@ from .opener import Opener
 from .progress import show_acks
 from .ranks import wait_together
 from .routes import Route
+from .samples.spec import Match, SampleSpec, example_of
 from .session import Session
 from .shards import Routing, addresses_of, check_routing, shards_of
-from .spec import Match, SampleSpec, example_of
 from .stats import SinkStats
 from .support.interrupts import is_mine
 from .support.tracing import profiled, profiling, uncompiled

@@ -23,7 +23,7 @@ from .errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
 from .estate import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
 from .meter import Times
 from .prefix import Prefix
-from .spec import Match
+from .samples.spec import Match
 from .stats import Counts, PeerCounts
 from .support.deadline import Deadline
 from .support.interrupts import is_mine

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .leaves import Leaf
 from .ring import Fill, Ring
+from .samples.leaf import Leaf
 from .support import accelerator
 from .support.tracing import profiled
 

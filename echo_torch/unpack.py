@@ -17,11 +17,11 @@ import numpy as np
 import optree
 import torch
 
-from .leaves import Array, Leaf, tensor_dtype
-from .mismatch import batch_error
-from .spec import SampleSpec
+from .samples.leaf import Array, Leaf, tensor_dtype
+from .samples.mismatch import batch_error
+from .samples.pytree import keys_of
+from .samples.spec import SampleSpec
 from .support import accelerator
-from .trees import keys_of
 
 # Makes tensors of the arrays of a batch, and of what their memory belongs to.
 Convert = Callable[[Sequence[Array], object], list[torch.Tensor]]

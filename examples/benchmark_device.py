@@ -28,7 +28,7 @@ from torch import nn
 
 from echo_torch import EchoSink, numpy_example
 from echo_torch.ring import Ring
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 from echo_torch.staging import Stager
 
 RING_BYTES = 64 * 1024 * 1024

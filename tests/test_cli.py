@@ -34,7 +34,7 @@ from echo_torch import EchoSink, numpy_example
 from echo_torch.cli import bench, main
 from echo_torch.cli.example import server_code
 from echo_torch.cli.table import table
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 from echo_torch.wire.protocol import WireLeaf, encode_handshake
 
 SOON = ("--timeout", "0.3")

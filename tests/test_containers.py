@@ -35,7 +35,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
 from echo_torch import EchoSink, SpecMismatchError, numpy_example
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 
 ROWS = 64
 

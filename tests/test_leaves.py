@@ -17,8 +17,8 @@ from peers import Line, Peer
 from torch._subclasses import FakeTensorMode
 
 from echo_torch import EchoSink, SpecMismatchError, TcpClient
-from echo_torch.leaves import how_to_cast
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.leaf import how_to_cast
+from echo_torch.samples.spec import SampleSpec
 
 EXAMPLE = {"pair": (np.zeros(2, np.float32), 0)}
 

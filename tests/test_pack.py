@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from echo_torch.pack import JOIN_LEAF_BYTES, Packer, columns
 from echo_torch.ring import Ring
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 
 Array = np.ndarray[Any, Any]
 

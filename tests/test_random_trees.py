@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from echo_torch import EchoSink, SpecMismatchError, numpy_example
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),

@@ -14,7 +14,7 @@ from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.routes import RowRoute
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 
 EXAMPLE = {"index": 0}
 SIZE = 8

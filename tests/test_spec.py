@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
 from echo_torch import SpecMismatchError, numpy_example
-from echo_torch.spec import SampleSpec
-from echo_torch.trees import flatten
+from echo_torch.samples.pytree import flatten
+from echo_torch.samples.spec import SampleSpec
 from echo_torch.wire.protocol import MAX_ARRAYS, WireLeaf, WireLeaves, encode_handshake
 
 OPAQUE = {

@@ -38,7 +38,7 @@ from echo_torch import (
 from echo_torch.io_thread import HEARTBEAT_S
 from echo_torch.pace import Pace
 from echo_torch.ring import Ring
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 from echo_torch.staging import DeviceCopy, device_of, pack_rows, unit_of
 from echo_torch.support import accelerator
 

@@ -21,7 +21,7 @@ from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, Tc
 from echo_torch.estate import Estate
 from echo_torch.estate import Peer as Heir
 from echo_torch.routes import RingRoute
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 from echo_torch.support.deadline import NEVER
 
 EXAMPLE = {"id": np.zeros((), np.int64)}

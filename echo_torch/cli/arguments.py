@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.spec import SampleSpec
 from echo_torch.wire.connect import check_address
 from echo_torch.wire.tls import TLS
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from echo_torch.client import SERVER_QUEUE, least_buffer
 from echo_torch.errors import DeliveryTimeoutError, HandshakeError, SpecMismatchError
-from echo_torch.leaves import Array
+from echo_torch.samples.leaf import Array
 from echo_torch.sink import EchoSink
 from echo_torch.wire.connect import peer_name
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from echo_torch.leaves import Leaf
+from echo_torch.samples.leaf import Leaf
 from echo_torch.wire.connect import peer_name
 from echo_torch.wire.protocol import WireLeaf
 

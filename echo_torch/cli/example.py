@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from echo_torch.leaves import Leaf
-from echo_torch.spec import SampleSpec
+from echo_torch.samples.leaf import Leaf
+from echo_torch.samples.spec import SampleSpec
 
 from .arguments import HELP_ON_EXAMPLES, sample_spec
 from .errors import CommandError

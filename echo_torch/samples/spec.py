@@ -18,11 +18,12 @@ import numpy as np
 import optree
 import torch
 
-from .leaves import OPAQUE, Array, Leaf, as_array, dtypes_of, on_host, shape_of
+from echo_torch.support import accelerator
+from echo_torch.wire.protocol import WireLeaf
+
+from .leaf import OPAQUE, Array, Leaf, as_array, dtypes_of, on_host, shape_of
 from .mismatch import leaves_error, server_error, structure_error
-from .support import accelerator
-from .trees import flatten, flatten_telling, is_plain, keys_of, path_of, tensors_may_be_hollow
-from .wire.protocol import WireLeaf
+from .pytree import flatten, flatten_telling, is_plain, keys_of, path_of, tensors_may_be_hollow
 
 # How many structures of batches are remembered; a loader yields one or two, and a fresh one each time is no leak.
 _MAX_STRUCTURES = 64

@@ -16,10 +16,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .errors import SpecMismatchError
-from .leaves import Key, Leaf, dtypes_of, how_to_cast, how_to_expand, shape_of
-from .trees import keys_of, nodes_of, path_of
-from .wire.protocol import WireLeaf
+from echo_torch.errors import SpecMismatchError
+from echo_torch.wire.protocol import WireLeaf
+
+from .leaf import Key, Leaf, dtypes_of, how_to_cast, how_to_expand, shape_of
+from .pytree import keys_of, nodes_of, path_of
 
 # How many wrong leaves an error names.
 _MAX_NAMED = 8

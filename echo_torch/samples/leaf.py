@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from numpy.ma import MaskedArray
 
-from .support import accelerator
-from .wire.protocol import WireLeaf
+from echo_torch.support import accelerator
+from echo_torch.wire.protocol import WireLeaf
 
 Array = npt.NDArray[Any]
 DType = torch.dtype | np.dtype[Any]

@@ -18,7 +18,7 @@ from typing import Any
 import optree
 import torch
 
-from .leaves import ARRAY_TYPES, Key, Unreadable
+from .leaf import ARRAY_TYPES, Key, Unreadable
 
 # The torch.func transform that is running, and the fake mode, or None: asked once per batch, where each tensor would
 # cost more.
