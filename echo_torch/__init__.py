@@ -10,9 +10,9 @@ from .errors import (
     ProtocolError,
     SpecMismatchError,
 )
+from .metrics.stats import PeerStats, SinkStats
 from .samples.spec import numpy_example
 from .sink import EchoSink
-from .stats import PeerStats, SinkStats
 from .wire.tls import TLS
 
 __version__ = "0.1.0"

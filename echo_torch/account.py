@@ -11,9 +11,9 @@ from itertools import zip_longest
 from typing import Any
 
 from .children import Children
-from .meter import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
+from .metrics.stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
+from .metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
 from .routes import Route
-from .stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
 from .support.validation import check_count, check_seconds
 
 _log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from itertools import zip_longest
 from . import ledger
 from .errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
 from .ledger import COUNTED, Entry, entries_of
-from .meter import Times
-from .stats import PeerCounts
+from .metrics.stats import PeerCounts
+from .metrics.timing import Times
 from .support.deadline import Deadline
 
 _log = logging.getLogger(__name__)

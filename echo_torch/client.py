@@ -19,7 +19,8 @@ import numpy as np
 from .connection import Connection
 from .errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
 from .io_thread import IoThread
-from .meter import Times
+from .metrics.stats import Counts
+from .metrics.timing import Times
 from .pack import Packer
 from .redial import Redial
 from .remains import Remains
@@ -28,7 +29,6 @@ from .samples.leaf import Array
 from .samples.pytree import flatten
 from .samples.spec import Match, SampleSpec, check_numpy
 from .staging import Stager, UnstagedError
-from .stats import Counts
 from .support.deadline import NEVER, Deadline
 from .support.validation import check_count, check_seconds, check_timeout
 from .wire.connect import dial, hang_up, peer_name

@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .io_thread import IoThread
 from .link import Link
-from .meter import Times
+from .metrics.stats import Counts
+from .metrics.timing import Times
 from .redial import Redial
 from .remains import Remains
 from .ring import Fill, Ring
-from .stats import Counts
 from .support.deadline import NEVER, Deadline
 from .tail import Tail
 

@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 
 from .client import TcpClient
+from .metrics.stats import Counts
 from .remains import Remains
 from .routes import RingRoute, Route
-from .stats import Counts
 from .support.deadline import Deadline
 from .support.interrupts import is_mine
 

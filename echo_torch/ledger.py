@@ -34,8 +34,8 @@ from pathlib import Path
 
 from .claims import claim, has_ended, lives, lock
 from .errors import ConnectionClosedError
-from .meter import TIMES_BYTES, Times
-from .stats import PeerCounts
+from .metrics.stats import PeerCounts
+from .metrics.timing import TIMES_BYTES, Times
 
 FIELDS = (
     "sent",

@@ -24,10 +24,10 @@ from typing import TypeVar
 from .backlog import Backlog
 from .errors import ConnectionClosedError, ProtocolError
 from .leader import Leader
-from .meter import DEVICE, LEARNER, NETWORK, NOTHING
+from .metrics.stats import Counts
+from .metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING
 from .redial import Redial
 from .ring import Ring, Waiter
-from .stats import Counts
 from .support.interrupts import is_mine
 from .tail import Tail
 from .tls_pump import pump_for

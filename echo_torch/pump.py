@@ -16,7 +16,7 @@ import time
 from collections import deque
 
 from .errors import ConnectionClosedError
-from .meter import Latencies
+from .metrics.timing import Latencies
 from .ring import Ring
 from .support.record import record
 from .wire.protocol import check_acks

@@ -20,8 +20,8 @@ from .children import KINDS
 from .claims import lives
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .ledger import begin
+from .metrics.stats import Counts
 from .routes import Route
-from .stats import Counts
 from .support import shutdown
 from .support.deadline import Deadline
 

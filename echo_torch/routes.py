@@ -9,9 +9,9 @@ from typing import Protocol
 
 from .client import Client, TcpClient
 from .errors import ConnectionClosedError, DeliveryTimeoutError
-from .meter import Times
+from .metrics.stats import Counts, PeerCounts
+from .metrics.timing import Times
 from .samples.spec import Match, SampleSpec
-from .stats import Counts, PeerCounts
 from .support.deadline import Deadline
 from .support.interrupts import is_mine
 

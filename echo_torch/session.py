@@ -13,10 +13,10 @@ from .account import Account
 from .children import Children
 from .errors import ConnectionClosedError, raise_first
 from .marks import Marks
+from .metrics.stats import SinkStats
 from .report import CHILD_CLOSE_S, Report, parent_of
 from .routes import Route
 from .samples.spec import Match, SampleSpec
-from .stats import SinkStats
 from .support import shutdown
 from .support.deadline import Deadline, bounded_wait
 from .support.interrupts import is_mine

@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 
 from .client import SERVER_QUEUE, Client, TcpClient, close_after
 from .ledger import new_token
+from .metrics.stats import SinkStats
 from .opener import Opener
 from .progress import show_acks
 from .ranks import wait_together
@@ -25,7 +26,6 @@ from .routes import Route
 from .samples.spec import Match, SampleSpec, example_of
 from .session import Session
 from .shards import Routing, addresses_of, check_routing, shards_of
-from .stats import SinkStats
 from .support.interrupts import is_mine
 from .support.tracing import profiled, profiling, uncompiled
 from .support.validation import check_count, check_seconds, check_timeout

@@ -21,10 +21,10 @@ import numpy as np
 
 from .errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
 from .estate import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
-from .meter import Times
+from .metrics.stats import Counts, PeerCounts
+from .metrics.timing import Times
 from .prefix import Prefix
 from .samples.spec import Match
-from .stats import Counts, PeerCounts
 from .support.deadline import Deadline
 from .support.interrupts import is_mine
 

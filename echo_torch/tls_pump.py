@@ -17,7 +17,7 @@ import ssl
 import time
 
 from .errors import ConnectionClosedError
-from .meter import Latencies
+from .metrics.timing import Latencies
 from .pump import Pump
 from .ring import Ring
 from .wire.protocol import check_acks

@@ -43,7 +43,7 @@ from torch.nn.utils import vector_to_parameters
 from tqdm import tqdm
 
 from echo_torch import EchoSink, numpy_example
-from echo_torch.stats import SinkStats
+from echo_torch.metrics.stats import SinkStats
 
 SOLVED, EPISODES = 475.0, 100  # the mean return, of so many episodes
 POLL_S = 0.2  # between looks at whether the actors are there

@@ -35,7 +35,7 @@ from echo_torch import (
     SpecMismatchError,
     TcpClient,
 )
-from echo_torch.stats import Counts
+from echo_torch.metrics.stats import Counts
 from echo_torch.wire import protocol
 from echo_torch.wire.protocol import ACK, WireLeaf, encode_handshake
 

@@ -35,8 +35,8 @@ from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError, ledger
 from echo_torch.children import KINDS, Children
-from echo_torch.meter import Times
-from echo_torch.stats import PeerCounts
+from echo_torch.metrics.stats import PeerCounts
+from echo_torch.metrics.timing import Times
 from echo_torch.support.deadline import Deadline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

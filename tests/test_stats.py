@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from peers import Line, Peer
 
 from echo_torch import DeliveryTimeoutError, EchoSink, account
-from echo_torch.meter import Latencies, Times, quantile
-from echo_torch.stats import COUNTED, SinkStats
+from echo_torch.metrics.stats import COUNTED, SinkStats
+from echo_torch.metrics.timing import Latencies, Times, quantile
 
 EXAMPLE = torch.zeros(1 << 15, dtype=torch.uint8)
 SIZE = EXAMPLE.nbytes

@@ -31,7 +31,7 @@ from echo_torch import (
     numpy_example,
     watermark,
 )
-from echo_torch.stats import COUNTED
+from echo_torch.metrics.stats import COUNTED
 from echo_torch.watermark import Watermark
 
 BATCH = 32
