@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 
-from .ring import Ring
+from .ring.ring import Ring
 from .support.deadline import Deadline
 
 # Bytes per second that are fast: some share of what memory does, and more than most networks do.

@@ -21,14 +21,14 @@ from .errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchErr
 from .io_thread import IoThread
 from .metrics.stats import Counts
 from .metrics.timing import Times
-from .pack import Packer
 from .redial import Redial
 from .remains import Remains
-from .ring import Ring
+from .ring.pack import Packer
+from .ring.ring import Ring
+from .ring.staging import Stager, UnstagedError
 from .samples.leaf import Array
 from .samples.pytree import flatten
 from .samples.spec import Match, SampleSpec, check_numpy
-from .staging import Stager, UnstagedError
 from .support.deadline import NEVER, Deadline
 from .support.validation import check_count, check_seconds, check_timeout
 from .wire.connect import dial, hang_up, peer_name

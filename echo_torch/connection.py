@@ -22,7 +22,7 @@ from .metrics.stats import Counts
 from .metrics.timing import Times
 from .redial import Redial
 from .remains import Remains
-from .ring import Fill, Ring
+from .ring.ring import Fill, Ring
 from .support.deadline import NEVER, Deadline
 from .tail import Tail
 

@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 
-from .ring import Waiter
+from .ring.ring import Waiter
 from .support.deadline import bounded_wait
 from .support.interrupts import is_mine
 from .wakeup import WakeUp

@@ -27,7 +27,7 @@ from .leader import Leader
 from .metrics.stats import Counts
 from .metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING
 from .redial import Redial
-from .ring import Ring, Waiter
+from .ring.ring import Ring, Waiter
 from .support.interrupts import is_mine
 from .tail import Tail
 from .tls_pump import pump_for

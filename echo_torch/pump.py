@@ -17,7 +17,7 @@ from collections import deque
 
 from .errors import ConnectionClosedError
 from .metrics.timing import Latencies
-from .ring import Ring
+from .ring.ring import Ring
 from .support.record import record
 from .wire.protocol import check_acks
 

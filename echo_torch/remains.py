@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .ring import Ring
+from .ring.ring import Ring
 
 
 class Remains:

@@ -19,7 +19,7 @@ import time
 from .errors import ConnectionClosedError
 from .metrics.timing import Latencies
 from .pump import Pump
-from .ring import Ring
+from .ring.ring import Ring
 from .wire.protocol import check_acks
 from .wire.tls_socket import SEAL_BYTES, TlsSocket
 

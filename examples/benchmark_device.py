@@ -27,9 +27,9 @@ from benchmark_senders import HOST, Case, PeerProcess
 from torch import nn
 
 from echo_torch import EchoSink, numpy_example
-from echo_torch.ring import Ring
+from echo_torch.ring.ring import Ring
+from echo_torch.ring.staging import Stager
 from echo_torch.samples.spec import SampleSpec
-from echo_torch.staging import Stager
 
 RING_BYTES = 64 * 1024 * 1024
 # Batches of so many bytes; how many of them are on their way at a time.

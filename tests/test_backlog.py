@@ -15,7 +15,7 @@ from peers import Line, Peer
 
 from echo_torch import DeliveryTimeoutError, TcpClient, backlog
 from echo_torch.backlog import AHEAD_WRITE_BYTES, FAST_BYTES_S, HICCUP_S, LEVEL_WRITE_BYTES, MODEST_BYTES, Backlog
-from echo_torch.ring import Ring
+from echo_torch.ring.ring import Ring
 
 ROW = 1024 * 1024
 CAPACITY = 40

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from echo_torch.leader import Leader
-from echo_torch.ring import Ring
+from echo_torch.ring.ring import Ring
 
 
 @pytest.fixture

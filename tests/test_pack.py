@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_torch.pack import JOIN_LEAF_BYTES, Packer, columns
-from echo_torch.ring import Ring
+from echo_torch.ring.pack import JOIN_LEAF_BYTES, Packer, columns
+from echo_torch.ring.ring import Ring
 from echo_torch.samples.spec import SampleSpec
 
 Array = np.ndarray[Any, Any]

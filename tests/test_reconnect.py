@@ -33,7 +33,7 @@ from echo_torch import (
     redial,
 )
 from echo_torch.link import Link
-from echo_torch.ring import Ring
+from echo_torch.ring.ring import Ring
 from echo_torch.tail import Tail
 
 SAMPLE = {"id": np.zeros((), np.int64)}

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from echo_torch.ring import Ring
+from echo_torch.ring.ring import Ring
 
 PATIENCE_S = 30.0
 """Seconds after which a thread that has not answered is taken to hang."""

@@ -25,21 +25,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import Line, Peer, Scripts
 
-from echo_torch import (
-    ConnectionClosedError,
-    DeliveryTimeoutError,
-    EchoSink,
-    SpecMismatchError,
-    link,
-    pump,
-    ring,
-    staging,
-)
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, link, pump
 from echo_torch.io_thread import HEARTBEAT_S
 from echo_torch.pace import Pace
-from echo_torch.ring import Ring
+from echo_torch.ring import ring, staging
+from echo_torch.ring.ring import Ring
+from echo_torch.ring.staging import DeviceCopy, device_of, pack_rows, unit_of
 from echo_torch.samples.spec import SampleSpec
-from echo_torch.staging import DeviceCopy, device_of, pack_rows, unit_of
 from echo_torch.support import accelerator
 
 ROWS = 8

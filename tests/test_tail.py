@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from echo_torch.link import Link
-from echo_torch.ring import Ring
+from echo_torch.ring.ring import Ring
 from echo_torch.tail import Tail
 
 ROW = 8

@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from echo_torch.samples.leaf import Leaf
+from echo_torch.support import accelerator
+from echo_torch.support.tracing import profiled
+
 from .ring import Fill, Ring
-from .samples.leaf import Leaf
-from .support import accelerator
-from .support.tracing import profiled
 
 # What rows are packed in: the widest of which all leaves are whole numbers. Their size is what leaves are aligned to.
 _UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)

@@ -33,7 +33,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
-from .support.deadline import bounded_wait
+from echo_torch.support.deadline import bounded_wait
 
 # Small enough for what is in use to stay in the caches, large enough that runs of rows are not cut up for nothing.
 CHUNK_BYTES = 2 * 1024 * 1024

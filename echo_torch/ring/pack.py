@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from echo_torch.samples.leaf import Array, Leaf
+
 from .ring import Fill, Ring
-from .samples.leaf import Array, Leaf
 
 # Up to this many bytes per leaf on average, joining leaves and copying the whole is faster than copying one by one.
 JOIN_LEAF_BYTES = 2048
