@@ -1,6 +1,6 @@
 """Send what PyTorch training loops produce to an `echo <https://github.com/instadeepai/echo>`_ replay buffer."""
 
-from .client import Client, TcpClient
+from .client.tcp_client import Client, TcpClient
 from .dataset import EchoDataset
 from .errors import (
     CertificateError,

@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from .client import TcpClient
+from .client.remains import Remains
+from .client.tcp_client import TcpClient
 from .metrics.stats import Counts
-from .remains import Remains
 from .routes import RingRoute, Route
 from .support.deadline import Deadline
 from .support.interrupts import is_mine

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from .client import Client, TcpClient, least_buffer, ring_rows
+from .client.tcp_client import Client, TcpClient, least_buffer, ring_rows
 from .estate import Peer
 from .routes import NoRoute, RingRoute, Route, RowRoute
 from .samples.spec import SampleSpec

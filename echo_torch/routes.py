@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Protocol
 
-from .client import Client, TcpClient
+from .client.tcp_client import Client, TcpClient
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .metrics.stats import Counts, PeerCounts
 from .metrics.timing import Times

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch.utils.data import default_collate
 
-from .client import SERVER_QUEUE, Client, TcpClient, close_after
+from .client.tcp_client import SERVER_QUEUE, Client, TcpClient, close_after
 from .ledger import new_token
 from .metrics.stats import SinkStats
 from .opener import Opener

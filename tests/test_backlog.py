@@ -13,8 +13,9 @@ import pytest
 from conftest import Clock
 from peers import Line, Peer
 
-from echo_torch import DeliveryTimeoutError, TcpClient, backlog
-from echo_torch.backlog import AHEAD_WRITE_BYTES, FAST_BYTES_S, HICCUP_S, LEVEL_WRITE_BYTES, MODEST_BYTES, Backlog
+from echo_torch import DeliveryTimeoutError, TcpClient
+from echo_torch.client import flow
+from echo_torch.client.flow import AHEAD_WRITE_BYTES, FAST_BYTES_S, HICCUP_S, LEVEL_WRITE_BYTES, MODEST_BYTES, Backlog
 from echo_torch.ring.ring import Ring
 
 ROW = 1024 * 1024
@@ -24,7 +25,7 @@ MODEST = MODEST_BYTES // ROW
 
 @pytest.fixture
 def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(backlog, "time", clock)
+    monkeypatch.setattr(flow, "time", clock)
     return clock
 
 

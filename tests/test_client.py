@@ -26,7 +26,7 @@ from echo_torch import (
     SpecMismatchError,
     TcpClient,
 )
-from echo_torch.tail import Tail
+from echo_torch.client.replay import Tail
 
 SAMPLE = {"id": np.zeros((), np.int64), "x": np.zeros(3, np.float32)}
 SIZE = 20
@@ -787,7 +787,7 @@ def test_where_no_thread_can_be_had_nothing_stays_open(monkeypatch: pytest.Monke
         raise RuntimeError("can't start new thread")
 
     with Peer(acking) as peer:
-        monkeypatch.setattr("echo_torch.io_thread._thread.start_new_thread", refuse)
+        monkeypatch.setattr("echo_torch.client.io_thread._thread.start_new_thread", refuse)
         with pytest.raises(RuntimeError, match="can't start") as caught:
             connect(peer)
         monkeypatch.undo()

@@ -25,7 +25,7 @@ from peers import Line, Peer, Script
 from terminator import server_context
 
 from echo_torch import TLS, ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
-from echo_torch.tail import Tail
+from echo_torch.client.replay import Tail
 from echo_torch.wire.tls_socket import SPEAKS_FIRST_S
 
 SOON_S = 30.0

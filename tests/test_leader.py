@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from echo_torch.leader import Leader
+from echo_torch.client.leader import Leader
 from echo_torch.ring.ring import Ring
 
 

@@ -36,7 +36,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from training import STALLING, DigitLearner, Digits, Item, arrived, came, digit, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, marks
-from echo_torch.client import SERVER_QUEUE
+from echo_torch.client.tcp_client import SERVER_QUEUE
 from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
 pytestmark = [

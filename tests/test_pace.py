@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import Clock
 
-from echo_torch import pace
-from echo_torch.pace import LEAST_S, MOST_S, SHARE, Pace
+from echo_torch.client import pace
+from echo_torch.client.pace import LEAST_S, MOST_S, SHARE, Pace
 
 
 @pytest.fixture

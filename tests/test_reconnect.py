@@ -29,12 +29,11 @@ from echo_torch import (
     ProtocolError,
     SpecMismatchError,
     TcpClient,
-    io_thread,
-    redial,
 )
-from echo_torch.link import Link
+from echo_torch.client import io_thread, reconnect
+from echo_torch.client.connection import Link
+from echo_torch.client.replay import Tail
 from echo_torch.ring.ring import Ring
-from echo_torch.tail import Tail
 
 SAMPLE = {"id": np.zeros((), np.int64)}
 SIZE = 8
@@ -503,7 +502,7 @@ def test_a_stall_is_no_reason_to_reconnect() -> None:
 
 def test_connections_that_come_and_go_without_an_ack_are_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a balancer that ends idle connections to a server that hangs: nobody would ever be told."""
-    monkeypatch.setattr(redial, "PAUSES_S", (0.001, 0.02))
+    monkeypatch.setattr(reconnect, "PAUSES_S", (0.001, 0.02))
 
     def hangs(line: Line) -> None:
         line.greet(SAMPLE)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from conftest import Clock
 
-from echo_torch import redial as redial_module
+from echo_torch.client import reconnect as redial_module
+from echo_torch.client.reconnect import PAUSES_S, Redial
 from echo_torch.errors import ConnectionClosedError, HandshakeError
-from echo_torch.redial import PAUSES_S, Redial
 from echo_torch.support import deadline as deadline_module
 from echo_torch.support.backoff import Backoff
 from echo_torch.support.deadline import Deadline

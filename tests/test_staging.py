@@ -25,9 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import Line, Peer, Scripts
 
-from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, link, pump
-from echo_torch.io_thread import HEARTBEAT_S
-from echo_torch.pace import Pace
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
+from echo_torch.client import connection, pump
+from echo_torch.client.io_thread import HEARTBEAT_S
+from echo_torch.client.pace import Pace
 from echo_torch.ring import ring, staging
 from echo_torch.ring.ring import Ring
 from echo_torch.ring.staging import DeviceCopy, device_of, pack_rows, unit_of
@@ -62,7 +63,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """By which connections tell how long nothing was acked: however late threads are on a machine that is busy."""
     clock.now = time.monotonic()
-    for module in (link, pump, ring):
+    for module in (connection, pump, ring):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

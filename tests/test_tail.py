@@ -7,9 +7,9 @@ import socket
 import numpy as np
 import pytest
 
-from echo_torch.link import Link
+from echo_torch.client.connection import Link
+from echo_torch.client.replay import Tail
 from echo_torch.ring.ring import Ring
-from echo_torch.tail import Tail
 
 ROW = 8
 

@@ -17,7 +17,8 @@ from conftest import our_threads
 from fake_device import FakeDevice
 from peers import Line, Peer
 
-from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient, connection
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
+from echo_torch.client import sender
 from echo_torch.estate import Estate
 from echo_torch.estate import Peer as Heir
 from echo_torch.routes import RingRoute
@@ -244,7 +245,7 @@ class Stuck(logging.Handler):
 def test_rows_that_a_device_copies_are_not_passed_on_while_the_thread_is_held_up(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "REMAINS_S", BRIEF_S)
+    monkeypatch.setattr(sender, "REMAINS_S", BRIEF_S)
     handler, dying, log = Stuck(), Dying(rows=2), logging.getLogger("echo_torch")
     with dying.peer:
         client = TcpClient("127.0.0.1", dying.peer.port, EXAMPLE)

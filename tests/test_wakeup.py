@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from echo_torch.client.wakeup import WakeUp
 from echo_torch.support.interrupts import is_mine
-from echo_torch.wakeup import WakeUp
 
 pytestmark = pytest.mark.usefixtures("descriptors")
 

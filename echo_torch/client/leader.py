@@ -9,9 +9,10 @@ import select
 import socket
 import threading
 
-from .ring.ring import Waiter
-from .support.deadline import bounded_wait
-from .support.interrupts import is_mine
+from echo_torch.ring.ring import Waiter
+from echo_torch.support.deadline import bounded_wait
+from echo_torch.support.interrupts import is_mine
+
 from .wakeup import WakeUp
 
 

@@ -13,8 +13,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from .support.backoff import Backoff
-from .support.deadline import LOOK_S, Deadline, Revocable
+from echo_torch.support.backoff import Backoff
+from echo_torch.support.deadline import LOOK_S, Deadline, Revocable
 
 # Seconds between tries, at first and at the most: not to be felt after a hiccup, and no burden for a learner's host
 # that starts again and has lost a thousand actors.

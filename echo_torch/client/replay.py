@@ -6,7 +6,7 @@ not safe. As many further rows as its queue has push them out of it, and what is
 
 from __future__ import annotations
 
-from .ring.ring import Ring
+from echo_torch.ring.ring import Ring
 
 
 class Tail:

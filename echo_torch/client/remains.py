@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .ring.ring import Ring
+from echo_torch.ring.ring import Ring
 
 
 class Remains:

@@ -21,15 +21,16 @@ import threading
 import time
 from typing import TypeVar
 
-from .backlog import Backlog
-from .errors import ConnectionClosedError, ProtocolError
+from echo_torch.errors import ConnectionClosedError, ProtocolError
+from echo_torch.metrics.stats import Counts
+from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING
+from echo_torch.ring.ring import Ring, Waiter
+from echo_torch.support.interrupts import is_mine
+
+from .flow import Backlog
 from .leader import Leader
-from .metrics.stats import Counts
-from .metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING
-from .redial import Redial
-from .ring.ring import Ring, Waiter
-from .support.interrupts import is_mine
-from .tail import Tail
+from .reconnect import Redial
+from .replay import Tail
 from .tls_pump import pump_for
 from .wakeup import WakeUp
 

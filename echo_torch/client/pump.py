@@ -15,11 +15,11 @@ import socket
 import time
 from collections import deque
 
-from .errors import ConnectionClosedError
-from .metrics.timing import Latencies
-from .ring.ring import Ring
-from .support.record import record
-from .wire.protocol import check_acks
+from echo_torch.errors import ConnectionClosedError
+from echo_torch.metrics.timing import Latencies
+from echo_torch.ring.ring import Ring
+from echo_torch.support.record import record
+from echo_torch.wire.protocol import check_acks
 
 # Most acks read by one system call, in bytes, one each; of a smaller window there are no more than that, and one that
 # was too many. A machine may have hundreds of connections.

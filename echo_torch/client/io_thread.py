@@ -16,14 +16,15 @@ import threading
 import time
 from typing import Any
 
-from .errors import ConnectionClosedError, HandshakeError, SpecMismatchError
-from .link import LINGER_S, Link
+from echo_torch.errors import ConnectionClosedError, HandshakeError, SpecMismatchError
+from echo_torch.support import shutdown
+from echo_torch.support.deadline import Deadline
+from echo_torch.wire.connect import hang_up
+from echo_torch.wire.keepalive import silence
+
+from .connection import LINGER_S, Link
 from .pace import Pace
-from .redial import Redial
-from .support import shutdown
-from .support.deadline import Deadline
-from .wire.connect import hang_up
-from .wire.keepalive import silence
+from .reconnect import Redial
 
 _log = logging.getLogger(__name__)
 

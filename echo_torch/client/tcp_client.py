@@ -16,23 +16,24 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from .connection import Connection
-from .errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
+from echo_torch.metrics.stats import Counts
+from echo_torch.metrics.timing import Times
+from echo_torch.ring.pack import Packer
+from echo_torch.ring.ring import Ring
+from echo_torch.ring.staging import Stager, UnstagedError
+from echo_torch.samples.leaf import Array
+from echo_torch.samples.pytree import flatten
+from echo_torch.samples.spec import Match, SampleSpec, check_numpy
+from echo_torch.support.deadline import NEVER, Deadline
+from echo_torch.support.validation import check_count, check_seconds, check_timeout
+from echo_torch.wire.connect import dial, hang_up, peer_name
+from echo_torch.wire.tls import TLS, check_tls
+
 from .io_thread import IoThread
-from .metrics.stats import Counts
-from .metrics.timing import Times
-from .redial import Redial
+from .reconnect import Redial
 from .remains import Remains
-from .ring.pack import Packer
-from .ring.ring import Ring
-from .ring.staging import Stager, UnstagedError
-from .samples.leaf import Array
-from .samples.pytree import flatten
-from .samples.spec import Match, SampleSpec, check_numpy
-from .support.deadline import NEVER, Deadline
-from .support.validation import check_count, check_seconds, check_timeout
-from .wire.connect import dial, hang_up, peer_name
-from .wire.tls import TLS, check_tls
+from .sender import Connection
 
 _log = logging.getLogger(__name__)
 

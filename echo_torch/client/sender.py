@@ -15,16 +15,17 @@ import socket
 import time
 from typing import Any, NoReturn
 
-from .errors import ConnectionClosedError, DeliveryTimeoutError
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
+from echo_torch.metrics.stats import Counts
+from echo_torch.metrics.timing import Times
+from echo_torch.ring.ring import Fill, Ring
+from echo_torch.support.deadline import NEVER, Deadline
+
+from .connection import Link
 from .io_thread import IoThread
-from .link import Link
-from .metrics.stats import Counts
-from .metrics.timing import Times
-from .redial import Redial
+from .reconnect import Redial
 from .remains import Remains
-from .ring.ring import Fill, Ring
-from .support.deadline import NEVER, Deadline
-from .tail import Tail
+from .replay import Tail
 
 _log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import time
 
-from .ring.ring import Ring
-from .support.deadline import Deadline
+from echo_torch.ring.ring import Ring
+from echo_torch.support.deadline import Deadline
 
 # Bytes per second that are fast: some share of what memory does, and more than most networks do.
 FAST_BYTES_S = 1e9

@@ -16,12 +16,13 @@ import socket
 import ssl
 import time
 
-from .errors import ConnectionClosedError
-from .metrics.timing import Latencies
+from echo_torch.errors import ConnectionClosedError
+from echo_torch.metrics.timing import Latencies
+from echo_torch.ring.ring import Ring
+from echo_torch.wire.protocol import check_acks
+from echo_torch.wire.tls_socket import SEAL_BYTES, TlsSocket
+
 from .pump import Pump
-from .ring.ring import Ring
-from .wire.protocol import check_acks
-from .wire.tls_socket import SEAL_BYTES, TlsSocket
 
 
 def pump_for(sock: socket.socket, ring: Ring, window: int, latencies: Latencies | None = None) -> Pump:
