@@ -13,7 +13,7 @@ from typing import Any
 from .children import Children
 from .metrics.stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
 from .metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
-from .routes import Route
+from .routing.route import Route
 from .support.validation import check_count, check_seconds
 
 _log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import multiprocessing
 import os
 
 from . import ledger
-from .opener import WORKER_RECONNECT_S
 from .report import parent_of
+from .routing.connector import WORKER_RECONNECT_S
 
 
 class Marks:

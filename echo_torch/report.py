@@ -21,7 +21,7 @@ from .claims import lives
 from .errors import ConnectionClosedError, DeliveryTimeoutError
 from .ledger import begin
 from .metrics.stats import Counts
-from .routes import Route
+from .routing.route import Route
 from .support import shutdown
 from .support.deadline import Deadline
 

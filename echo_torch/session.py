@@ -15,7 +15,7 @@ from .errors import ConnectionClosedError, raise_first
 from .marks import Marks
 from .metrics.stats import SinkStats
 from .report import CHILD_CLOSE_S, Report, parent_of
-from .routes import Route
+from .routing.route import Route
 from .samples.spec import Match, SampleSpec
 from .support import shutdown
 from .support.deadline import Deadline, bounded_wait

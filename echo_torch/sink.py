@@ -19,13 +19,13 @@ from torch.utils.data import default_collate
 from .client.tcp_client import SERVER_QUEUE, Client, TcpClient, close_after
 from .ledger import new_token
 from .metrics.stats import SinkStats
-from .opener import Opener
 from .progress import show_acks
 from .ranks import wait_together
-from .routes import Route
+from .routing.connector import Opener
+from .routing.partition import Routing, addresses_of, check_routing, shards_of
+from .routing.route import Route
 from .samples.spec import Match, SampleSpec, example_of
 from .session import Session
-from .shards import Routing, addresses_of, check_routing, shards_of
 from .support.interrupts import is_mine
 from .support.tracing import profiled, profiling, uncompiled
 from .support.validation import check_count, check_seconds, check_timeout

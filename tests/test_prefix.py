@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_torch.prefix import MOST_MOMENTS, Prefix
+from echo_torch.routing.prefix import MOST_MOMENTS, Prefix
 
 LEARNERS = 3
 STEPS = st.lists(st.tuples(st.integers(0, LEARNERS - 1), st.integers(1, 5), st.booleans()), max_size=60)

@@ -13,7 +13,7 @@ from calls import running
 from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
-from echo_torch.routes import RowRoute
+from echo_torch.routing.route import RowRoute
 from echo_torch.samples.spec import SampleSpec
 
 EXAMPLE = {"index": 0}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from echo_torch.shards import addresses_of, check_routing, shards_of
+from echo_torch.routing.partition import addresses_of, check_routing, shards_of
 
 
 @pytest.mark.parametrize(

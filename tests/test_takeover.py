@@ -19,9 +19,9 @@ from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.client import sender
-from echo_torch.estate import Estate
-from echo_torch.estate import Peer as Heir
-from echo_torch.routes import RingRoute
+from echo_torch.routing.failover import Estate
+from echo_torch.routing.failover import Peer as Heir
+from echo_torch.routing.route import RingRoute
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support.deadline import NEVER
 

@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Sequence
 
-from .client.remains import Remains
-from .client.tcp_client import TcpClient
-from .metrics.stats import Counts
-from .routes import RingRoute, Route
-from .support.deadline import Deadline
-from .support.interrupts import is_mine
+from echo_torch.client.remains import Remains
+from echo_torch.client.tcp_client import TcpClient
+from echo_torch.metrics.stats import Counts
+from echo_torch.support.deadline import Deadline
+from echo_torch.support.interrupts import is_mine
+
+from .route import RingRoute, Route
 
 _log = logging.getLogger(__name__)
 

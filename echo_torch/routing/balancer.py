@@ -19,14 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
-from .estate import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
-from .metrics.stats import Counts, PeerCounts
-from .metrics.timing import Times
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
+from echo_torch.metrics.stats import Counts, PeerCounts
+from echo_torch.metrics.timing import Times
+from echo_torch.samples.spec import Match
+from echo_torch.support.deadline import Deadline
+from echo_torch.support.interrupts import is_mine
+
+from .failover import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
 from .prefix import Prefix
-from .samples.spec import Match
-from .support.deadline import Deadline
-from .support.interrupts import is_mine
 
 _log = logging.getLogger(__name__)
 

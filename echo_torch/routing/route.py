@@ -7,13 +7,13 @@ import threading
 import time
 from typing import Protocol
 
-from .client.tcp_client import Client, TcpClient
-from .errors import ConnectionClosedError, DeliveryTimeoutError
-from .metrics.stats import Counts, PeerCounts
-from .metrics.timing import Times
-from .samples.spec import Match, SampleSpec
-from .support.deadline import Deadline
-from .support.interrupts import is_mine
+from echo_torch.client.tcp_client import Client, TcpClient
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
+from echo_torch.metrics.stats import Counts, PeerCounts
+from echo_torch.metrics.timing import Times
+from echo_torch.samples.spec import Match, SampleSpec
+from echo_torch.support.deadline import Deadline
+from echo_torch.support.interrupts import is_mine
 
 
 class Route(Protocol):

@@ -10,15 +10,16 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from .client.tcp_client import Client, TcpClient, least_buffer, ring_rows
-from .estate import Peer
-from .routes import NoRoute, RingRoute, Route, RowRoute
-from .samples.spec import SampleSpec
-from .shards import Addresses
-from .spread import Spread
-from .support.deadline import Deadline
-from .wire.connect import peer_name
-from .wire.tls import TLS
+from echo_torch.client.tcp_client import Client, TcpClient, least_buffer, ring_rows
+from echo_torch.samples.spec import SampleSpec
+from echo_torch.support.deadline import Deadline
+from echo_torch.wire.connect import peer_name
+from echo_torch.wire.tls import TLS
+
+from .balancer import Spread
+from .failover import Peer
+from .partition import Addresses
+from .route import NoRoute, RingRoute, Route, RowRoute
 
 _log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .samples.leaf import Array
-from .wire.connect import check_address, peer_name
+from echo_torch.samples.leaf import Array
+from echo_torch.wire.connect import check_address, peer_name
 
 Routing = Literal["round_robin", "least_inflight"] | Callable[[Any], Any]
 """How batches are spread; a function gives the learner's index for each sample."""
