@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from .children import Children
 from .metrics.stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
 from .metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
+from .processes.parent import Children
 from .routing.route import Route
 from .support.validation import check_count, check_seconds
 

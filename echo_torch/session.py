@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .account import Account
-from .children import Children
 from .errors import ConnectionClosedError, raise_first
-from .marks import Marks
 from .metrics.stats import SinkStats
-from .report import CHILD_CLOSE_S, Report, parent_of
+from .processes.child import CHILD_CLOSE_S, Report, parent_of
+from .processes.marks import Marks
+from .processes.parent import Children
 from .routing.route import Route
 from .samples.spec import Match, SampleSpec
 from .support import shutdown

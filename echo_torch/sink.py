@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from torch.utils.data import default_collate
 
 from .client.tcp_client import SERVER_QUEUE, Client, TcpClient, close_after
-from .ledger import new_token
 from .metrics.stats import SinkStats
+from .processes.ledger import new_token
 from .progress import show_acks
 from .ranks import wait_together
 from .routing.connector import Opener

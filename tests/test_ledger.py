@@ -33,10 +33,11 @@ from calls import Gate, alarms, eventually, running, says
 from conftest import open_descriptors
 from peers import Line, Peer
 
-from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError, ledger
-from echo_torch.children import KINDS, Children
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError
 from echo_torch.metrics.stats import PeerCounts
 from echo_torch.metrics.timing import Times
+from echo_torch.processes import ledger
+from echo_torch.processes.parent import KINDS, Children
 from echo_torch.support.deadline import Deadline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -452,7 +453,7 @@ def test_children_that_end_with_the_process_are_asked_to_finish_and_waited_for(t
 def test_one_that_does_nothing_when_it_is_asked_is_waited_for_no_longer_than_it_could_take(
     token: str, children: Children, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("echo_torch.children.ANSWER_S", 0.2)
+    monkeypatch.setattr("echo_torch.processes.parent.ANSWER_S", 0.2)
     with Child(token) as child:
         child.set(sent=3, acked=3, daemon=1)
         children.ask()

@@ -35,8 +35,9 @@ from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
 from training import STALLING, DigitLearner, Digits, Item, arrived, came, digit, learner, numbers_of, sink_to
 
-from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, marks
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.client.tcp_client import SERVER_QUEUE
+from echo_torch.processes import marks
 from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
 pytestmark = [

@@ -32,10 +32,11 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from .claims import claim, has_ended, lives, lock
-from .errors import ConnectionClosedError
-from .metrics.stats import PeerCounts
-from .metrics.timing import TIMES_BYTES, Times
+from echo_torch.errors import ConnectionClosedError
+from echo_torch.metrics.stats import PeerCounts
+from echo_torch.metrics.timing import TIMES_BYTES, Times
+
+from .file_locks import claim, has_ended, lives, lock
 
 FIELDS = (
     "sent",

@@ -15,15 +15,16 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-from .account import Account
-from .children import KINDS
-from .claims import lives
-from .errors import ConnectionClosedError, DeliveryTimeoutError
+from echo_torch.account import Account
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
+from echo_torch.metrics.stats import Counts
+from echo_torch.routing.route import Route
+from echo_torch.support import shutdown
+from echo_torch.support.deadline import Deadline
+
+from .file_locks import lives
 from .ledger import begin
-from .metrics.stats import Counts
-from .routing.route import Route
-from .support import shutdown
-from .support.deadline import Deadline
+from .parent import KINDS
 
 _log = logging.getLogger(__name__)
 

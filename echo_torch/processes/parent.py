@@ -16,12 +16,13 @@ import time
 import weakref
 from itertools import zip_longest
 
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
+from echo_torch.metrics.stats import PeerCounts
+from echo_torch.metrics.timing import Times
+from echo_torch.support.deadline import Deadline
+
 from . import ledger
-from .errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
 from .ledger import COUNTED, Entry, entries_of
-from .metrics.stats import PeerCounts
-from .metrics.timing import Times
-from .support.deadline import Deadline
 
 _log = logging.getLogger(__name__)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 
+from echo_torch.routing.connector import WORKER_RECONNECT_S
+
 from . import ledger
-from .report import parent_of
-from .routing.connector import WORKER_RECONNECT_S
+from .child import parent_of
 
 
 class Marks:
