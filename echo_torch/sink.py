@@ -25,7 +25,7 @@ from .routing.connector import Opener
 from .routing.partition import Routing, addresses_of, check_routing, shards_of
 from .routing.route import Route
 from .samples.spec import Match, SampleSpec, example_of
-from .session import Session
+from .session.session import Session
 from .support.interrupts import is_mine
 from .support.tracing import profiled, profiling, uncompiled
 from .support.validation import check_count, check_seconds, check_timeout

@@ -10,7 +10,8 @@ import sys
 
 import numpy as np
 
-from echo_torch import ConnectionClosedError, EchoSink, session
+from echo_torch import ConnectionClosedError, EchoSink
+from echo_torch.session import session
 
 
 def work(sink: EchoSink) -> None:

@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peers import Line, Peer
 
-from echo_torch import DeliveryTimeoutError, EchoSink, account
+from echo_torch import DeliveryTimeoutError, EchoSink
 from echo_torch.metrics.stats import COUNTED, SinkStats
 from echo_torch.metrics.timing import Latencies, Times, quantile
+from echo_torch.session import totals
 
 EXAMPLE = torch.zeros(1 << 15, dtype=torch.uint8)
 SIZE = EXAMPLE.nbytes
@@ -203,12 +204,12 @@ def test_nothing_was_sent() -> None:
 def test_a_verdict_is_logged_when_it_is_waited_but_not_each_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "echo_torch.account")
+    caplog.set_level(logging.INFO, "echo_torch.session.totals")
     with sending(listens) as (_, sink):
         sink.send(BATCH[:1])
         sink.wait(SOON_S)
         assert not caplog.messages
-        monkeypatch.setattr(account, "VERDICT_S", 0.2)
+        monkeypatch.setattr(totals, "VERDICT_S", 0.2)
         time.sleep(0.2)
         sink.wait(SOON_S)
         sink.wait(SOON_S)
@@ -227,13 +228,13 @@ def test_send_that_is_blocked_for_too_long_is_a_warning(
         gate.wait()
         line.hear_all(SIZE)
 
-    monkeypatch.setattr(account, "VERDICT_S", 0.2)
+    monkeypatch.setattr(totals, "VERDICT_S", 0.2)
     with sending(late, max_inflight_msgs=4) as (_, sink):
         with pytest.raises(DeliveryTimeoutError):
             sink.send(BATCH.repeat(10, 1), timeout=0.4)  # more than the buffer holds
         gate.open()
         sink.wait(SOON_S)
-        (said,) = [record for record in caplog.records if record.name == "echo_torch.account"]
+        (said,) = [record for record in caplog.records if record.name == "echo_torch.session.totals"]
         assert said.levelno == logging.WARNING
         assert said.getMessage().startswith(f"{sink.peer}: learner-bound: ")
 
@@ -242,7 +243,7 @@ def test_send_that_is_blocked_for_too_long_is_a_warning(
 
 
 def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "RATE_S", 0.2)
+    monkeypatch.setattr(totals, "RATE_S", 0.2)
     with sending(listens) as (_, sink):
         sink.send(BATCH)
         sink.wait(SOON_S)
@@ -254,7 +255,7 @@ def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_are_not_of_the_moment_since_somebody_else_looked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "RATE_S", 0.2)
+    monkeypatch.setattr(totals, "RATE_S", 0.2)
     with sending(listens) as (_, sink):
         sink.send(BATCH)
         sink.wait(SOON_S)

@@ -23,16 +23,10 @@ from hypothesis import strategies as st
 from peers import Line, Peer
 from training import IMAGES, LABELS, STALLING, arrived, learner, sink_to
 
-from echo_torch import (
-    ConnectionClosedError,
-    DeliveryTimeoutError,
-    EchoSink,
-    SpecMismatchError,
-    numpy_example,
-    watermark,
-)
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, numpy_example
 from echo_torch.metrics.stats import COUNTED
-from echo_torch.watermark import Watermark
+from echo_torch.session import watermark
+from echo_torch.session.watermark import Watermark
 
 BATCH = 32
 SHORT_S = 0.2

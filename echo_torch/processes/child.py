@@ -15,10 +15,10 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-from echo_torch.account import Account
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
 from echo_torch.metrics.stats import Counts
 from echo_torch.routing.route import Route
+from echo_torch.session.totals import Account
 from echo_torch.support import shutdown
 from echo_torch.support.deadline import Deadline
 

@@ -9,18 +9,19 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .account import Account
-from .errors import ConnectionClosedError, raise_first
-from .metrics.stats import SinkStats
-from .processes.child import CHILD_CLOSE_S, Report, parent_of
-from .processes.marks import Marks
-from .processes.parent import Children
-from .routing.route import Route
-from .samples.spec import Match, SampleSpec
-from .support import shutdown
-from .support.deadline import Deadline, bounded_wait
-from .support.interrupts import is_mine
-from .support.validation import check_count
+from echo_torch.errors import ConnectionClosedError, raise_first
+from echo_torch.metrics.stats import SinkStats
+from echo_torch.processes.child import CHILD_CLOSE_S, Report, parent_of
+from echo_torch.processes.marks import Marks
+from echo_torch.processes.parent import Children
+from echo_torch.routing.route import Route
+from echo_torch.samples.spec import Match, SampleSpec
+from echo_torch.support import shutdown
+from echo_torch.support.deadline import Deadline, bounded_wait
+from echo_torch.support.interrupts import is_mine
+from echo_torch.support.validation import check_count
+
+from .totals import Account
 from .watermark import Watermark
 
 _log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from .metrics.stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
-from .metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
-from .processes.parent import Children
-from .routing.route import Route
-from .support.validation import check_count, check_seconds
+from echo_torch.metrics.stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
+from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
+from echo_torch.processes.parent import Children
+from echo_torch.routing.route import Route
+from echo_torch.support.validation import check_count, check_seconds
 
 _log = logging.getLogger(__name__)
 
