@@ -1,7 +1,6 @@
 """Send what PyTorch training loops produce to an `echo <https://github.com/instadeepai/echo>`_ replay buffer."""
 
 from .client.tcp_client import Client, TcpClient
-from .dataset import EchoDataset
 from .errors import (
     CertificateError,
     ConnectionClosedError,
@@ -10,6 +9,7 @@ from .errors import (
     ProtocolError,
     SpecMismatchError,
 )
+from .learner.dataset import EchoDataset
 from .metrics.stats import PeerStats, SinkStats
 from .samples.spec import numpy_example
 from .sink import EchoSink

@@ -31,7 +31,8 @@ from spawned import ANSWER_S
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
 
-from echo_torch import ConnectionClosedError, EchoDataset, EchoSink, SpecMismatchError, TcpClient, numpy_example, taker
+from echo_torch import ConnectionClosedError, EchoDataset, EchoSink, SpecMismatchError, TcpClient, numpy_example
+from echo_torch.learner import prefetch
 from echo_torch.support import accelerator
 
 BATCH = 4
@@ -477,7 +478,7 @@ def test_who_waits_long_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
             if event == "c_call" and looks in (20, 23):
                 fill(server, looks)
 
-    monkeypatch.setattr(taker, "LOOK_S", 0.001)
+    monkeypatch.setattr(prefetch, "LOOK_S", 0.001)
     with serving() as server:
         batches = iter(EchoDataset(server, EXAMPLE, copy=False))
         sys.setprofile(see)
@@ -498,7 +499,7 @@ def test_a_program_may_end_at_any_moment() -> None:
         "server = echo.Server(example, batch_size=32, transport=echo.TcpTransport(port=0))\n"
         "server.start()\n"
         "print(server.port, flush=True)\n"
-        "echo_torch.taker.END_S = 1000\n"
+        "echo_torch.learner.prefetch.END_S = 1000\n"
         "idle = echo.Server(example, batch_size=32)\n"
         "for _ in range(8):\n"
         "    waiting = iter(echo_torch.EchoDataset(idle, example)).__next__\n"

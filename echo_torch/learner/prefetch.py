@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .support.deadline import Deadline
+from echo_torch.support.deadline import Deadline
 
 # Seconds that the end of the process waits for the threads.
 END_S = 5.0

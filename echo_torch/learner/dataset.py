@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .support import accelerator
-from .taker import Taker, turn_of
+from echo_torch.support import accelerator
+
+from .prefetch import Taker, turn_of
 from .unpack import Convert, Mover, Unpacker, Uploader, copied, shared
 
 _ONE_CONSUMER = (

@@ -17,11 +17,11 @@ import numpy as np
 import optree
 import torch
 
-from .samples.leaf import Array, Leaf, tensor_dtype
-from .samples.mismatch import batch_error
-from .samples.pytree import keys_of
-from .samples.spec import SampleSpec
-from .support import accelerator
+from echo_torch.samples.leaf import Array, Leaf, tensor_dtype
+from echo_torch.samples.mismatch import batch_error
+from echo_torch.samples.pytree import keys_of
+from echo_torch.samples.spec import SampleSpec
+from echo_torch.support import accelerator
 
 # Makes tensors of the arrays of a batch, and of what their memory belongs to.
 Convert = Callable[[Sequence[Array], object], list[torch.Tensor]]
