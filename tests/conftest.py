@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
 import signal
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from certificates import issue_all
+from clock import Clock
 from hypothesis import settings
+from leaks import LEFT_OVER_S, open_descriptors, our_threads, threads_end
 
 # For torch, here and in what the tests start, and before it is imported: several threads would wait for each other in
 # steps this small, and a process that was forked after they had worked waits for ever for those that it does not have.
@@ -31,7 +29,7 @@ settings.register_profile("thorough", max_examples=2000)
 
 
 UNDIVIDED = ("test_ray.py",)
-WAITING = ("test_vigil.py",)
+WAITING = ("test_keepalive.py",)
 """Those that do little but wait, for up to half a minute."""
 
 
@@ -82,50 +80,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-class Clock:
-    """Stands still until it is told; in place of the module ``time`` where only ``monotonic`` is used."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.fixture
 def clock() -> Clock:
     """To be overridden by tests, which know the module whose time it shall tell."""
     return Clock()
-
-
-LEFT_OVER_S = 10.0
-"""Seconds in which dropped clients must have ended their threads."""
-
-
-def our_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("echo_torch")]
-
-
-def threads_end() -> None:
-    """Fails unless all threads of echo_torch end soon, and then says where they are."""
-    deadline = time.monotonic() + LEFT_OVER_S
-    while our_threads() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    left, frames = {thread.ident: thread.name for thread in our_threads()}, sys._current_frames()
-    assert not left, "".join(
-        f"{name}\n{''.join(traceback.format_stack(frames[ident]))}" for ident, name in left.items() if ident in frames
-    )
-
-
-def open_descriptors() -> dict[str, str]:
-    """This process's open file descriptors, and what each is."""
-    found = {}
-    for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as the listing's own
-            found[descriptor] = os.readlink(f"/proc/self/fd/{descriptor}")
-    return found
 
 
 @pytest.fixture(scope="session")

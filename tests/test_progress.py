@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from calls import SOON_S, eventually, running
-from learner import Learner
+from learner_process import Learner
 from peers import Line, Peer
 from tqdm.auto import tqdm
 

@@ -1,0 +1,183 @@
+"""`Backlog`: how far callers may run ahead after a ring was full, and how much they write themselves.
+
+On its own, and where a client uses it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from clock import Clock
+from peers import Line, Peer
+
+from echo_torch import DeliveryTimeoutError, TcpClient
+from echo_torch.client import flow
+from echo_torch.client.flow import AHEAD_WRITE_BYTES, FAST_BYTES_S, HICCUP_S, LEVEL_WRITE_BYTES, MODEST_BYTES, Backlog
+from echo_torch.ring.ring import Ring
+
+ROW = 1024 * 1024
+CAPACITY = 40
+MODEST = MODEST_BYTES // ROW
+
+
+@pytest.fixture
+def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(flow, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def ring() -> Ring:
+    """Full of rows that are written and not acked."""
+    made = Ring(memoryview(bytearray((CAPACITY + 2) * ROW)), ROW, 2)
+    assert made.commit(CAPACITY)
+    made.written = CAPACITY
+    return made
+
+
+def drain(ring: Ring, clock: Clock, rows: int, bytes_s: float) -> float:
+    began = clock.now
+    ring.acked += rows
+    clock.now += rows * ROW / bytes_s
+    return began
+
+
+def engaged(ring: Ring, clock: Clock) -> Backlog:
+    """With its limit set, by a full ring that drained fast."""
+    made = Backlog(ring, 8)
+    assert made.patience(10) is None
+    began = drain(ring, clock, 10, 2 * FAST_BYTES_S)
+    made.waited(10, 0, began)
+    assert ring.limit == MODEST
+    return made
+
+
+def test_a_full_ring_that_drains_slowly_keeps_its_room(ring: Ring, clock: Clock) -> None:
+    made = Backlog(ring, 8)
+    made.waited(10, 0, drain(ring, clock, 10, FAST_BYTES_S / 2))
+    assert ring.limit == CAPACITY
+    assert ring.free_run(CAPACITY)[1] > 0
+
+
+def test_a_full_ring_that_drains_fast_is_filled_less(ring: Ring, clock: Clock) -> None:
+    """Nothing more is packed until what is un-acked has come down to the limit."""
+    engaged(ring, clock)
+    assert ring.free_run(CAPACITY)[1] == 0
+    assert ring.rows_free_at(1) == CAPACITY + 1 - MODEST
+    ring.acked = CAPACITY - MODEST + 3
+    assert ring.free_run(CAPACITY)[1] > 0
+    packed = 0
+    while rows := ring.free_run(CAPACITY)[1]:
+        assert ring.commit(rows)
+        packed += rows
+    assert packed == 3
+    assert ring.unacked == MODEST
+
+
+def test_the_limit_stays_while_waits_end_in_time_and_goes_when_one_does_not(ring: Ring, clock: Clock) -> None:
+    made = engaged(ring, clock)
+    threshold = ring.acked + 5
+    began = drain(ring, clock, 5, FAST_BYTES_S / 1.5)
+    made.waited(threshold, threshold - 5, began)
+    assert ring.limit == MODEST
+    made.waited(ring.acked + 1, ring.acked, clock.now)
+    assert ring.limit == CAPACITY
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_wait_under_the_limit_is_bounded(ring: Ring, clock: Clock, rows: int) -> None:
+    """By twice what it takes where the ring drains fast, and by no less than a hiccup of the scheduler."""
+    made = engaged(ring, clock)
+    patience = made.patience(ring.acked + rows)
+    assert patience is not None
+    assert patience.timeout == max(HICCUP_S, 2 * rows * ROW / FAST_BYTES_S)
+    reached = made.patience(ring.acked - 5)
+    assert reached is not None
+    assert reached.timeout == HICCUP_S
+
+
+def test_an_empty_ring_has_all_its_room_again(ring: Ring, clock: Clock) -> None:
+    made = engaged(ring, clock)
+    ring.acked = CAPACITY - 1
+    made.begin()
+    assert ring.limit == MODEST
+    ring.acked = CAPACITY
+    made.begin()
+    assert ring.limit == CAPACITY
+    assert made.patience(1) is None
+
+
+def test_callers_write_more_themselves_where_they_cannot_run_ahead(ring: Ring, clock: Clock) -> None:
+    assert Backlog(ring, CAPACITY).caller_bytes == LEVEL_WRITE_BYTES
+    made = Backlog(ring, 8)
+    assert made.caller_bytes == AHEAD_WRITE_BYTES
+    assert engaged(ring, clock).caller_bytes == AHEAD_WRITE_BYTES
+
+
+def test_a_small_ring_is_never_limited(clock: Clock) -> None:
+    ring = Ring(memoryview(bytearray(4 * 100)), 100)
+    made = Backlog(ring, 2)
+    made.waited(4, 0, drain(ring, clock, 4, 1e12))
+    assert ring.limit == ring.capacity == 4
+
+
+def test_rows_larger_than_the_limit_still_go_through(clock: Clock) -> None:
+    ring = Ring(memoryview(bytearray(3 * 2 * MODEST_BYTES)), 2 * MODEST_BYTES)
+    assert ring.commit(3)
+    ring.written = 3
+    made = Backlog(ring, 1)
+    made.waited(1, 0, drain(ring, clock, 1, 1e15))
+    assert ring.limit == 1
+    ring.acked = 3
+    assert ring.free_run(5)[1] == 1
+
+
+def test_the_limit_leaves_room_for_the_window(clock: Clock) -> None:
+    for window, limit in [(4, MODEST), (MODEST + 5, MODEST + 5), (CAPACITY, CAPACITY)]:
+        ring = Ring(memoryview(bytearray(CAPACITY * ROW)), ROW)
+        assert ring.commit(CAPACITY)
+        ring.written = CAPACITY
+        made = Backlog(ring, window)
+        made.waited(1, 0, drain(ring, clock, 1, 1e15))
+        assert ring.limit == limit
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.005, 1.0])
+def test_a_learner_that_pauses_after_it_was_fast_still_gets_all_of_the_ring(timeout: float) -> None:
+    """Whatever the timeout: there is room, so `send` does not time out before all of it is used."""
+    size, capacity = 28_000, 1000
+    fast_rows = 4 * capacity
+    paused = threading.Event()
+    block = [np.zeros((50, size), np.uint8)]
+
+    def script(line: Line) -> None:
+        line.greet(np.zeros(size, np.uint8))
+        buffer, heard, acked = bytearray(1 << 22), 0, 0
+        while acked < fast_rows and (count := line.sock.recv_into(buffer)):
+            heard += count
+            whole = min(fast_rows, heard // size)
+            line.ack(whole - acked)
+            acked = whole
+        paused.wait(30)
+
+    with Peer(script) as peer:
+        example = np.zeros(size, np.uint8)
+        client = TcpClient("127.0.0.1", peer.port, example, 290, buffer_bytes=capacity * size)
+        for _ in range(fast_rows // 50):
+            client.send_rows(block)
+        while client.counts().sent - client.in_flight < fast_rows:
+            time.sleep(0.001)
+        accepted = 0
+        try:
+            while accepted <= capacity:
+                client.send_rows(block, timeout=timeout)
+                accepted += 50
+        except DeliveryTimeoutError:
+            pass
+        assert accepted == capacity
+        paused.set()
+        with pytest.raises(DeliveryTimeoutError):
+            client.close(0.1)

@@ -1,0 +1,196 @@
+"""`Redial` and `Backoff`: when it is tried again, and when no more; with a clock that stands still until told."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Iterator
+
+import pytest
+from clock import Clock
+
+from echo_torch.client import reconnect as redial_module
+from echo_torch.client.reconnect import PAUSES_S, Redial
+from echo_torch.errors import ConnectionClosedError, HandshakeError
+from echo_torch.support import deadline as deadline_module
+from echo_torch.support.backoff import Backoff
+from echo_torch.support.deadline import Deadline
+
+
+class SleepingClock(Clock):
+    """Sleeping moves it on."""
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.now += max(seconds, 1e-6)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SleepingClock:
+    made = SleepingClock()
+    monkeypatch.setattr(redial_module, "time", made)
+    monkeypatch.setattr(deadline_module, "time", made)
+    return made
+
+
+@pytest.fixture
+def sock() -> Iterator[socket.socket]:
+    with socket.socket() as made:
+        yield made
+
+
+def never() -> bool:
+    return False
+
+
+class Server:
+    """Refuses at the first so many tries; knows when each was, and how long it might have taken."""
+
+    def __init__(self, clock: Clock, sock: socket.socket, refuses: float = float("inf")) -> None:
+        self.at: list[float] = []
+        self.timeouts: list[float] = []
+        self._clock, self._sock, self._refuses = clock, sock, refuses
+
+    def __call__(self, deadline: Deadline) -> socket.socket:
+        self.at.append(self._clock.now)
+        self.timeouts.append(deadline.remaining())
+        if len(self.at) <= self._refuses:
+            raise ConnectionRefusedError(f"try {len(self.at)}")
+        return self._sock
+
+
+def test_pauses_double_up_to_the_longest_and_vary() -> None:
+    """Never less than half of it, never more: many actors that began together do not stay in step."""
+    random.seed(1)
+    made = [Backoff(0.05, 5.0) for _ in range(200)]
+    for expected in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0):
+        pauses = [backoff.pause() for backoff in made]
+        assert expected / 2 <= min(pauses) < 0.55 * expected
+        assert 0.95 * expected < max(pauses) <= expected
+
+
+def test_the_first_try_is_made_at_once_and_the_next_after_pauses(clock: SleepingClock, sock: socket.socket) -> None:
+    server = Server(clock, sock, refuses=6)
+    redial = Redial(server, 60.0, 10.0)
+    clock.advance(100)
+    redial.lost(served=False, settled=False)
+    assert redial.open(never) is sock
+    assert redial.tries == 7
+    gaps = [later - earlier for earlier, later in zip(server.at, server.at[1:], strict=False)]
+    assert server.at[0] == 1100.0
+    for gap, longest in zip(gaps, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6), strict=True):
+        assert longest / 2 <= gap <= longest + 1e-3
+
+
+def test_when_the_time_has_passed_the_last_error_is_raised(clock: SleepingClock, sock: socket.socket) -> None:
+    server = Server(clock, sock)
+    redial = Redial(server, 60.0, 10.0)
+    redial.lost(served=True, settled=True)
+    with pytest.raises(ConnectionRefusedError) as caught:
+        redial.open(never)
+    assert str(caught.value) == f"try {redial.tries}"
+    assert redial.seconds_lost == pytest.approx(60.0, abs=0.01)
+    assert len(server.at) == redial.tries > 10
+    assert server.timeouts[0] == 10.0
+    assert server.timeouts[-1] < 10.0  # no try may take longer than what is left
+    assert min(server.timeouts) > 0  # nor is one made with no time left, which could only hide why the others failed
+
+
+def test_what_may_pass_is_tried_again(clock: SleepingClock, sock: socket.socket) -> None:
+    answers = iter([ConnectionClosedError("gone"), TimeoutError("late"), socket.gaierror(-3, "try again"), None])
+
+    def dial(_: Deadline) -> socket.socket:
+        error = next(answers)
+        if error is not None:
+            raise error
+        return sock
+
+    redial = Redial(dial, 60.0, None)
+    redial.lost(served=True, settled=True)
+    assert redial.open(never) is sock
+
+
+def test_another_service_is_not_tried_again(clock: SleepingClock) -> None:
+    def dial(_: Deadline) -> socket.socket:
+        raise HandshakeError("magic")
+
+    redial = Redial(dial, 60.0, None)
+    redial.lost(served=True, settled=True)
+    with pytest.raises(HandshakeError):
+        redial.open(never)
+    assert redial.tries == 1
+
+
+def test_it_can_be_called_off_at_any_time(clock: SleepingClock, sock: socket.socket) -> None:
+    """And nobody is called after that."""
+    server = Server(clock, sock)
+    redial = Redial(server, 60.0, None)
+    redial.lost(served=True, settled=True)
+    with pytest.raises(ConnectionRefusedError):
+        redial.open(lambda: clock.now >= 1003.0)
+    assert clock.now == pytest.approx(1003.0, abs=0.06)
+    assert server.at[-1] < 1003.0
+
+
+def test_called_off_before_it_began_nothing_is_tried(clock: SleepingClock, sock: socket.socket) -> None:
+    server = Server(clock, sock, refuses=0)
+    redial = Redial(server, 60.0, None)
+    redial.lost(served=True, settled=True)
+    with pytest.raises(TimeoutError):
+        redial.open(lambda: True)
+    assert not server.at
+
+
+def test_connections_in_vain_share_one_time_and_pause_more_and_more(clock: SleepingClock, sock: socket.socket) -> None:
+    server = Server(clock, sock, refuses=0)
+    redial = Redial(server, 10.0, None)
+    redial.lost(served=True, settled=True)
+
+    def open_and_lose() -> None:
+        for _ in range(1000):
+            redial.open(never)
+            redial.lost(served=False, settled=False)
+
+    with pytest.raises(TimeoutError):
+        open_and_lose()
+    assert redial.seconds_lost >= 10.0
+    assert 6 < len(server.at) < 15
+
+
+@pytest.mark.parametrize("seconds", [0.001, 1.0, 2.0, 60.0])
+def test_there_is_time_for_several_tries(clock: SleepingClock, sock: socket.socket, seconds: float) -> None:
+    server = Server(clock, sock)
+    redial = Redial(server, seconds, None)
+    redial.lost(served=True, settled=True)
+    with pytest.raises(ConnectionRefusedError):
+        redial.open(never)
+    assert len(server.at) >= 4
+
+
+@pytest.mark.parametrize(("settled", "lived"), [(True, 0.0), (False, PAUSES_S[1] + 1)])
+def test_a_connection_that_was_worth_it_is_opened_again_at_once(
+    clock: SleepingClock, sock: socket.socket, settled: bool, lived: float
+) -> None:
+    """And the time begins anew, however often."""
+    redial = Redial(Server(clock, sock, refuses=0), 10.0, None)
+    redial.lost(served=True, settled=True)
+    for _ in range(50):
+        opened_at = clock.now
+        redial.open(never)
+        assert clock.now == opened_at
+        clock.advance(lived + 0.5)
+        redial.lost(served=settled, settled=settled)
+        assert redial.seconds_lost == 0.0
+
+
+def test_an_idle_connection_that_is_cut_often_is_opened_for_ever_with_pauses(
+    clock: SleepingClock, sock: socket.socket
+) -> None:
+    """It did what there was to do: nothing is wrong but that it does not last."""
+    redial = Redial(Server(clock, sock, refuses=0), 2.0, None)
+    redial.lost(served=True, settled=True)
+    began = clock.now
+    for _ in range(100):
+        redial.open(never)
+        redial.lost(served=True, settled=False)
+    assert 100 * 0.25 * 0.9 < clock.now - began < 100 * 0.5

@@ -1,0 +1,37 @@
+"""What a test must not leave behind: threads of ours, and open file descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+
+LEFT_OVER_S = 10.0
+"""Seconds in which dropped clients must have ended their threads."""
+
+
+def our_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("echo_torch")]
+
+
+def threads_end() -> None:
+    """Fails unless all threads of echo_torch end soon, and then says where they are."""
+    deadline = time.monotonic() + LEFT_OVER_S
+    while our_threads() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    left, frames = {thread.ident: thread.name for thread in our_threads()}, sys._current_frames()
+    assert not left, "".join(
+        f"{name}\n{''.join(traceback.format_stack(frames[ident]))}" for ident, name in left.items() if ident in frames
+    )
+
+
+def open_descriptors() -> dict[str, str]:
+    """This process's open file descriptors, and what each is."""
+    found = {}
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as the listing's own
+            found[descriptor] = os.readlink(f"/proc/self/fd/{descriptor}")
+    return found

@@ -1,0 +1,120 @@
+"""What the tests of the trainers share: handwritten digits that carry a number, a model, and what arrived of them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from calls import eventually
+from learner_process import Learner
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import Dataset
+
+from echo_torch import EchoSink
+
+Item = dict[str, torch.Tensor]
+
+_DATA = load_digits()
+IMAGES = torch.from_numpy(_DATA.images / 16).float().reshape(-1, 64)
+LABELS = torch.from_numpy(_DATA.target).long()
+
+
+TAKE_S = 30.0
+"""Seconds in which what was sent must arrive."""
+STALLING = 160
+"""As many digits stall a learner that is paused; it acks some 70."""
+_FILLER = {"id": np.array(-1), "image": np.zeros(64, np.float32), "labels": np.array(-1)}
+
+
+class Digits(Dataset[Item]):
+    """The digits with the numbers from ``first`` on: ``id`` int64 (), ``image`` float32 (64,), ``labels`` int64 ().
+
+    The digits begin again after the last, the numbers do not.
+    """
+
+    def __init__(self, count: int, first: int = 0) -> None:
+        self._ids = range(first, first + count)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Item:
+        return digit(self._ids[index])
+
+
+def digit(number: int) -> Item:
+    index = number % len(IMAGES)
+    return {"id": torch.tensor(number), "image": IMAGES[index], "labels": LABELS[index]}
+
+
+class Classifier(nn.Module):
+    """A linear one; gives ``loss`` and ``logits``, and takes the items of a batch by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, image: torch.Tensor, labels: torch.Tensor, id: torch.Tensor | None = None) -> Item:
+        logits = self.layer(image)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class DigitLearner(Learner):
+    """A server for digits, of which any number can be taken.
+
+    A server hands out full batches only, and may hang if these are small: so they are filled up with samples that are
+    no digits, and those are left out again. While it is paused, it acks fewer than `STALLING` samples.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(_FILLER, num_buffers=2, **options)
+
+    def take(self, samples: int) -> Any:
+        deadline = time.monotonic() + TAKE_S
+        while True:
+            self.fill(_FILLER)
+            got = super().take(max(1, super().received()))
+            digits = got["id"] != _FILLER["id"]
+            if digits.sum() >= samples:
+                return {name: leaf[digits] for name, leaf in got.items()}
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{digits.sum()} of {samples} digits arrived")
+            time.sleep(0.01)
+
+    def received(self) -> int:
+        return len(self.take(0)["id"])
+
+
+def learner(**options: Any) -> DigitLearner:
+    return DigitLearner(**options)
+
+
+def sink_to(learner: Learner, **options: Any) -> EchoSink:
+    return EchoSink("127.0.0.1", learner.port, Digits(1)[0], **options)
+
+
+def arrived(learner: Learner, count: int) -> Counter[int]:
+    """Wait for ``count`` samples; how often each number is among all that arrived. Their bytes must be the digits'."""
+    got = learner.take(count)
+    numbers = torch.from_numpy(got["id"])
+    digits = numbers % len(IMAGES)
+    assert torch.equal(torch.from_numpy(got["image"]), IMAGES[digits])
+    assert torch.equal(torch.from_numpy(got["labels"]), LABELS[digits])
+    return Counter(numbers.tolist())
+
+
+def came(learner: Learner, expected: Counter[int]) -> Counter[int]:
+    """Wait until all of ``expected`` arrived; how often each of these numbers did."""
+    eventually(lambda: not expected - arrived(learner, 1))
+    got = arrived(learner, 1)
+    return Counter({number: got[number] for number in expected})
+
+
+def numbers_of(batches: Iterable[Item]) -> Counter[int]:
+    """How often each number is in what was recorded."""
+    return Counter(number for batch in batches for number in batch["id"].tolist())

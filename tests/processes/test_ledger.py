@@ -1,0 +1,1037 @@
+"""The ledger between a parent and real children of it: the files, waiting for what they say, and reporting.
+
+The children of the first tests write by hand what a sink's report would, and do so when they are told.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calls import Gate, alarms, eventually, running, says
+from leaks import open_descriptors
+from peers import Line, Peer
+
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError
+from echo_torch.metrics.stats import PeerCounts
+from echo_torch.metrics.timing import Times
+from echo_torch.processes import ledger
+from echo_torch.processes.parent import KINDS, Children
+from echo_torch.support.deadline import Deadline
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+PEER = "learner:1"
+AT_RISK = 8
+FORK = multiprocessing.get_context("fork")
+SAMPLE = {"id": np.zeros((), np.int64)}
+LONG_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder, in which nothing may be left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    gc.collect()  # of sinks, which exceptions may hold in cycles, the last files go
+    eventually(lambda: not list(tmp_path.iterdir()))
+
+
+class Child:
+    """A process that keeps a file of the ledger; a context manager that kills it."""
+
+    def __init__(self, token: str, parent: int | None = None, learners: int = 1) -> None:
+        self._pipe, theirs = FORK.Pipe()
+        self._process = FORK.Process(target=_keep, args=(theirs, token, parent or os.getpid(), learners), daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+        self.path = Path(self._pipe.recv())
+
+    def set(self, **fields: int) -> None:
+        self._ask("set", fields)
+
+    def get(self, field: str) -> int:
+        return self._ask("get", field)
+
+    def fail(self, kind: int, text: str) -> None:
+        self._ask("fail", kind, text)
+
+    def tell_times(self, times: Times) -> None:
+        self._ask("tell_times", times)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def _ask(self, *request: Any) -> Any:
+        self._pipe.send(request)
+        return self._pipe.recv()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._process.close()
+        self._pipe.close()
+
+
+def _keep(pipe: Pipe, token: str, parent: int, learners: int) -> None:
+    entry = ledger.begin(token, parent, learners=learners)
+    pipe.send(str(entry.path))
+    while True:
+        request, *arguments = pipe.recv()
+        if request == "set":
+            for field, number in arguments[0].items():
+                entry[field] = number
+        elif request == "fail":
+            entry.fail(*arguments)
+        elif request == "tell_times":
+            entry.tell_times(*arguments)
+        pipe.send(entry[arguments[0]] if request == "get" else None)
+
+
+@pytest.fixture
+def token() -> Iterator[str]:
+    made = ledger.new_token()
+    yield made
+    ledger.forget(made, os.getpid())
+
+
+@pytest.fixture
+def children(token: str) -> Iterator[Children]:
+    made = Children.of(PEER, token, AT_RISK)
+    yield made
+    made.forget()
+
+
+def in_child(function: Callable[[], Any]) -> Any:
+    """What ``function`` gives, or the text of what it raises, in a forked child."""
+    ours, theirs = FORK.Pipe()
+
+    def run() -> None:
+        try:
+            theirs.send(function())
+        except Exception as error:
+            theirs.send(f"{type(error).__name__}: {error}")
+
+    process = FORK.Process(target=run)
+    process.start()
+    assert ours.poll(30)
+    answer = ours.recv()
+    process.join()
+    ours.close()
+    theirs.close()
+    return answer
+
+
+# The files.
+
+
+def test_a_child_writes_and_its_parent_reads(token: str, home: Path) -> None:
+    with Child(token) as child:
+        assert ledger.entries_of(token, os.getpid()) == [child.path]
+        assert ledger.entries_of(token, os.getpid() + 1) == []
+        entry = ledger.Entry(child.path)
+        assert entry.child == child.pid
+        assert [entry[field] for field in ledger.FIELDS[:-1]] == [0] * (len(ledger.FIELDS) - 1)
+        assert entry.peers == [PeerCounts()]
+        child.set(sent=5, acked=3, maybe_lost=1 << 40)
+        assert (entry["sent"], entry["acked"], entry["maybe_lost"]) == (5, 3, 1 << 40)
+        entry["finish"] = 1
+        assert child.get("finish") == 1
+        times = Times(connected=1.5, latencies=tuple(range(140)))
+        child.tell_times(times)
+        child.fail(2, "über" * 2000)
+        child.fail(1, "said later")
+        assert entry["error_kind"] == 2
+        assert entry.error.startswith("überüber")
+        assert len(entry.error.encode()) > 2000
+        assert entry.times == times
+        assert not entry.dead
+        child.kill()
+        assert entry.dead
+        entry.close()
+        assert (entry["sent"], entry.error[:4]) == (5, "über")
+        assert entry.dead
+
+
+def test_the_files_are_for_nobody_else(token: str) -> None:
+    before = os.umask(0)
+    try:
+        with Child(token) as child:
+            assert child.path.stat().st_mode & 0o777 == 0o600
+            assert child.path.parent.stat().st_mode & 0o777 == 0o700
+            assert child.path.stat().st_size == child.path.stat().st_blocks * 512, "a hole is a fault on a full disk"
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("how", ["open to all", "a link", "a file"])
+def test_a_folder_that_somebody_else_may_have_made_is_refused(token: str, home: Path, how: str) -> None:
+    folder = ledger.folder_of(token)
+    other = home / "other"
+    if how == "open to all":
+        folder.mkdir()
+        folder.chmod(0o755)
+    elif how == "a link":
+        other.mkdir(mode=0o700)
+        folder.symlink_to(other)
+    else:
+        folder.touch(0o600)
+    assert in_child(lambda: ledger.begin(token, os.getppid())).startswith("PermissionError: ")
+    if how != "a file":
+        with pytest.raises(PermissionError, match="expected a folder of this user's, for nobody else"):
+            ledger.entries_of(token, os.getpid())
+    assert not other.exists() or not list(other.iterdir())
+    (folder.unlink if how != "open to all" else folder.rmdir)()
+    if other.exists():
+        other.rmdir()
+
+
+def test_a_link_in_place_of_a_file_is_not_followed(token: str) -> None:
+    with Child(token) as child:
+        path = child.path.with_name(f"{os.getpid()}.1.0")
+        path.symlink_to(child.path)
+        assert ledger.entries_of(token, os.getpid()) == [child.path]
+        path.unlink()
+
+
+def test_a_temporary_folder_that_is_gone_or_cannot_be_written_is_an_error_of_the_child(
+    token: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = home / "missing"
+    monkeypatch.setattr(tempfile, "tempdir", str(missing))
+    monkeypatch.setattr(ledger, "_ELSEWHERE", str(missing))
+    lost = str(missing / Path(token).name)
+    assert ledger.entries_of(lost, os.getpid()) == []
+    assert in_child(lambda: ledger.begin(lost, os.getppid())).startswith("FileNotFoundError: ")
+    missing.touch()
+    assert "Error: " in in_child(lambda: ledger.begin(lost, os.getppid()))
+    missing.unlink()
+
+
+def test_children_find_the_folder_of_their_parent_whatever_theirs_is(token: str, home: Path) -> None:
+    def elsewhere() -> str:
+        tempfile.tempdir = str(home / "elsewhere")
+        return str(ledger.begin(token, os.getppid()).path.parent)
+
+    assert in_child(elsewhere) == str(ledger.folder_of(token))
+
+
+def test_a_child_with_the_number_of_one_that_died_has_a_file_of_its_own(token: str) -> None:
+    parent = os.getpid()
+
+    def begin() -> None:
+        os.getpid = lambda: 4711
+        ledger.begin(token, parent)
+
+    for _ in range(2):
+        in_child(begin)
+    assert [ledger.Entry(path).child for path in ledger.entries_of(token, parent)] == [4711, 4711]
+
+
+def test_where_there_are_no_locks_no_child_begins_and_none_is_taken_to_live(
+    token: str, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with Child(token) as child:
+        child.set(sent=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "lockf", refuse)
+            said = in_child(lambda: ledger.begin(token, os.getppid()))
+            assert said.startswith("OSError: ")
+            assert "does not support locks, set TMPDIR" in said
+            assert ledger.entries_of(token, os.getpid()) == [child.path]
+            with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
+                children.wait(Deadline(LONG_S), None)
+
+
+def test_what_crashed_runs_left_is_removed_by_the_next_and_nothing_else(home: Path) -> None:
+    dead = in_child(os.getpid)
+    tokens = [ledger.new_token() for _ in range(4)]
+    with Child(tokens[0], dead) as orphan, Child(tokens[1]) as mine, Child(tokens[1], dead), Child(tokens[2]) as left:
+        orphan.path.with_name(f".{dead}.{dead}.0").touch()  # not even begun
+        left.kill()
+        others = home / "echo_torch-others"
+        others.mkdir(mode=0o700)
+        (others / "notes.txt").touch()
+        (others / f"{dead}.{dead}.0.txt").touch()
+        foreign = home / "echo_torch-foreign"
+        foreign.mkdir()
+        foreign.chmod(0o755)
+        (foreign / f"{dead}.{dead}.0").touch()
+        ledger.sweep(home)
+        assert orphan.path.exists(), "it lives"
+        assert len(list(orphan.path.parent.iterdir())) == 1
+        orphan.kill()
+        with Child(tokens[3]) as first:
+            assert first.path.exists()
+        assert not orphan.path.parent.exists()
+        assert mine.path.exists()
+        assert left.path.exists(), "its parent has not counted it"
+        assert (others / "notes.txt").exists()
+        assert (foreign / f"{dead}.{dead}.0").exists()
+    for token in tokens:
+        ledger.forget(token, os.getpid())
+    ledger.sweep(home)
+    for folder in (others, foreign):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+# Waiting.
+
+
+def test_wait_ends_when_what_was_sent_before_is_acked(token: str, children: Children) -> None:
+    children.wait(Deadline(LONG_S), None)
+    with Child(token) as one, Child(token) as two:
+        one.set(sent=5, acked=5)
+        two.set(sent=3, acked=2)
+        with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
+            time.sleep(0.1)
+            one.set(sent=7)  # is for another wait
+            two.set(acked=3)
+        assert outcomes == [None]
+        one.set(acked=7)
+    assert children.counts()["acked"] == 10
+
+
+def test_wait_that_is_not_done_in_time_names_the_processes_and_goes_on(token: str, children: Children) -> None:
+    with Child(token) as one, Child(token) as two, Child(token) as three:
+        one.set(sent=5, acked=1)
+        two.set(sent=3, acked=2)
+        three.set(sent=9, acked=9)
+        for deadline, stall, what in [
+            (Deadline(0.05), None, "not done within 0.05 s"),
+            (Deadline(LONG_S), 0.05, "nothing was acked for 0.05 s"),
+            (Deadline(None), 0.05, "nothing was acked for 0.05 s"),
+        ]:
+            with pytest.raises(DeliveryTimeoutError, match=what) as error:
+                children.wait(deadline, stall)
+            says(error.value, DeliveryTimeoutError, PEER, 5)
+            named = re.search(r"of processes (.*);", str(error.value))
+            assert named
+            assert set(named[1].split(", ")) == {str(one.pid), str(two.pid)}
+        one.set(acked=5)
+        two.set(acked=3)
+        children.wait(Deadline(LONG_S), None)
+
+
+def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, children: Children) -> None:
+    with Child(token) as one, Child(token) as two:
+        one.set(sent=30, acked=20)
+        one.tell_times(Times(blocked=(0.25, 0.0, 0.5, 0.0), latencies=(1,) * 140))
+        two.set(sent=2, acked=2)
+        two.tell_times(Times(connected=3.0, checking=1.0, sending=2.0, waiting=(1.0, 2.0, 3.0, 4.0)))
+        times = Times(3.0, 1.0, 2.0, (0.25, 0.0, 0.5, 0.0), (1.0, 2.0, 3.0, 4.0), (1,) * 140)
+        assert children.times() == times
+        with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
+            time.sleep(0.05)
+            one.kill()
+        says(outcomes[0], ConnectionClosedError, PEER, 10)
+        assert f"process {one.pid}: died with 10 samples un-acked" in str(outcomes[0])
+        children.wait(Deadline(LONG_S), None)
+        counts = children.counts()
+        assert (counts["sent"], counts["acked"]) == (32, 22)
+        assert counts["maybe_lost"] == 10 + AT_RISK
+        assert not one.path.exists()
+        two.kill()
+        children.wait(Deadline(LONG_S), None)
+        assert children.counts() == {**counts, "maybe_lost": counts["maybe_lost"] + 2}
+        assert children.times() == times
+        assert not two.path.parent.exists() or not list(two.path.parent.iterdir())
+
+
+def test_what_one_of_a_childs_learners_acked_later_does_not_stand_in_for_what_another_lost(
+    token: str, children: Children
+) -> None:
+    with Child(token, learners=2) as one:
+        one.set(sent=10, acked=5)
+        with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
+            time.sleep(0.05)
+            one.set(sent=20)
+            one.fail(KINDS.index(ConnectionClosedError), "the reason")
+            one.set(acked=15, closed=1)  # of any
+        assert isinstance(outcomes[0], ConnectionClosedError)
+        assert f"process {one.pid}: the reason" in str(outcomes[0])
+
+
+def test_what_one_may_have_lost_that_had_lost_its_connection_is_counted_once(token: str, children: Children) -> None:
+    for acked, told, expected in [(0, 20, 20), (10, 18, 18), (10, 10, 18)]:
+        with Child(token) as one:
+            before = children.counts()["maybe_lost"]
+            one.set(sent=20, acked=acked, maybe_lost=told)
+            one.fail(KINDS.index(ConnectionClosedError), "the reason")
+            with pytest.raises(ConnectionClosedError):
+                children.wait(Deadline(LONG_S), None)
+            assert children.counts()["maybe_lost"] == before + told
+            one.kill()
+            assert children.counts()["maybe_lost"] == before + expected
+
+
+def test_one_that_lives_when_it_is_forgotten_has_lost_nothing(token: str, children: Children) -> None:
+    with Child(token) as one:
+        one.set(sent=20, acked=20)
+        children.forget()
+        assert children.counts()["maybe_lost"] == 0
+
+
+def test_one_whose_file_somebody_removed_is_counted_until_it_ends(token: str, children: Children) -> None:
+    with Child(token) as one:
+        one.set(sent=5, acked=5)
+        assert children.counts()["sent"] == 5
+        one.path.unlink()
+        one.set(sent=30)
+        with pytest.raises(DeliveryTimeoutError, match="25 samples un-acked"):
+            children.wait(Deadline(0.0), None)
+        one.set(acked=20)
+        os.kill(one.pid, signal.SIGKILL)  # it is a zombie for some time
+        with pytest.raises(ConnectionClosedError, match="died with 10 samples un-acked"):
+            children.wait(Deadline(LONG_S), None)
+        counts = children.counts()
+        assert (counts["sent"], counts["acked"], counts["maybe_lost"]) == (30, 20, 10 + AT_RISK)
+
+
+@pytest.mark.parametrize("kind", [DeliveryTimeoutError, ConnectionClosedError, ProtocolError])
+def test_what_ended_a_childs_connection_is_raised_once(token: str, children: Children, kind: type[Exception]) -> None:
+    with Child(token) as one, Child(token) as two:
+        one.set(sent=5, acked=1, maybe_lost=4)
+        one.fail(KINDS.index(kind), "the reason")
+        two.set(sent=2)
+        two.fail(KINDS.index(DeliveryTimeoutError), "another")
+        with pytest.raises(kind) as error:
+            children.wait(Deadline(LONG_S), None)
+        assert type(error.value) is kind
+        assert f"process {one.pid}: the reason" in str(error.value)
+        assert f"process {two.pid}: another" in str(error.value)
+        assert error.value.unacked == 6  # type: ignore[attr-defined]
+        children.wait(Deadline(LONG_S), None)
+        assert one.path.exists(), "it lives"
+        one.set(closed=1)
+        assert children.counts()["maybe_lost"] == 4
+        assert not one.path.exists()
+
+
+def test_children_that_end_with_the_process_are_asked_to_finish_and_waited_for(token: str, children: Children) -> None:
+    with Child(token) as one, Child(token) as two, Child(token) as three:
+        for child in (one, two):
+            child.set(daemon=1)
+        children.ask()
+        assert [child.get("finish") for child in (one, two, three)] == [1, 1, 0]
+        with running(lambda: children.finish(Deadline(LONG_S))) as outcomes:
+            one.set(closed=1)
+            two.kill()
+        assert outcomes == [None]
+
+
+def test_one_that_does_nothing_when_it_is_asked_is_waited_for_no_longer_than_it_could_take(
+    token: str, children: Children, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("echo_torch.processes.parent.ANSWER_S", 0.2)
+    with Child(token) as child:
+        child.set(sent=3, acked=3, daemon=1)
+        children.ask()
+        began = time.monotonic()
+        children.finish(Deadline(LONG_S))
+        assert 0.2 <= time.monotonic() - began < LONG_S / 2
+    assert caplog.messages == [f"{PEER}: processes {child.pid} did not answer for 0.2 s"]
+
+
+def test_no_more_is_acked_than_is_sent_while_children_count_on(token: str, children: Children) -> None:
+    def count_on() -> None:
+        entry = ledger.begin(token, os.getppid())
+        number = 0
+        while True:
+            number += 1
+            entry["sent"] = number
+            entry["acked"] = number
+
+    processes = [FORK.Process(target=count_on, daemon=True) for _ in range(2)]
+    for process in processes:
+        process.start()
+    eventually(lambda: children.counts()["acked"] > 0)
+    for _ in range(2000):
+        counts = children.counts()
+        assert counts["acked"] <= counts["sent"]
+    for process in processes:
+        process.kill()
+        process.join()
+    ledger.forget(token, os.getpid())
+
+
+def test_a_child_that_died_while_it_began_leaves_no_file_behind_its_parent(token: str, home: Path) -> None:
+    folder = ledger.folder_of(token)
+    folder.mkdir(mode=0o700)
+    (folder / f".{os.getpid()}.1.0").touch()
+    ledger.forget(token, os.getpid())
+    assert not folder.exists()
+
+
+def test_a_relative_temporary_folder_stays_where_it_was(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(tempfile, "tempdir", ".")
+    made = ledger.new_token()
+    monkeypatch.chdir("/")
+    assert ledger.folder_of(made).parent == home
+
+
+def test_without_their_folder_all_processes_take_the_same(
+    token: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_ELSEWHERE", str(home / "elsewhere"))
+    (home / "elsewhere").mkdir()
+    gone = str(home / "gone" / Path(token).name)
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "another"))
+    assert ledger.folder_of(gone) == home / "elsewhere" / ledger.folder_of(token).name
+    (home / "elsewhere").rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+def test_a_process_of_another_user_has_a_place_of_its_own(token: str) -> None:
+    """As one may that was handed the sink, and is no child; it may not even look into this one's."""
+
+    def as_another() -> tuple[int, bool]:
+        os.setuid(65534)
+        me = os.getpid()
+        before = len(ledger.entries_of(token, me))
+        entry = ledger.begin(token, me)
+        found = ledger.entries_of(token, me) == [entry.path]
+        entry.close()
+        ledger.forget(token, me)
+        return before, found
+
+    with Child(token):
+        assert in_child(as_another) == (0, True)
+
+
+def test_a_child_finds_out_that_there_is_no_room_for_its_file(token: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="no room for 4096 bytes in") as caught:
+            ledger.begin(token, os.getppid())
+        assert caught.value.errno == errno.ENOSPC
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(ledger.folder_of(token).iterdir())
+    ledger.forget(token, os.getpid())
+
+
+def test_more_children_than_files_can_be_open(token: str, children: Children) -> None:
+    """Ended ones, of epochs during which nobody waited."""
+    count = 300
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def many() -> None:
+        for number in range(count):
+            entry = ledger.begin(token, os.getppid())
+            entry["sent"] = entry["acked"] = number
+            entry["closed"] = 1
+            entry.close()
+
+    in_child(many)
+    assert len(ledger.entries_of(token, os.getpid())) == count
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(open_descriptors()) + 20, hard))
+    try:
+        children.wait(Deadline(LONG_S), None)
+        assert children.counts()["acked"] == sum(range(count))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(token: str) -> None:
+    first, second = Children.of(PEER, token, AT_RISK), Children.of(PEER, token, AT_RISK)
+    with Child(token) as one, Child(token) as two:
+        one.set(sent=3, acked=3, closed=1)
+        two.set(sent=4, acked=4)
+        assert first.counts()["sent"] == second.counts()["sent"] == 7
+        del first
+        assert two.path.exists()
+        del second
+        assert not two.path.parent.exists()
+
+
+def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
+    children = Children.of(PEER, token, AT_RISK)
+    with Child(token) as child:
+        child.set(sent=1)
+        assert children.counts()["sent"] == 1
+
+        def use() -> int:
+            nonlocal children
+            children.wait(Deadline(LONG_S), None)
+            children.ask()
+            children.forget()
+            sent = children.counts()["sent"]
+            del children
+            return sent
+
+        assert in_child(use) == 1
+        assert child.path.exists()
+        assert child.get("finish") == 0
+        children.forget()
+
+
+def test_threads_that_wait_and_count_while_children_come_and_go(
+    token: str, children: Children, descriptors: None
+) -> None:
+    stop = threading.Event()
+
+    def count() -> None:
+        last = 0
+        while not stop.is_set():
+            sent = children.counts()["sent"]
+            assert sent >= last
+            last = sent
+
+    def wait() -> None:
+        while not stop.is_set():
+            children.wait(Deadline(LONG_S), None)
+
+    with running(count, wait, wait, count) as outcomes:
+        for _ in range(20):
+            with Child(token) as one, Child(token) as two:
+                for child in (one, two):
+                    child.set(sent=2)
+                    child.set(acked=2)
+                one.set(closed=1)
+        stop.set()
+    assert outcomes == [None] * 4
+    counts = children.counts()
+    assert (counts["sent"], counts["acked"], counts["maybe_lost"]) == (80, 80, 20 * 2)
+
+
+# Struck before it has a name, a file is closed all the same, but not without a word.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*WeakSet:pytest.PytestUnraisableExceptionWarning")
+def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
+    token: str, children: Children, descriptors: None
+) -> None:
+    """Ctrl-C strikes anywhere in what main does while its children come and go."""
+    chance = random.Random(0)
+    armed = False
+    strikes = 0
+
+    def strike(*_: object) -> None:
+        nonlocal armed, strikes
+        if armed:
+            armed = False
+            strikes += 1
+            raise KeyboardInterrupt
+
+    total = 0
+    with alarms(strike):
+        for _ in range(30):
+            with ExitStack() as stack:
+                both = [stack.enter_context(Child(token)) for _ in range(2)]
+                for child in both:
+                    child.set(sent=3, acked=3)
+                both[0].set(closed=1)
+                both[1].kill()
+                total += 6
+                for _ in range(20):
+                    with suppress(KeyboardInterrupt):
+                        try:
+                            armed = True
+                            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 6e-4))
+                            children.wait(Deadline(LONG_S), None)
+                            assert children.counts()["sent"] == total
+                        finally:
+                            armed = False
+    assert strikes > 25
+    with running(children.counts) as outcomes:
+        pass
+    assert outcomes == [None]
+    counts = children.counts()
+    assert (counts["sent"], counts["acked"], counts["maybe_lost"]) == (total, total, total // 2)
+
+
+# Reporting, by real sinks.
+
+
+def acking(line: Line) -> None:
+    line.greet(SAMPLE)
+    line.hear_all(ack_every=8)
+
+
+def samples(first: int, count: int) -> dict[str, Any]:
+    return {"id": np.arange(first, first + count)}
+
+
+def numbers(peer: Peer) -> list[int]:
+    return sorted(int(number) for line in peer.lines for number in np.frombuffer(bytes(line.received), np.int64))
+
+
+def sink_to(peer: Peer, **options: Any) -> EchoSink:
+    return EchoSink("127.0.0.1", peer.port, SAMPLE, replay_tail=False, **options)
+
+
+def test_a_sink_that_comes_many_times_into_a_process_leaves_nothing_there(home: Path) -> None:
+    """Each copy is dropped; what it sent is delivered first, and told of."""
+    with Peer(acking) as peer, sink_to(peer) as sink, FORK.Pool(1) as pool:
+        before = pool.apply(_left_open)
+        for number in range(20):
+            pool.apply(_send_and_drop, (sink, number * 100))
+        sink.wait()
+        assert sink.stats().samples_acked == 2000
+        eventually(lambda: pool.apply(_left_open) == before)
+        pool.close()
+        pool.join()
+    assert numbers(peer) == list(range(2000))
+
+
+def _send_and_drop(sink: EchoSink, first: int) -> None:
+    sink.send(samples(first, 100))
+
+
+def _left_open() -> tuple[int, int]:
+    return threading.active_count(), len(open_descriptors())
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_child_that_drops_its_sink_and_ends_has_told_of_everything(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # the fork server, which outlives this, keeps files in the temporary folder
+        patch.setattr(tempfile, "tempdir", None)
+        multiprocessing.forkserver.ensure_running()
+    context = multiprocessing.get_context(method)
+    with Peer(acking) as peer, sink_to(peer, max_inflight_msgs=4) as sink:
+        process = context.Process(target=_drop_and_end, args=([sink],))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        sink.wait(0.0)
+        assert (sink.stats().samples_acked, sink.stats().in_flight) == (5000, 0)
+    assert numbers(peer) == list(range(5000))
+
+
+def _drop_and_end(sinks: list[EchoSink]) -> None:
+    sinks.pop().send(samples(0, 5000))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_child_that_ends_with_its_parent_does_not_block_when_that_was_killed(method: str, home: Path) -> None:
+    heard = Gate()
+
+    def silent(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(8)
+        heard.open()
+        line.hear_all()
+
+    program = str(HELPERS / "orphan.py")
+    with Peer(silent) as peer:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", program, method, str(peer.port)],
+            env={**os.environ, "TMPDIR": str(home)},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            heard.wait()
+            process.kill()
+            said, _ = process.communicate(timeout=LONG_S)  # until all have ended that it started
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "send() on a client that was closed" in said or "the client was closed; send() with" in said
+    for folder in home.glob("pymp-*"):  # the fork server's, which nobody removes
+        shutil.rmtree(folder)
+    ledger.sweep(home)
+
+
+def test_what_is_acked_while_a_child_ends_its_connection_is_told() -> None:
+    """By a learner that takes its time."""
+    closing, go, done = FORK.Event(), Gate(), FORK.Event()
+
+    def slow(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(8 * 10)
+        assert closing.wait(LONG_S)
+        line.ack(6)
+        go.wait()
+        line.ack(4)
+        line.hear_all()
+
+    def work() -> None:
+        sink.send(samples(0, 10))
+        with suppress(ConnectionClosedError):
+            while True:
+                sink.send(samples(0, 0))
+                time.sleep(0.001)
+        closing.set()
+        done.wait()
+
+    with Peer(slow) as peer:
+        sink = sink_to(peer)
+        process = FORK.Process(target=work, daemon=True)
+        process.start()
+        eventually(lambda: sink.stats().samples_sent == 10)
+        with running(sink.close) as outcomes:
+            eventually(lambda: sink.stats().samples_acked == 6)
+            go.open()
+        assert outcomes == [None]
+        assert sink.stats().samples_acked == 10
+        done.set()
+        process.join()
+
+
+def test_what_a_send_took_is_known_when_it_ends() -> None:
+    """Well or badly, even if the child dies just then."""
+
+    def silent(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear_all()
+
+    def work(count: int) -> None:
+        sink.connect()
+        with suppress(DeliveryTimeoutError):
+            sink.send(samples(0, count), timeout=0.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Peer(silent) as peer:
+        sink = sink_to(peer, max_inflight_msgs=10, buffer_bytes=20 * 8)
+        total = 0
+        for count, taken in [(3, 3), (12, 12), (1000, 12)] * 3:
+            process = FORK.Process(target=work, args=(count,))
+            process.start()
+            process.join()
+            total += taken
+            assert sink.stats().samples_sent == total
+            with pytest.raises(ConnectionClosedError) as error:
+                sink.wait(LONG_S)
+            says(error.value, ConnectionClosedError, sink.peer, taken)
+        assert sink.stats().maybe_lost == total
+        sink.close()
+
+
+def test_a_child_that_is_interrupted_while_it_delivers_at_its_end_goes_on(home: Path) -> None:
+    struck, go = FORK.Event(), Gate()
+
+    def slow(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear(8 * 10)
+        go.wait()
+        line.ack(10)
+        line.hear_all()
+
+    def strike(*_: object) -> None:
+        if not struck.is_set():
+            struck.set()
+            raise KeyboardInterrupt
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, strike)
+        sink.send(samples(0, 10))
+
+    with Peer(slow) as peer, sink_to(peer) as sink:
+        process = FORK.Process(target=work)
+        process.start()
+        eventually(lambda: sink.stats().samples_sent == 10)
+        (path,) = home.glob(f"echo_torch-*/*.{process.pid}.*")
+        entry = ledger.Entry(path)
+        eventually(lambda: entry["finish"] == 1)
+        entry.close()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        while not struck.wait(0.1):  # it came just before a wait, which it then does not end
+            os.kill(process.pid, signal.SIGINT)
+        process.join(0.2)  # as it would, if it ended
+        go.open()
+        process.join()
+        sink.wait()
+        assert sink.stats().samples_acked == 10
+
+
+def test_close_without_a_limit_ends_when_a_child_stalls() -> None:
+    def silent(line: Line) -> None:
+        line.greet(SAMPLE)
+        line.hear_all()
+
+    done = FORK.Event()
+
+    def work() -> None:
+        sink.send(samples(0, 20))
+        done.wait()
+        os._exit(0)
+
+    with Peer(silent) as peer:
+        sink = sink_to(peer, stall_timeout=0.1)
+        process = FORK.Process(target=work)
+        process.start()
+        eventually(lambda: sink.stats().samples_sent == 20)
+        with running(lambda: sink.close(None)) as outcomes:
+            pass
+        says(outcomes[0], DeliveryTimeoutError, sink.peer, 20)
+        assert "nothing was acked for 0.1 s (stall_timeout)" in str(outcomes[0])
+        done.set()
+        process.join()
+
+
+def test_a_client_that_fails_in_its_own_way_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def send(self, data: Any) -> None:
+            pass
+
+        def wait(self) -> None:
+            raise LookupError("odd")
+
+        def close(self) -> None:
+            pass
+
+    sink = EchoSink("nobody", 1, SAMPLE, client=Odd)
+    done = FORK.Event()
+
+    def use() -> None:
+        sink.send(samples(0, 1))
+        done.wait()
+
+    process = FORK.Process(target=use, daemon=True)
+    process.start()
+    eventually(lambda: sink.stats().samples_sent == 1)
+    with pytest.raises(ConnectionClosedError, match="odd"):
+        sink.wait(10)
+    with running(lambda: sink.close(LONG_S)) as outcomes:
+        pass
+    assert outcomes == [None]
+    done.set()
+    process.join()
+
+
+def test_a_sink_without_a_place_for_the_ledger_fails_in_children_only(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "missing"))
+    monkeypatch.setattr(ledger, "_ELSEWHERE", str(home / "missing"))
+    with Peer(acking) as peer, sink_to(peer, on_error="warn") as sink:
+        sink.send(samples(0, 10))
+        sink.wait()
+        told = in_child(lambda: sink.send(samples(10, 10)))
+        assert told.startswith("RuntimeError: 127.0.0.1")
+        assert f"cannot tell process {os.getpid()} what it sends" in told
+        assert "missing" in told
+    assert numbers(peer) == list(range(10))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["started", "not started"])
+def test_a_daemonic_child_that_comes_after_its_parents_sink_was_closed_is_told_so(before: bool) -> None:
+    go, (ours, theirs) = FORK.Event(), FORK.Pipe()
+
+    def work() -> None:
+        go.wait()
+        for _ in range(2):
+            try:
+                sink.send(samples(0, 10))
+            except Exception as error:
+                theirs.send(f"{type(error).__name__}: {error}")
+
+    with Peer(acking) as peer:
+        sink = sink_to(peer, on_error="warn")
+        process = FORK.Process(target=work, daemon=True)
+        if before:
+            process.start()
+        sink.close()
+        if not before:
+            process.start()
+        go.set()
+        process.join()
+        assert [ours.recv(), ours.recv()] == [
+            f"ConnectionClosedError: {sink.peer}: this sink was closed; 0 samples un-acked"
+        ] * 2
+        assert not peer.lines
+        assert sink.stats().samples_sent == 0
+    ours.close()
+    theirs.close()
+
+
+def test_a_child_that_begins_while_its_parent_closes_is_asked_or_told(token: str) -> None:
+    """A file that its parent may not have seen is none any more."""
+    ledger.mark(token, os.getpid(), ledger.CLOSED)
+    assert in_child(lambda: ledger.begin(token, os.getppid(), daemon=True)) == (
+        "ConnectionClosedError: this sink was closed"
+    )
+    assert ledger.entries_of(token, os.getpid()) == []
+    with Child(token) as child:
+        assert ledger.entries_of(token, os.getpid()) == [child.path], "it is no daemon"
+
+
+def test_files_of_children_do_not_outlive_who_dropped_the_sink(home: Path) -> None:
+    """As multiprocessing does with the arguments of a process, when that has started."""
+
+    def rank(port: int) -> None:
+        go = FORK.Event()
+        process = FORK.Process(target=_send_when_told, args=(EchoSink("127.0.0.1", port, SAMPLE), go))
+        process.start()
+        go.set()
+        process.join()
+        assert list(home.iterdir())
+
+    with Peer(acking) as peer:
+        process = FORK.Process(target=rank, args=(peer.port,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    assert not list(home.iterdir())
+
+
+def _send_when_told(sink: EchoSink, go: Any) -> None:
+    go.wait()
+    sink.send(samples(0, 10))
+
+
+def test_a_child_that_is_no_daemon_goes_on_when_its_parents_sink_is_closed() -> None:
+    with Peer(acking) as peer:
+        go = FORK.Event()
+
+        def work() -> None:
+            sink.send(samples(0, 10))
+            go.wait()
+            sink.send(samples(10, 10))
+            sink.close()
+
+        sink = sink_to(peer)
+        process = FORK.Process(target=work)
+        process.start()
+        eventually(lambda: sink.stats().samples_sent == 10)
+        sink.close()
+        assert sink.stats().samples_acked == 10
+        go.set()
+        process.join()
+        assert process.exitcode == 0
+    assert numbers(peer) == list(range(20))

@@ -1,0 +1,297 @@
+"""What the learners that are left take over, and the end of a sink to several: what several threads, signal handlers
+and late devices make of it. The learners are scripted, for a real one cannot be made to ack so much and no more.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calls import SOON_S, Gate, alarms, eventually, running
+from fake_device import FakeDevice
+from leaks import our_threads
+from peers import Line, Peer
+
+from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
+from echo_torch.client import sender
+from echo_torch.routing.failover import Estate
+from echo_torch.routing.failover import Peer as Heir
+from echo_torch.routing.route import RingRoute
+from echo_torch.samples.spec import SampleSpec
+from echo_torch.support.deadline import NEVER
+
+EXAMPLE = {"id": np.zeros((), np.int64)}
+SIZE = 8
+BRIEF_S = 0.1
+
+
+def batch(first: int, rows: int = 4) -> dict[str, Any]:
+    return {"id": np.arange(first, first + rows)}
+
+
+def acks(line: Line) -> None:
+    line.greet(EXAMPLE)
+    line.hear_all(SIZE)
+
+
+def hears(line: Line) -> None:
+    line.greet(EXAMPLE)
+    line.hear_all()
+
+
+class Dying:
+    """Takes ``rows`` samples, acks none, and is gone for good when told."""
+
+    def __init__(self, rows: int = 4) -> None:
+        self._rows = rows
+        self._gate = Gate()
+        self.peer = Peer(self)
+
+    def __call__(self, line: Line) -> None:
+        line.greet(EXAMPLE)
+        line.hear(self._rows * SIZE)
+        self._gate.wait()
+        line.reset()
+
+    def die(self) -> None:
+        self.peer.refuse()
+        self._gate.open()
+
+
+def sink_to(*peers: Peer, **options: Any) -> EchoSink:
+    options = {"failover": True, "reconnect": 0, "replay_tail": False, **options}
+    return EchoSink("127.0.0.1", [peer.port for peer in peers], EXAMPLE, **options).connect()
+
+
+def numbers(peer: Peer) -> list[int]:
+    received: list[int] = np.frombuffer(bytes(peer.lines[0].received), np.int64).tolist()
+    return received
+
+
+# The end.
+
+
+@pytest.mark.parametrize("failover", [False, True])
+def test_calls_after_a_close_that_was_not_in_time_end(failover: bool) -> None:
+    with Peer(hears) as stopped, Peer(acks) as other:
+        sink = sink_to(stopped, other, failover=failover)
+        sink.send(batch(0))
+        sink.send(batch(4))
+        with pytest.raises(DeliveryTimeoutError):
+            sink.close(BRIEF_S)
+        with running(sink.close, sink.wait) as outcomes:
+            pass
+        assert outcomes[0] is None
+        assert isinstance(outcomes[1], ConnectionClosedError)
+        assert f"127.0.0.1:{stopped.port}" in str(outcomes[1])
+        assert sink.stats().in_flight == 4
+
+
+def test_close_does_not_say_again_what_a_call_has_said() -> None:
+    for failover in (False, True):
+        one, other = Dying(), Dying()
+        with one.peer, other.peer:
+            sink = sink_to(one.peer, other.peer, failover=failover)
+            sink.send(batch(0))
+            sink.send(batch(4))
+            one.die()
+            other.die()
+            eventually(lambda sink=sink: all(peer.lost for peer in sink.stats().peers))  # type: ignore[misc]
+            with pytest.raises(ConnectionClosedError):
+                sink.wait()
+            if failover:
+                sink.close()
+            else:  # of the other one, nothing was said
+                with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{other.peer.port}"):
+                    sink.close()
+            assert sink.stats().in_flight == 8
+
+
+def test_a_close_that_is_interrupted_leaves_the_rest_to_the_threads() -> None:
+    gate = Gate()
+
+    def acks_late(line: Line) -> None:
+        line.greet(EXAMPLE)
+        line.hear(4 * SIZE)
+        gate.wait()
+        line.ack(4)
+        line.hear_all()
+
+    def strike(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Peer(acks_late) as late, Peer(acks) as other:
+        sink = sink_to(late, other)
+        sink.send(batch(0))
+        sink.send(batch(4))
+        with alarms(strike):
+            signal.setitimer(signal.ITIMER_REAL, BRIEF_S)
+            with pytest.raises(KeyboardInterrupt):
+                sink.close()
+        gate.open()
+        eventually(lambda: not our_threads())
+        sink.close()
+        assert sink.stats().samples_acked == 8
+
+
+# What is taken over.
+
+
+def test_wait_is_for_what_another_thread_passes_on_to_one_that_was_waited_for() -> None:
+    first, rest = Gate(), Gate()
+
+    def acks_late(line: Line) -> None:
+        line.greet(EXAMPLE)
+        line.hear(4 * SIZE)
+        first.wait()
+        line.ack(4)
+        line.hear(5 * SIZE)
+        rest.wait()
+        line.ack(5)
+        line.hear_all()
+
+    dying = Dying()
+    with Peer(acks_late) as late, dying.peer:
+        sink = sink_to(late, dying.peer)
+        sink.send(batch(0))
+        sink.send(batch(4))
+        waited: list[int] = []
+
+        def wait() -> None:
+            sink.wait()
+            waited.append(sink.stats().samples_acked)
+
+        with running(wait) as outcomes:
+            eventually(lambda: len(late.lines[0].received) == 4 * SIZE)
+            dying.die()
+            eventually(lambda: bool(sink.stats().peers[1].lost))
+            sink.send(batch(8, 1))  # passes on, while the other thread waits for the first four
+            first.open()
+            eventually(lambda: sink.stats().samples_acked == 4)
+            with pytest.raises(DeliveryTimeoutError):
+                sink.wait(BRIEF_S)
+            assert not waited
+            rest.open()
+        assert outcomes == [None]
+        assert waited == [9]
+        assert sorted(numbers(late)) == list(range(9))
+        sink.close()
+
+
+class Interrupted(RingRoute):
+    """Has a signal handler strike whenever it was given something."""
+
+    def __init__(self, client: TcpClient, handler: Callable[[], None]) -> None:
+        super().__init__(client)
+        self._handler = handler
+
+    def send_packed(self, rows: memoryview, most: int) -> int:
+        taken = super().send_packed(rows, min(most, 2))
+        self._handler()
+        return taken
+
+
+def test_a_signal_handler_that_interrupts_passing_on_is_turned_away() -> None:
+    dying, turned_away = Dying(), []
+
+    def handler() -> None:
+        with pytest.raises(RuntimeError, match="signal handler"):
+            estate.settle(NEVER, None)
+        turned_away.append(True)
+
+    with dying.peer, Peer(acks) as peer:
+        lost = TcpClient("127.0.0.1", dying.peer.port, EXAMPLE)
+        heir = TcpClient("127.0.0.1", peer.port, EXAMPLE)
+        estate = Estate([Heir(RingRoute(lost)), Heir(Interrupted(heir, handler))])
+        lost.send_rows([np.arange(4)])
+        dying.die()
+        eventually(lambda: lost.closed)
+        assert estate.settle(NEVER, None)
+        heir.wait()
+        assert numbers(peer) == [0, 1, 2, 3]
+        assert len(turned_away) == 2
+        heir.close()
+        with pytest.raises(ConnectionClosedError):
+            lost.close()
+
+
+# Devices.
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    made = FakeDevice()
+    made.install(monkeypatch)
+    return made
+
+
+class Stuck(logging.Handler):
+    """Keeps a connection's thread when it says what ended it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "ended with" in record.getMessage():
+            self.gate.wait()
+
+
+def test_rows_that_a_device_copies_are_not_passed_on_while_the_thread_is_held_up(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "REMAINS_S", BRIEF_S)
+    handler, dying, log = Stuck(), Dying(rows=2), logging.getLogger("echo_torch")
+    with dying.peer:
+        client = TcpClient("127.0.0.1", dying.peer.port, EXAMPLE)
+        spec = SampleSpec({"id": torch.zeros((), dtype=torch.int64)})
+        client.send_match(spec.match(batch(0, 2)))
+        client.send_match(spec.match({"id": device.put(torch.arange(2, 6))}))
+        log.addHandler(handler)
+        try:
+            dying.die()
+            eventually(lambda: client.closed)
+            remains = client.remains()
+            assert (remains.left, remains.stuck, remains.unacked) == (2, 4, 6)
+            assert remains.view().tobytes() == np.arange(2).tobytes()
+        finally:
+            handler.gate.open()
+            log.removeHandler(handler)
+        with pytest.raises(ConnectionClosedError):
+            client.close(SOON_S)
+        device.run()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_samples_that_a_device_had_not_copied_are_told_of_and_the_others_go_on(
+    device: FakeDevice, on_error: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dying = Dying(rows=2)
+    with dying.peer, Peer(acks) as other:
+        sink = sink_to(dying.peer, other, on_error=on_error)
+        sink.send(batch(0, 2))
+        sink.send(batch(2))
+        sink.send({"id": device.put(torch.arange(100, 104))})
+        dying.die()
+        eventually(lambda: bool(sink.stats().peers[0].lost))
+        what = "4 samples are lost, which had not been copied from their device"
+        if on_error == "warn":
+            sink.wait()
+            assert what in caplog.text
+        else:
+            with pytest.raises(ConnectionClosedError, match=what) as caught:
+                sink.wait()
+            assert caught.value.unacked == 4
+        sink.send(batch(6))
+        sink.wait()
+        stats = sink.stats()
+        assert (stats.samples_sent, stats.samples_acked, stats.maybe_lost, stats.dropped) == (14, 10, 4, 0)
+        assert sink.acked_through == 1
+        sink.close()
+        assert sorted(numbers(other)) == list(range(10))
+        device.run()

@@ -1,0 +1,58 @@
+"""Hosts that vanish without a word, in a network of their own whose link goes down.
+
+That takes Linux, and root or a kernel that lets users have such networks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+PROGRAM = HELPERS / "vanishing.py"
+RUN_S = 90.0
+IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--net", *(["--map-root-user"] if os.geteuid() else [])]
+
+
+def has_networks() -> bool:
+    """Whether such networks can be had; root on Linux always can, so that nothing is skipped there."""
+    if sys.platform != "linux" or not os.geteuid():
+        return sys.platform == "linux"
+    return bool(shutil.which("unshare")) and not subprocess.call([*IN_A_NETWORK_OF_ITS_OWN, "true"])
+
+
+pytestmark = pytest.mark.skipif(not has_networks(), reason="no network namespaces here")
+
+
+def vanish(when: str) -> dict[str, Any]:
+    command = [*IN_A_NETWORK_OF_ITS_OWN, sys.executable, str(PROGRAM), when]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=RUN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    assert process.returncode == 0, err
+    report: dict[str, Any] = json.loads(out)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("when", "in_flight", "says"),
+    [("idle", 0, "timed out"), ("busy", 1, "the same bytes were sent again"), ("full", 256, "asked 2 times in vain")],
+)
+def test_a_host_that_vanishes_is_noticed(when: str, in_flight: int, says: str) -> None:
+    """Whether or not anything is under way, and with what was un-acked counted; a paused learner is no such host."""
+    report = vanish(when)
+    assert report["closed"]
+    assert report["in_flight"] == report["unacked"] == in_flight
+    assert says in report["error"]
+    assert report["seconds"] < 40

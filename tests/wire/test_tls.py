@@ -1,0 +1,715 @@
+"""TLS end to end: samples through a real terminator, in a process of its own, into a real learner."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import multiprocessing
+import pickle
+import select
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calls import SOON_S, Gate, eventually, running
+from cutting import Cutter
+from learner_process import Learner
+from numbered import FILLER, digest, example, fillers, samples
+from peers import Line, Peer, Script, Scripts, greeting
+from terminator import Terminator, server_context
+from torch.utils.data import DataLoader
+
+from echo_torch import (
+    TLS,
+    CertificateError,
+    ConnectionClosedError,
+    DeliveryTimeoutError,
+    EchoSink,
+    HandshakeError,
+    TcpClient,
+)
+from echo_torch.cli import main
+from echo_torch.support.deadline import Deadline
+from echo_torch.wire.connect import connect, shake_hands
+from echo_torch.wire.poll import ready
+from echo_torch.wire.tls_socket import TlsSocket, secure
+
+SIZE = 29
+BRIEF_S = 0.3
+"""A deadline that is meant to pass."""
+FIRST = itertools.count(0, 1_000_000)
+"""Where the numbers of each test's samples begin."""
+
+
+@pytest.fixture
+def tls(certificates: Path) -> TLS:
+    return TLS(ca_file=certificates / "ca.pem")
+
+
+@pytest.fixture(scope="module")
+def learner() -> Iterator[Learner]:
+    """For all tests that look only for their own samples."""
+    with Learner(example(SIZE), digest=digest) as learner:
+        yield learner
+
+
+@pytest.fixture(scope="module")
+def terminator(learner: Learner, certificates: Path) -> Iterator[Terminator]:
+    with Terminator(learner.port, str(certificates / "server.pem")) as terminator:
+        yield terminator
+
+
+def sink_to(port: int, tls: TLS, **options: Any) -> EchoSink:
+    return EchoSink("127.0.0.1", port, example(SIZE), tls=tls, **options)
+
+
+def client_to(port: int, tls: TLS | None, **options: Any) -> TcpClient:
+    return TcpClient("127.0.0.1", port, example(SIZE), tls=tls, **options)
+
+
+def fill_up(learner: Learner, size: int = SIZE) -> None:
+    """Have what waits for a whole batch handed out."""
+    with EchoSink("127.0.0.1", learner.port, example(size)) as sink:
+        sink.send(fillers(64, size))
+
+
+def check_stored(learner: Learner, first: int, count: int, size: int = SIZE) -> None:
+    """All numbers from ``first`` on are there, and no byte of anything is wrong."""
+    fill_up(learner, size)
+    wanted = set(range(first, first + count))
+    eventually(lambda: wanted <= set(learner.take(0)["id"].tolist()))
+    assert learner.take(0)["right"].all()
+
+
+# What arrives.
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "batches", "version"),
+    [
+        (29, 256, 100, "TLSv1_3"),
+        (29, 1, 300, "TLSv1_2"),
+        (30_000, 64, 10, "TLSv1_3"),
+        (60_000, 40, 4, "TLSv1_2"),
+    ],
+)
+def test_all_samples_arrive(certificates: Path, tls: TLS, size: int, batch: int, batches: int, version: str) -> None:
+    """In order, through a buffer that is smaller than what is sent."""
+    sent = batch * batches
+    with (
+        Learner(example(size), digest=digest) as learner,
+        Terminator(learner.port, str(certificates / "server.pem"), most=version) as terminator,
+    ):
+        options = {"buffer_bytes": min(sent // 2, 1000) * size, "tls": tls}
+        with EchoSink("127.0.0.1", terminator.port, example(size), **options) as sink:
+            for number in range(batches):
+                sink.send(samples(number * batch, batch, size))
+            sink.wait(SOON_S)
+            assert sink.stats().samples_acked == sent
+        assert sink.stats().maybe_duplicated == 8
+        assert terminator.versions() == [version.replace("_", ".")]
+        check_stored(learner, 0, sent, size)
+        ids = learner.take(0)["id"]
+    ours = ids[ids != FILLER].tolist()
+    assert ours[:sent] == list(range(sent))
+    assert ours[sent:] == list(range(sent - 8, sent))[: len(ours) - sent]  # the server may discard what is left of them
+
+
+def test_several_threads_send_at_once(learner: Learner, terminator: Terminator, tls: TLS) -> None:
+    first = next(FIRST)
+    with sink_to(terminator.port, tls) as sink:
+
+        def send(number: int) -> None:
+            for batch in range(20):
+                sink.send(samples(first + 1000 * number + 50 * batch, 50, SIZE))
+            sink.wait(SOON_S)
+
+        with running(*[lambda number=number: send(number) for number in range(4)]) as outcomes:  # type: ignore[misc]
+            pass
+        assert outcomes == [None] * 4
+    check_stored(learner, first, 4000)
+
+
+def test_a_client_certificate_and_another_name(learner: Learner, certificates: Path) -> None:
+    first = next(FIRST)
+    with Terminator(
+        learner.port, str(certificates / "elsewhere.pem"), client_ca=str(certificates / "ca.pem")
+    ) as terminator:
+        own = TLS(certificates / "ca.pem", certificates / "client.pem", server_name="other.example")
+        with sink_to(terminator.port, own) as sink:
+            sink.send(samples(first, 64, SIZE))
+    check_stored(learner, first, 64)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_certificate_may_be_for_a_name_or_an_address(terminator: Terminator, tls: TLS, host: str) -> None:
+    with TcpClient(host, terminator.port, example(SIZE), tls=tls) as client:
+        client.wait(SOON_S)
+
+
+# Connections that are lost.
+
+
+def test_nothing_is_lost_over_connections_that_are_cut(
+    learner: Learner, terminator: Terminator, tls: TLS, descriptors: None
+) -> None:
+    first = next(FIRST)
+    count = 0
+    with sink_to(terminator.port, tls, max_inflight_msgs=64, replay_acked=8) as sink:
+        for cut in range(6):
+            for _ in range(5):
+                sink.send(samples(first + count, 200, SIZE))
+                count += 200
+            assert terminator.cut(abort=cut % 2 == 0)
+            eventually(lambda: sink.stats().reconnects == cut + 1)  # noqa: B023
+        sink.wait(SOON_S)
+        stats = sink.stats()
+    assert stats.samples_acked == count
+    check_stored(learner, first, count)
+
+
+def test_nothing_is_lost_over_connections_that_are_cut_anywhere(
+    learner: Learner, terminator: Terminator, tls: TLS, descriptors: None
+) -> None:
+    """In the middle of a handshake, of a record, of what ends a connection."""
+    first = next(FIRST)
+    count, cuts = 0, 8
+    with Cutter(terminator.port, most_bytes=1 << 16, most_acks=1 << 15) as cutter:
+        cutter.cut_at_random(cuts)
+        with sink_to(cutter.port, tls, max_inflight_msgs=64, replay_acked=8, buffer_bytes=500 * SIZE) as sink:
+            while cutter.counts()["cuts"] < cuts:
+                sink.send(samples(first + count, 200, SIZE))
+                count += 200
+            sink.wait(SOON_S)
+            stats = sink.stats()
+    assert stats.samples_acked == count
+    assert stats.reconnects > 0
+    check_stored(learner, first, count)
+
+
+def test_a_terminator_that_starts_again(learner: Learner, certificates: Path, tls: TLS) -> None:
+    first = next(FIRST)
+    cert = str(certificates / "server.pem")
+    with Terminator(learner.port, cert) as terminator:
+        sink = sink_to(terminator.port, tls).connect()
+        sink.send(samples(first, 64, SIZE))
+        sink.wait(SOON_S)
+        terminator.kill()
+        sink.send(samples(first + 64, 64, SIZE))
+    with Terminator(learner.port, cert, port=terminator.port):
+        sink.wait(SOON_S)
+        sink.close()
+    check_stored(learner, first, 128)
+
+
+def test_a_learner_that_starts_after_its_terminator(certificates: Path, tls: TLS) -> None:
+    """Until then the terminator accepts and hangs up."""
+
+    def script(line: Line) -> None:
+        line.greet(example(SIZE))
+        line.hear_all()
+
+    with Peer(script) as peer, Terminator(peer.port, str(certificates / "server.pem")) as terminator:
+        peer.refuse()
+        with running(lambda: client_to(terminator.port, tls, retry_refused=True).close()) as outcomes:
+            eventually(lambda: len(terminator.versions()) > 1)
+            peer.listen()
+        assert outcomes == [None]
+        peer.refuse()
+        with pytest.raises(ConnectionClosedError, match="closed the connection during the handshake, after 0 bytes"):
+            client_to(terminator.port, tls)
+
+
+def test_a_certificate_that_is_another_one_by_then_is_final(certificates: Path, tls: TLS, learner: Learner) -> None:
+    with Terminator(learner.port, str(certificates / "server.pem")) as terminator:
+        client = client_to(terminator.port, tls, reconnect=SOON_S)
+        terminator.kill()
+        client.send({name: leaf[0] for name, leaf in samples(next(FIRST), 1, SIZE).items()})
+    with (
+        Terminator(learner.port, str(certificates / "strange.pem"), port=terminator.port),
+        pytest.raises(ConnectionClosedError, match=r"connection lost: .*; .*its certificate was not issued by a CA"),
+    ):
+        client.wait(SOON_S)
+    client.close()
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+def test_a_peer_that_hangs_up_is_noticed_at_once(certificates: Path, tls: TLS, orderly: bool) -> None:
+    def leave(line: Line) -> None:
+        line.greet(example(SIZE))
+        line.hear(SIZE)
+        if orderly:
+            with contextlib.suppress(ssl.SSLZeroReturnError):
+                line.sock.unwrap()  # type: ignore[attr-defined]
+        else:
+            line.hang_up()
+
+    with Peer(secured(leave, certificates)) as peer, client_to(peer.port, tls) as client:
+        client.send({name: leaf[0] for name, leaf in samples(0, 1, SIZE).items()})
+        with pytest.raises(ConnectionClosedError, match=r"(?s)the peer closed the connection.*1 samples un-acked"):
+            client.wait(SOON_S)
+
+
+def test_the_end_is_told_to_the_peer(certificates: Path, tls: TLS) -> None:
+    """A proxy could not tell it from a cut otherwise, and may reset its connection to the learner."""
+    heard = []
+
+    def listen(line: Line) -> None:
+        line.greet(example(SIZE))
+        heard.append(line.sock.recv(1))  # raises if the end is not told
+
+    with Peer(secured(listen, certificates)) as peer:
+        client_to(peer.port, tls).close()
+        eventually(lambda: heard == [b""])
+
+
+def secured(script: Script, certificates: Path, name: str = "server") -> Script:
+    """The script of a peer that speaks TLS, in this process."""
+    context = server_context(str(certificates / f"{name}.pem"))
+
+    def run(line: Line) -> None:
+        line.sock = context.wrap_socket(line.sock, server_side=True, suppress_ragged_eofs=False)
+        script(line)
+
+    return run
+
+
+# What is refused.
+
+
+def refuse(certificates: Path, name: str, **options: Any) -> Script:
+    """A peer that speaks TLS and is not meant to get far."""
+    context = server_context(str(certificates / f"{name}.pem"), **options)
+
+    def run(line: Line) -> None:
+        try:
+            line.sock = context.wrap_socket(line.sock, server_side=True)
+        except (ssl.SSLError, ConnectionError):
+            line.hang_up()
+
+    return run
+
+
+def test_certificates_that_are_refused(certificates: Path, tls: TLS, descriptors: None) -> None:
+    ca = certificates / "ca.pem"
+    cases = {
+        "strange": f"its certificate was not issued by a CA that is in ca_file {ca} (",
+        "elsewhere": "its certificate is for other.example, 10.0.0.5, and not for '127.0.0.1'; connect to that, or ",
+        "expired": "its certificate, or that of its CA, has expired",
+        "later": "its certificate is not valid yet; is the clock of one of the machines wrong?",
+    }
+    for name, words in cases.items():
+        with Peer(refuse(certificates, name)) as peer:
+            with pytest.raises(CertificateError) as caught:
+                client_to(peer.port, tls)
+            assert str(caught.value).startswith(f"127.0.0.1:{peer.port}: {words}")
+
+
+def alert(description: int) -> bytes:
+    """A record of TLS that says that the handshake has failed, and why, as RFC 8446 numbers it."""
+    return bytes((21, 3, 3, 0, 2, 2, description))
+
+
+def test_by_default_the_system_says_who_is_trusted(terminator: Terminator) -> None:
+    with pytest.raises(CertificateError, match="not issued by a CA that the operating system trusts"):
+        client_to(terminator.port, TLS())
+
+
+@pytest.mark.parametrize("most", ["TLSv1_2", "TLSv1_3"])
+def test_a_server_that_misses_a_client_certificate(certificates: Path, tls: TLS, most: str) -> None:
+    """Of TLS 1.3, it says so only after the handshake."""
+    options = {"client_ca": str(certificates / "ca.pem"), "most": most}
+    with Peer(refuse(certificates, "server", **options)) as peer:
+        with pytest.raises(
+            HandshakeError, match=r"127\.0\.0\.1:\d+: .* client certificate[;:] give cert_file and key_"
+        ):
+            client_to(peer.port, tls)
+        with pytest.raises(
+            CertificateError, match=r"the server refuses the client certificate of cert_file .*strange_"
+        ):
+            client_to(peer.port, TLS(tls.ca_file, certificates / "strange_client.pem"))
+
+
+def test_a_server_without_tls(learner: Learner, tls: TLS) -> None:
+    """It is told by its greeting, before anything that it would take for samples is sent."""
+    first = next(FIRST)
+    with pytest.raises(HandshakeError, match="it is a plain echo server; leave out tls="):
+        client_to(learner.port, tls)
+    check_stored(learner, first, 0)
+
+
+class Distant(TlsSocket):
+    """One whose peer is a quarter of a second away, as Linux has it in struct tcp_info."""
+
+    def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
+        if (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
+            return struct.pack("=68xI", 250_000)[:size]
+        return super().getsockopt(level, option, size)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="nobody knows how far it is")
+def test_a_server_without_tls_that_is_far_away(tls: TLS) -> None:
+    """Its greeting is waited for as long as it may be on the way."""
+    heard = []
+
+    def script(line: Line) -> None:
+        if select.select([line.sock], [], [], BRIEF_S)[0]:
+            heard.append(line.sock.recv(1))
+        line.greet(example(SIZE))
+        line.hear_all()
+
+    deadline = Deadline(SOON_S)
+    with Peer(script) as peer:
+        address = (socket.AF_INET, ("127.0.0.1", peer.port))
+        with connect([address], "it", deadline, Distant) as sock:
+            assert isinstance(sock, Distant)
+            with pytest.raises(HandshakeError, match="it is a plain echo server; leave out tls="):
+                secure(sock, tls, "127.0.0.1", "it", deadline)
+    assert not heard
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (b"SSH-2.0-OpenSSH_9.6\r\n", b"", "the server speaks no TLS: it begins with b'SSH-'"),
+        (
+            b"",
+            b"HTTP/1.1 400 Bad Request\r\n\r\n",
+            "the server speaks no TLS; if it is a plain echo server, leave out ",
+        ),
+        (b"", greeting(example(SIZE)), "the server speaks no TLS; if it is a plain echo server, leave out tls="),
+        (b"", alert(70), "the server speaks no TLS 1.2 or later ("),
+    ],
+)
+def test_other_servers(tls: TLS, before: bytes, after: bytes, words: str) -> None:
+    def script(line: Line) -> None:
+        line.say(before)
+        if after:
+            line.hear(5)
+            line.say(after)
+        line.hear_all()
+
+    with Peer(script) as peer, pytest.raises(HandshakeError) as caught:
+        client_to(peer.port, tls)
+    assert type(caught.value) is HandshakeError
+    assert str(caught.value).startswith(f"127.0.0.1:{peer.port}: {words}")
+
+
+@pytest.mark.parametrize("last_words", [b"", alert(80)], ids=["none", "internal_error"])
+def test_a_server_that_hangs_up_in_the_handshake_may_be_tried_again(tls: TLS, last_words: bytes) -> None:
+    def script(line: Line) -> None:
+        line.hear(5)
+        line.say(last_words)
+        line.hang_up()
+
+    with Peer(script) as peer, pytest.raises(ConnectionClosedError, match=r"broke .* off during the TLS handshake"):
+        client_to(peer.port, tls)
+
+
+def test_an_old_version_of_tls(certificates: Path, tls: TLS) -> None:
+    """The system's OpenSSL may not even serve it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    assert tls.context().minimum_version == ssl.TLSVersion.TLSv1_2
+    assert tls.context().verify_mode == context.verify_mode == ssl.CERT_REQUIRED
+    assert tls.context().check_hostname
+
+
+# Time.
+
+
+def silence(line: Line) -> None:
+    line.hear_all()
+
+
+def dribble(line: Line) -> None:
+    """The header of a record, and then as little of it as can be, until the client has left."""
+    line.hear(5)
+    line.say(b"\x16\x03\x03\x40\x00")
+    while True:
+        line.say(b"\0")
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("script", [silence, dribble])
+def test_a_handshake_that_stalls_ends_with_connect_timeout(tls: TLS, script: Script) -> None:
+    with Peer(script) as peer:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"TLS handshake not complete within 0\.3 s"):
+            client_to(peer.port, tls, connect_timeout=BRIEF_S)
+        assert BRIEF_S - 0.02 <= time.monotonic() - began < SOON_S
+
+
+def test_who_else_a_certificate_is_for_is_not_waited_for(certificates: Path, tls: TLS) -> None:
+    """For that takes another connection, where the server may say nothing, and the error is known."""
+    scripts = Scripts(refuse(certificates, "elsewhere"), silence)
+    with (
+        Peer(scripts) as peer,
+        running(lambda: client_to(peer.port, tls, connect_timeout=None)) as outcomes,
+    ):
+        pass
+    assert isinstance(outcomes[0], CertificateError)
+    assert "its certificate is for others, and not for '127.0.0.1'" in str(outcomes[0])
+
+
+def test_what_never_becomes_a_greeting_ends_with_the_deadline() -> None:
+    """As records of TLS that hold nothing, of which there may always be one more."""
+
+    class Hungry(socket.socket):
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            raise BlockingIOError
+
+    deadline = Deadline(BRIEF_S)
+    with Peer(lambda line: line.say(b"more")) as peer:
+        address = (socket.AF_INET, ("127.0.0.1", peer.port))
+        with (
+            connect([address], "it", deadline, Hungry) as sock,
+            running(lambda: shake_hands(sock, "it", deadline)) as outcomes,
+        ):
+            pass
+    assert isinstance(outcomes[0], TimeoutError)
+
+
+def test_what_nobody_opens_is_not_read_for_ever(tls: TLS) -> None:
+    """It waits in the kernel, whose memory has a bound."""
+    said = 1 << 20
+    deadline = Deadline(SOON_S)
+
+    def script(line: Line) -> None:
+        line.say(bytes(said))
+        line.hang_up()
+
+    with Peer(script) as peer:
+        address = (socket.AF_INET, ("127.0.0.1", peer.port))
+        with connect([address], "it", deadline, TlsSocket) as sock:
+            assert isinstance(sock, TlsSocket)
+            sock.begin(tls.context(), "127.0.0.1", tls)
+            for _ in range(100):
+                assert ready(sock, select.POLLIN, deadline)
+                sock.fetch()
+            left = 0
+            while ready(sock, select.POLLIN, deadline) and (piece := socket.socket.recv(sock, said)):
+                left += len(piece)
+    assert said - left < 1 << 18
+
+
+def test_a_handshake_that_stalls_can_be_called_off(certificates: Path, tls: TLS, descriptors: None) -> None:
+    """Here by closing a client that reconnects."""
+    stalling = Gate()
+
+    def first(line: Line) -> None:
+        secured(lambda line: line.greet(example(SIZE)), certificates)(line)
+        line.hang_up()
+
+    def later(line: Line) -> None:
+        stalling.open()
+        line.hear_all()
+
+    scripts = iter([first])
+    with Peer(lambda line: next(scripts, later)(line)) as peer:
+        client = client_to(peer.port, tls, reconnect=600.0, connect_timeout=None)
+        client.send({name: leaf[0] for name, leaf in samples(0, 1, SIZE).items()})
+        stalling.wait()
+        began = time.monotonic()
+        with pytest.raises((ConnectionClosedError, DeliveryTimeoutError)):
+            client.close(timeout=0)
+        assert time.monotonic() - began < SOON_S
+
+
+def test_a_plain_client_of_a_server_with_tls_is_told(terminator: Terminator) -> None:
+    with pytest.raises(TimeoutError, match="got 0 bytes of it; if that server expects TLS, give tls="):
+        client_to(terminator.port, None, connect_timeout=BRIEF_S)
+
+
+def cpu_while_waiting(seconds: float) -> float:
+    before = time.process_time()
+    time.sleep(seconds)
+    return time.process_time() - before
+
+
+def test_nothing_goes_round_in_circles_while_nothing_moves(learner: Learner, terminator: Terminator, tls: TLS) -> None:
+    """Idle, and with the window full."""
+    first = next(FIRST)
+    with sink_to(terminator.port, tls, max_inflight_msgs=64) as sink:
+        assert cpu_while_waiting(0.3) < 0.12
+        terminator.stall()
+        sink.send(samples(first, 1000, SIZE))
+        assert cpu_while_waiting(0.3) < 0.12
+        terminator.resume()
+        sink.wait(SOON_S)
+    check_stored(learner, first, 1000)
+
+
+def test_nothing_goes_round_in_circles_while_the_socket_is_full(certificates: Path, tls: TLS) -> None:
+    """Of what is sealed; rows are larger than one seal here."""
+    going = Gate()
+    rows = np.random.default_rng(0).integers(0, 256, (32, 1 << 20), np.uint8)
+
+    def script(line: Line) -> None:
+        line.greet(rows[0])
+        going.wait()
+        line.hear(rows.nbytes)
+        line.ack(32)
+        line.hear_all()
+
+    peer = Peer(secured(script, certificates), receive_buffer=64 * 1024)
+    with peer, TcpClient("127.0.0.1", peer.port, rows[0], 64, tls=tls) as client:
+        client.send_rows([rows])
+        eventually(lambda: cpu_while_waiting(0.1) < 0.03)  # all is full by then
+        assert cpu_while_waiting(0.3) < 0.12
+        going.open()
+        client.wait(SOON_S)
+        assert peer.lines[0].received == rows.tobytes()
+
+
+# Processes.
+
+
+def send_from(sink: EchoSink, first: int) -> None:
+    sink.send(samples(first, 64, SIZE))
+    sink.close()
+    del sink
+    gc.collect()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children_have_connections_of_their_own(
+    learner: Learner, terminator: Terminator, tls: TLS, method: str
+) -> None:
+    """And say nothing on that of their parent, not even that it ends."""
+    first = next(FIRST)
+    with sink_to(terminator.port, tls) as sink:
+        sink.send(samples(first, 64, SIZE))
+        before = len(terminator.versions())
+        child = multiprocessing.get_context(method).Process(target=send_from, args=(sink, first + 64))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        sink.send(samples(first + 128, 64, SIZE))
+        sink.wait(SOON_S)
+        assert sink.stats().reconnects == 0
+    assert len(terminator.versions()) == before + 1
+    check_stored(learner, first, 192)
+
+
+class Numbers:
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __len__(self) -> int:
+        return 256
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: leaf[0] for name, leaf in samples(self.first + index, 1, SIZE).items()}
+
+
+def test_workers_of_a_loader(learner: Learner, terminator: Terminator, tls: TLS) -> None:
+    first = next(FIRST)
+    with sink_to(terminator.port, tls) as sink:
+        dataset: Any = Numbers(first)
+        for _ in DataLoader(dataset, 32, num_workers=2, collate_fn=sink.collate(), multiprocessing_context="fork"):
+            pass
+        sink.wait(SOON_S)
+        assert sink.stats().samples_acked == 256
+    check_stored(learner, first, 256)
+
+
+# What it is told.
+
+
+def test_tls_is_a_value(tmp_path: Path) -> None:
+    tls = TLS(tmp_path / "ca.pem", "cert.pem", "key.pem", "learner")
+    assert pickle.loads(pickle.dumps(tls)) == tls
+    with pytest.raises(AttributeError):
+        tls.ca_file = None  # type: ignore[misc]
+    sink = EchoSink("127.0.0.1", 1, example(SIZE), tls=tls)
+    assert isinstance(pickle.loads(pickle.dumps(sink)), EchoSink)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"ca_file": 3}, TypeError, "ca_file: got 3, expected a path"),
+        ({"server_name": b"learner"}, TypeError, "server_name: got b'learner', expected a name"),
+        ({"server_name": ""}, ValueError, "server_name: got '', expected None or something"),
+        ({"key_file": "key.pem"}, ValueError, "key_file: got one without a cert_file"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        TLS(**options)
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("make", [client_to, sink_to])
+def test_tls_is_tls_or_nothing(make: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="tls: got True, expected None or a TLS, such as"):
+        make(1, True)
+
+
+def test_other_clients_know_no_tls(tls: TLS) -> None:
+    with pytest.raises(ValueError, match="tls: only TcpClient has it"):
+        sink_to(1, tls, client=lambda *_: None)
+
+
+def test_files_that_will_not_do(terminator: Terminator, certificates: Path, tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    ca, client, none = certificates / "ca.pem", certificates / "client.pem", tmp_path / "none.pem"
+    text, locked = tmp_path / "text.pem", tmp_path / "locked.pem"
+    text.write_text("hello")
+    key = serialization.load_pem_private_key(client.read_bytes(), None)
+    lock = serialization.BestAvailableEncryption(b"secret")
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+    locked.write_bytes(pem)
+    cases = [
+        (TLS(none), f"ca_file {none}: No such file or directory"),
+        (TLS(text), f"ca_file {text}: no certificate in PEM"),
+        (TLS(ca, none), f"cert_file {none}: No such file or directory"),
+        (TLS(ca, client, none), f"key_file {none}: No such file or directory"),
+        (TLS(ca, text), f"cert_file {text}: not a certificate and its private key in PEM"),
+        (TLS(ca, client, certificates / "strange_client.pem"), "the key is not that of the certificate"),
+        (TLS(ca, client, locked), "the key needs a passphrase; give one that needs none"),
+    ]
+    for tls, words in cases:
+        with pytest.raises(CertificateError) as caught:
+            client_to(terminator.port, tls)
+        assert str(caught.value).startswith(f"127.0.0.1:{terminator.port}: ")
+        assert words in str(caught.value)
+        assert str(type(caught.value)(str(caught.value))) == str(caught.value)
+
+
+# The command line.
+
+
+def test_doctor_and_bench(terminator: Terminator, certificates: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peer, ca = f"127.0.0.1:{terminator.port}", str(certificates / "ca.pem")
+    assert main(["doctor", peer, "--tls-ca", ca]) == 0
+    out = capsys.readouterr().out
+    assert "TLSv1.3, with a certificate for localhost, 127.0.0.1\n" in out
+    assert f"OK: {peer} takes samples" in out
+    assert main(["bench", peer, "--tls-ca", ca, "--seconds", "0.1"]) == 0
+    assert "all acknowledged" in capsys.readouterr().out
+
+
+def test_doctor_says_what_is_wrong(
+    terminator: Terminator, learner: Learner, certificates: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer, plain, ca = f"127.0.0.1:{terminator.port}", f"127.0.0.1:{learner.port}", str(certificates / "ca.pem")
+    speaks_first = "no echo server: it waits for its client to speak first, as HTTP servers do, and proxies with TLS"
+    cases = [
+        ([peer, "--timeout", "0.3"], f"{peer}: {speaks_first}; check the port, or give --tls-ca"),
+        ([peer, "--tls"], f"{peer}: its certificate was not issued by a CA that the operating system trusts"),
+        ([peer, "--tls-ca", ca, "--tls-name", "learner"], f"{peer}: its certificate is for localhost, 127.0.0.1, and "),
+        ([plain, "--tls-ca", ca], f"{plain}: the server speaks no TLS: it is a plain echo server; leave out tls="),
+        ([peer, "--tls-key", ca], "--tls-*: key_file: got one without a cert_file"),
+    ]
+    for arguments, words in cases:
+        assert main(["doctor", *arguments]) == 1
+        assert capsys.readouterr().err.startswith(f"FAILED: {words}")
