@@ -18,7 +18,7 @@ from collections import deque
 from echo_torch.errors import ConnectionClosedError
 from echo_torch.metrics.timing import Latencies
 from echo_torch.ring.ring import Ring
-from echo_torch.support.record import record
+from echo_torch.support.interrupts import record
 from echo_torch.wire.protocol import check_acks
 
 # Most acks read by one system call, in bytes, one each; of a smaller window there are no more than that, and one that

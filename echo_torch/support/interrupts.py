@@ -1,4 +1,4 @@
-"""What an RLock knows that makes it safe where Ctrl-C and signal handlers strike: whether this thread holds it.
+"""What keeps state whole where Ctrl-C and signal handlers strike: whether this thread holds a lock, and `record`.
 
 ``with lock`` on a plain ``Lock`` or an ``RLock`` is safe by itself: both are C code, and no interrupt comes between
 their acquiring and the block. These are for what ``with`` cannot do.
@@ -12,7 +12,17 @@ from __future__ import annotations
 
 import operator
 import threading
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 is_mine: Callable[[threading.RLock], bool] = operator.methodcaller("_is_owned")
 """Whether the calling thread holds an ``RLock``."""
+
+
+def record(log: deque[Any], call: Callable[..., Any], *args: tuple[Any]) -> None:
+    """Make a system call and append what it gives to ``log``, in one piece of C code that no interrupt can divide.
+
+    ``args`` holds each argument in a tuple of its own.
+    """
+    log.extend(map(call, *args))

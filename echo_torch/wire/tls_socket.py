@@ -22,7 +22,7 @@ from typing import Any
 
 from echo_torch.errors import CertificateError, ConnectionClosedError, HandshakeError
 from echo_torch.support.deadline import Deadline
-from echo_torch.support.record import record
+from echo_torch.support.interrupts import record
 
 from .keepalive import round_trip
 from .poll import ready
