@@ -28,11 +28,10 @@ from echo_torch.ring.ring import Ring, Waiter
 from echo_torch.support.interrupts import is_mine
 
 from .flow import Backlog
-from .leader import Leader
 from .reconnect import Redial
 from .replay import Tail
 from .tls_pump import pump_for
-from .wakeup import WakeUp
+from .wakeup import Leader, WakeUp
 
 # A few rows may linger for this long to be written together, if the last write was as recent and acks are still out:
 # one system call costs as much as several samples, or as copying 16 KB.

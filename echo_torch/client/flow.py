@@ -11,6 +11,11 @@ and copies that go round through 64 MiB miss the caches. Measured side by side i
 Callers whose ring has no more room than the window cannot run ahead. They gain nothing from leaving what they packed to
 the I/O thread, and write more of it themselves, while their own caches hold it: 1.3 times as many samples of 602 KB got
 through `TcpClient` so, and 1.1 times of 28 KB.
+
+How long acks may lie unread (`Pace`): to be woken for every few of them costs more than the samples did. The kernel
+cannot be told to wake us for more than some ten: the server has no more under way before we read or send (`pump`). What
+it sends meanwhile it sends at once then. So while rows wait for nothing but the window, the I/O thread sleeps for a
+time in which, as fast as acks came in last, only a share of the window will be acked.
 """
 
 from __future__ import annotations
@@ -30,6 +35,11 @@ AHEAD_WRITE_BYTES = 64 * 1024
 LEVEL_WRITE_BYTES = 1024 * 1024
 # Seconds that a wait may take at the least before it counts as slow: threads are not always woken at once.
 HICCUP_S = 0.02
+# At most this share of the window may be acked while the I/O thread sleeps, so that the server does not run dry.
+SHARE = 4
+# Seconds: below the first, sleeping costs more than it saves; above the second, it would save hardly more.
+LEAST_S = 0.0001
+MOST_S = 0.002
 
 
 class Backlog:
@@ -68,3 +78,22 @@ class Backlog:
         else:
             fast = (ring.acked - acked) * ring.row_bytes >= FAST_BYTES_S * (time.monotonic() - began)
         ring.limit = self._modest if fast else ring.room
+
+
+class Pace:
+    """How fast acks come in, for a window of ``window`` rows."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._acked = 0
+        self._at = time.monotonic()
+
+    def nap(self, acked: int) -> float:
+        """Seconds that may pass before the next look, if only acks matter; to be asked after every look."""
+        now = time.monotonic()
+        came, took = acked - self._acked, now - self._at
+        if not came:  # too early to tell, or nothing to hurry for: the next one that comes shall wake us
+            return 0.0
+        self._acked, self._at = acked, now
+        seconds = min(MOST_S, took * self._window / (SHARE * came))
+        return seconds if seconds >= LEAST_S else 0.0

@@ -23,7 +23,7 @@ from echo_torch.wire.connect import hang_up
 from echo_torch.wire.keepalive import silence
 
 from .connection import LINGER_S, Link
-from .pace import Pace
+from .flow import Pace
 from .reconnect import Redial
 
 _log = logging.getLogger(__name__)

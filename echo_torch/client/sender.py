@@ -24,8 +24,7 @@ from echo_torch.support.deadline import NEVER, Deadline
 from .connection import Link
 from .io_thread import IoThread
 from .reconnect import Redial
-from .remains import Remains
-from .replay import Tail
+from .replay import Remains, Tail
 
 _log = logging.getLogger(__name__)
 

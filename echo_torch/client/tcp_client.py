@@ -32,7 +32,7 @@ from echo_torch.wire.tls import TLS, check_tls
 
 from .io_thread import IoThread
 from .reconnect import Redial
-from .remains import Remains
+from .replay import Remains
 from .sender import Connection
 
 _log = logging.getLogger(__name__)

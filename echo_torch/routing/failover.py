@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from echo_torch.client.remains import Remains
+from echo_torch.client.replay import Remains
 from echo_torch.client.tcp_client import TcpClient
 from echo_torch.metrics.stats import Counts
 from echo_torch.support.deadline import Deadline

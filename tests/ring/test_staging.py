@@ -28,8 +28,8 @@ from peers import Line, Peer, Scripts
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.client import connection, pump
+from echo_torch.client.flow import Pace
 from echo_torch.client.io_thread import HEARTBEAT_S
-from echo_torch.client.pace import Pace
 from echo_torch.ring import ring, staging
 from echo_torch.ring.ring import Ring
 from echo_torch.ring.staging import DeviceCopy, device_of, pack_rows, unit_of

@@ -1,6 +1,6 @@
-"""`Backlog`: how far callers may run ahead after a ring was full, and how much they write themselves.
+"""How far callers may run ahead after a ring was full, how much they write themselves, and how long acks may lie.
 
-On its own, and where a client uses it.
+On their own, and where a client uses them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from peers import Line, Peer
 
 from echo_torch import DeliveryTimeoutError, TcpClient
 from echo_torch.client import flow
-from echo_torch.client.flow import AHEAD_WRITE_BYTES, FAST_BYTES_S, HICCUP_S, LEVEL_WRITE_BYTES, MODEST_BYTES, Backlog
+from echo_torch.client.flow import (
+    AHEAD_WRITE_BYTES,
+    FAST_BYTES_S,
+    HICCUP_S,
+    LEAST_S,
+    LEVEL_WRITE_BYTES,
+    MODEST_BYTES,
+    MOST_S,
+    SHARE,
+    Backlog,
+    Pace,
+)
 from echo_torch.ring.ring import Ring
 
 ROW = 1024 * 1024
@@ -181,3 +192,47 @@ def test_a_learner_that_pauses_after_it_was_fast_still_gets_all_of_the_ring(time
         paused.set()
         with pytest.raises(DeliveryTimeoutError):
             client.close(0.1)
+
+
+# How long acks may lie unread: naps end before the window runs dry, and are not taken where they would cost more than
+# they save.
+
+
+@pytest.mark.parametrize("window", [1, 32, 1024])
+@pytest.mark.parametrize("per_second", [1e3, 1e4, 1e5, 1e6, 1e7])
+def test_no_more_than_a_share_of_the_window_is_acked_during_a_nap(clock: Clock, window: int, per_second: float) -> None:
+    asked = Pace(window)
+    acked = 0
+    for took in (1e-5, 1e-3, 0.5):
+        clock.now += took
+        acked += max(1, round(took * per_second))
+        nap = asked.nap(acked)
+        rate = max(1, round(took * per_second)) / took
+        assert nap == 0.0 or LEAST_S <= nap <= MOST_S
+        assert nap * rate <= window / SHARE * (1 + 1e-9)
+        if window / SHARE / rate >= LEAST_S:
+            assert nap > 0.0
+
+
+@pytest.mark.parametrize("took", [1e-6, 5.0])
+def test_there_is_no_nap_where_nothing_was_acked(clock: Clock, took: float) -> None:
+    asked = Pace(1024)
+    clock.now += took
+    assert asked.nap(0) == 0.0
+
+
+def test_a_look_that_came_too_early_does_not_count(clock: Clock) -> None:
+    """The rate is that since the last acks, however often was looked in between."""
+    asked, undisturbed = Pace(1024), Pace(1024)
+    for _ in range(10):
+        clock.now += 1e-4
+        asked.nap(0)
+    assert asked.nap(300) == undisturbed.nap(300) > 0.0
+
+
+def test_only_what_came_since_the_last_look_counts(clock: Clock) -> None:
+    asked = Pace(1024)
+    clock.now += 1.0
+    assert asked.nap(10_000_000) == 0.0
+    clock.now += 1.0
+    assert asked.nap(10_000_100) == MOST_S
