@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch.utils.data import default_collate
 
-from .client.tcp_client import SERVER_QUEUE, Client, TcpClient, close_after
+from .client.tcp_client import Client, TcpClient, close_after
 from .metrics.stats import SinkStats
 from .processes.ledger import new_token
 from .progress import show_acks
 from .ranks import wait_together
+from .ring.ring import SERVER_QUEUE
 from .routing.connector import Opener
-from .routing.partition import Routing, addresses_of, check_routing, shards_of
+from .routing.partition import Routing, check_routing, shards_of
 from .routing.route import Route
 from .samples.spec import Match, SampleSpec, example_of
 from .session.session import Session
@@ -30,6 +31,7 @@ from .support.interrupts import is_mine
 from .support.tracing import profiled, profiling, uncompiled
 from .support.validation import check_count, check_seconds, check_timeout
 from .tee import Tee
+from .wire.connect import addresses_of
 from .wire.tls import TLS, check_tls
 from .workers import SinkCollate
 

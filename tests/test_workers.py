@@ -17,7 +17,7 @@ from training import Digits, Item, arrived, digit, learner, numbers_of, sink_to
 
 from echo_torch import DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.callbacks.loop import SinkCallback
-from echo_torch.client.tcp_client import SERVER_QUEUE
+from echo_torch.ring.ring import SERVER_QUEUE
 from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
 COUNT = 36

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from echo_torch.client.tcp_client import SERVER_QUEUE, least_buffer
 from echo_torch.errors import DeliveryTimeoutError, HandshakeError, SpecMismatchError
+from echo_torch.ring.ring import SERVER_QUEUE, least_buffer
 from echo_torch.samples.leaf import Array
 from echo_torch.sink import EchoSink
 from echo_torch.wire.connect import peer_name

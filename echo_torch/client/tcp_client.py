@@ -20,7 +20,7 @@ from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, SpecM
 from echo_torch.metrics.stats import Counts
 from echo_torch.metrics.timing import Times
 from echo_torch.ring.pack import Packer
-from echo_torch.ring.ring import Ring
+from echo_torch.ring.ring import SERVER_QUEUE, Ring, ring_rows
 from echo_torch.ring.staging import Stager, UnstagedError
 from echo_torch.samples.leaf import Array
 from echo_torch.samples.pytree import flatten
@@ -41,8 +41,6 @@ _log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0
 # A batch that the device cannot stage comes in pieces of this share of the buffer at the most.
 UNSTAGED_SHARE = 4
-# The server's default ``producer_queue_size``: how many samples that it acked it may discard when a connection ends.
-SERVER_QUEUE = 8
 
 
 @runtime_checkable
@@ -365,23 +363,6 @@ def _allocate(rows: int, size: int) -> memoryview:
     except (MemoryError, ValueError):
         what = f"{rows} samples of {size} bytes do not fit into memory"
         raise ValueError(f"max_inflight_msgs: {what}; give buffer_bytes for a smaller buffer") from None
-
-
-def least_buffer(payload_size: int, replay_acked: int) -> int:
-    """Bytes of the smallest buffer to work with."""
-    return (replay_acked + 2) * payload_size
-
-
-def ring_rows(payload_size: int, buffer_bytes: int, replay_acked: int) -> int:
-    """How many samples fit into ``buffer_bytes``; ValueError if those are too few to work with."""
-    rows = check_count("buffer_bytes", buffer_bytes, least=1) // payload_size
-    need = least_buffer(payload_size, replay_acked)
-    if buffer_bytes < need:
-        raise ValueError(
-            f"buffer_bytes: got {buffer_bytes}, room for {rows} samples of {payload_size} bytes; "
-            f"expected at least {need}, for the {replay_acked} kept to be sent again and 2 more"
-        )
-    return rows
 
 
 def close_after(error: BaseException | None, close: Callable[[], None], peer: str) -> None:

@@ -34,9 +34,12 @@ from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from echo_torch.support.deadline import bounded_wait
+from echo_torch.support.validation import check_count
 
 # Small enough for what is in use to stay in the caches, large enough that runs of rows are not cut up for nothing.
 CHUNK_BYTES = 2 * 1024 * 1024
+# The server's default ``producer_queue_size``: how many samples that it acked it may discard when a connection ends.
+SERVER_QUEUE = 8
 
 
 class Copy(Protocol):
@@ -359,3 +362,20 @@ class Ring:
         """Nothing will move any more: accept no rows and wake everybody."""
         self.stopped = True
         self.wake()
+
+
+def least_buffer(payload_size: int, replay_acked: int) -> int:
+    """Bytes of the smallest buffer to work with."""
+    return (replay_acked + 2) * payload_size
+
+
+def ring_rows(payload_size: int, buffer_bytes: int, replay_acked: int) -> int:
+    """How many samples fit into ``buffer_bytes``; ValueError if those are too few to work with."""
+    rows = check_count("buffer_bytes", buffer_bytes, least=1) // payload_size
+    need = least_buffer(payload_size, replay_acked)
+    if buffer_bytes < need:
+        raise ValueError(
+            f"buffer_bytes: got {buffer_bytes}, room for {rows} samples of {payload_size} bytes; "
+            f"expected at least {need}, for the {replay_acked} kept to be sent again and 2 more"
+        )
+    return rows

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from echo_torch.client.tcp_client import Client, TcpClient, least_buffer, ring_rows
+from echo_torch.client.tcp_client import Client, TcpClient
+from echo_torch.ring.ring import least_buffer, ring_rows
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support.deadline import Deadline
-from echo_torch.wire.connect import peer_name
+from echo_torch.wire.connect import Addresses, peer_name
 from echo_torch.wire.tls import TLS
 
 from .balancer import Spread
 from .failover import Peer
-from .partition import Addresses
 from .route import NoRoute, RingRoute, Route, RowRoute
 
 _log = logging.getLogger(__name__)

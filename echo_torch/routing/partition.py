@@ -1,4 +1,4 @@
-"""Several learners, as a sink is told of them: where they are, and which of them a batch goes to."""
+"""Which of several learners a batch, or each of its samples, goes to."""
 
 from __future__ import annotations
 
@@ -9,42 +9,10 @@ import numpy as np
 import torch
 
 from echo_torch.samples.leaf import Array
-from echo_torch.wire.connect import check_address, peer_name
 
 Routing = Literal["round_robin", "least_inflight"] | Callable[[Any], Any]
 """How batches are spread; a function gives the learner's index for each sample."""
 ROUTINGS = ("round_robin", "least_inflight")
-
-Addresses = tuple[tuple[str, int], ...]
-
-
-def addresses_of(host: Any, port: Any) -> Addresses:
-    """One address for each of several hosts or ports; a single one of either goes with all of the other.
-
-    Raises:
-        TypeError, ValueError: some could be no address, there are none, as many hosts as ports, or one comes twice.
-    """
-    hosts = [host] if isinstance(host, str) else _listed("host", host)
-    ports = _listed("port", port) if isinstance(port, (list, tuple, range)) else [port]
-    if 1 not in (len(hosts), len(ports)) and len(hosts) != len(ports):
-        raise ValueError(
-            f"host, port: got {len(hosts)} hosts and {len(ports)} ports, expected as many, or one of either"
-        )
-    count = max(len(hosts), len(ports))
-    pairs = list(zip(hosts * (count // len(hosts)), ports * (count // len(ports)), strict=True))
-    for one in pairs:
-        check_address(*one)
-        if pairs.count(one) > 1:
-            raise ValueError(f"host, port: got {peer_name(*one)} twice, expected a learner each")
-    return tuple(pairs)
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    if not isinstance(values, (list, tuple, range)):
-        raise TypeError(f"{name}: got {values!r}, expected one, or a list of them")
-    if not values:
-        raise ValueError(f"{name}: got {values!r}, expected at least one")
-    return list(values)
 
 
 def check_routing(route: Any, failover: Any) -> None:

@@ -38,6 +38,9 @@ _RETRY_S = (0.05, 1.0)
 _PATIENCE = 0.5
 
 Address = tuple[socket.AddressFamily, Any]
+"""A resolved address: its family, and what ``connect`` takes."""
+Addresses = tuple[tuple[str, int], ...]
+"""Host and port of each learner."""
 
 # All that were made here, and are not gone yet: a forked child closes its copies, or the peer would not learn of the
 # end of this process before that of the child.
@@ -55,6 +58,35 @@ def check_address(host: str, port: int) -> None:
         raise TypeError(f"host: got {host!r}, expected a name or an address")
     if check_count("port", port, least=1) > 65535:
         raise ValueError(f"port: got {port}, expected 1 to 65535")
+
+
+def addresses_of(host: Any, port: Any) -> Addresses:
+    """One address for each of several hosts or ports; a single one of either goes with all of the other.
+
+    Raises:
+        TypeError, ValueError: some could be no address, there are none, as many hosts as ports, or one comes twice.
+    """
+    hosts = [host] if isinstance(host, str) else _listed("host", host)
+    ports = _listed("port", port) if isinstance(port, (list, tuple, range)) else [port]
+    if 1 not in (len(hosts), len(ports)) and len(hosts) != len(ports):
+        raise ValueError(
+            f"host, port: got {len(hosts)} hosts and {len(ports)} ports, expected as many, or one of either"
+        )
+    count = max(len(hosts), len(ports))
+    pairs = list(zip(hosts * (count // len(hosts)), ports * (count // len(ports)), strict=True))
+    for one in pairs:
+        check_address(*one)
+        if pairs.count(one) > 1:
+            raise ValueError(f"host, port: got {peer_name(*one)} twice, expected a learner each")
+    return tuple(pairs)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, (list, tuple, range)):
+        raise TypeError(f"{name}: got {values!r}, expected one, or a list of them")
+    if not values:
+        raise ValueError(f"{name}: got {values!r}, expected at least one")
+    return list(values)
 
 
 def dial(

@@ -36,8 +36,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from training import STALLING, DigitLearner, Digits, Item, arrived, came, digit, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
-from echo_torch.client.tcp_client import SERVER_QUEUE
 from echo_torch.processes import marks
+from echo_torch.ring.ring import SERVER_QUEUE
 from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
 HELPERS = Path(__file__).parents[1] / "helpers"

@@ -1,4 +1,4 @@
-"""Addresses of several learners, and what a user's function may give for a batch."""
+"""What a user's function may give for a batch, as the index of a learner."""
 
 from __future__ import annotations
 
@@ -8,42 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from echo_torch.routing.partition import addresses_of, check_routing, shards_of
-
-
-@pytest.mark.parametrize(
-    ("host", "port", "expected"),
-    [
-        ("a", 1, (("a", 1),)),
-        ("a", [1, 2], (("a", 1), ("a", 2))),
-        (["a", "b"], 1, (("a", 1), ("b", 1))),
-        (("a", "b"), range(1, 3), (("a", 1), ("b", 2))),
-        (["a"], [1], (("a", 1),)),
-        (["a", "a"], [1, 2], (("a", 1), ("a", 2))),
-    ],
-)
-def test_a_single_host_or_port_goes_with_all_of_the_other(host: Any, port: Any, expected: Any) -> None:
-    assert addresses_of(host, port) == expected
-
-
-@pytest.mark.parametrize(
-    ("host", "port", "kind", "message"),
-    [
-        (["a", "b", "c"], [1, 2], ValueError, "got 3 hosts and 2 ports"),
-        ([], 1, ValueError, "host: got [], expected at least one"),
-        ("a", [], ValueError, "port: got [], expected at least one"),
-        ("a", [1, 1], ValueError, "got a:1 twice"),
-        (["a", 7], 1, TypeError, "host: got 7"),
-        ({"a": 1}, 1, TypeError, "host: got {'a': 1}"),
-        (None, 1, TypeError, "host: got None"),
-        ("a", [1, 65536], ValueError, "port: got 65536"),
-        ("a", [1, 2.0], TypeError, "port: got 2.0"),
-    ],
-)
-def test_bad_addresses_are_named(host: Any, port: Any, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as caught:
-        addresses_of(host, port)
-    assert message in str(caught.value)
+from echo_torch.routing.partition import check_routing, shards_of
 
 
 @pytest.mark.parametrize(("route", "kind"), [("random", ValueError), (None, TypeError), (3, TypeError)])

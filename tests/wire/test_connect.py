@@ -20,7 +20,7 @@ from peers import PATIENCE_S, TCP_REPAIR, Line, Peer, Script, Scripts, full_queu
 from echo_torch.errors import ConnectionClosedError, HandshakeError
 from echo_torch.support.deadline import Deadline
 from echo_torch.wire import keepalive
-from echo_torch.wire.connect import dial, hang_up, peer_name
+from echo_torch.wire.connect import addresses_of, dial, hang_up, peer_name
 from echo_torch.wire.protocol import ACK, WireLeaf
 
 pytestmark = pytest.mark.usefixtures("descriptors")
@@ -590,3 +590,41 @@ def test_hang_up_is_seen_by_the_peer_although_a_copy_is_open() -> None:
         with sock.dup():
             hang_up(sock)
             assert heard_the_end.wait(PATIENCE_S)
+
+
+# Addresses of several learners.
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "expected"),
+    [
+        ("a", 1, (("a", 1),)),
+        ("a", [1, 2], (("a", 1), ("a", 2))),
+        (["a", "b"], 1, (("a", 1), ("b", 1))),
+        (("a", "b"), range(1, 3), (("a", 1), ("b", 2))),
+        (["a"], [1], (("a", 1),)),
+        (["a", "a"], [1, 2], (("a", 1), ("a", 2))),
+    ],
+)
+def test_a_single_host_or_port_goes_with_all_of_the_other(host: Any, port: Any, expected: Any) -> None:
+    assert addresses_of(host, port) == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "kind", "message"),
+    [
+        (["a", "b", "c"], [1, 2], ValueError, "got 3 hosts and 2 ports"),
+        ([], 1, ValueError, "host: got [], expected at least one"),
+        ("a", [], ValueError, "port: got [], expected at least one"),
+        ("a", [1, 1], ValueError, "got a:1 twice"),
+        (["a", 7], 1, TypeError, "host: got 7"),
+        ({"a": 1}, 1, TypeError, "host: got {'a': 1}"),
+        (None, 1, TypeError, "host: got None"),
+        ("a", [1, 65536], ValueError, "port: got 65536"),
+        ("a", [1, 2.0], TypeError, "port: got 2.0"),
+    ],
+)
+def test_bad_addresses_are_named(host: Any, port: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        addresses_of(host, port)
+    assert message in str(caught.value)
