@@ -17,14 +17,14 @@ from typing import Protocol
 
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
 from echo_torch.metrics.stats import Counts
+from echo_torch.metrics.timing import Times
+from echo_torch.routing.connector import WORKER_RECONNECT_S
 from echo_torch.routing.route import Route
-from echo_torch.session.totals import Account
 from echo_torch.support import shutdown
 from echo_torch.support.deadline import Deadline
 
+from . import ledger
 from .file_locks import lives
-from .ledger import begin
-from .parent import KINDS
 
 _log = logging.getLogger(__name__)
 
@@ -61,10 +61,54 @@ def death_of(parent: int) -> Callable[[], bool]:
     return lambda: process is None or not process.is_alive() or not lives(parent)
 
 
+class Marks:
+    """What a parent and those of its children that end with it tell each other for later, when some may not have begun.
+
+    It is kept in the ledger's folder. In a process that is no such child, nothing is told by a parent.
+
+    Args:
+        token: the sink's.
+        origin: the process that made the sink.
+    """
+
+    def __init__(self, token: str, origin: int) -> None:
+        self._token = token
+        self._parent = parent_of(origin) if multiprocessing.current_process().daemon else None
+
+    def close(self) -> None:
+        """Tell children that the sink was closed here."""
+        if not multiprocessing.current_process().daemon:  # which has no children that end with it
+            ledger.mark(self._token, os.getpid(), ledger.CLOSED)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the parent has closed the sink."""
+        return self._parent is not None and ledger.is_marked(self._token, self._parent, ledger.CLOSED)
+
+    def tell_gone(self, gone: bool) -> None:
+        """Tell the workers of later epochs whether the learner was found."""
+        if self._parent is not None:
+            (ledger.mark if gone else ledger.unmark)(self._token, self._parent, ledger.GONE)
+
+    def patience(self, timeout: float | None) -> float | None:
+        """Seconds to connect in, of ``timeout``: few if a worker before has waited for the learner in vain."""
+        if self._parent is None or not ledger.is_marked(self._token, self._parent, ledger.GONE):
+            return timeout
+        return WORKER_RECONNECT_S if timeout is None else min(timeout, WORKER_RECONNECT_S)
+
+
+class Counted(Protocol):
+    """What only the session counts."""
+
+    dropped: int
+    check_seconds: float
+
+
 class Reporter(Protocol):
     """What has a connection to report of: a sink's session."""
 
-    account: Account
+    @property
+    def account(self) -> Counted: ...
 
     def finish(self) -> None:
         """Deliver everything and close, as the parent asks."""
@@ -88,7 +132,7 @@ class Report:
     """
 
     def __init__(self, token: str, parent: int, session: Reporter, learners: int) -> None:
-        self._entry = begin(token, parent, multiprocessing.current_process().daemon, learners)
+        self._entry = ledger.begin(token, parent, multiprocessing.current_process().daemon, learners)
         self._orphaned = death_of(parent)
         self._session = weakref.ref(session)
         self.route: Route | None = None
@@ -233,8 +277,9 @@ class Report:
         entry, session = self._entry, self._session()
         counts = Counts() if self.route is None else self.route.counts()
         if session is not None:
+            times = Times() if self.route is None else self.route.times()
             entry["dropped"] = session.account.dropped
-            entry.tell_times(session.account.times(self.route))
+            entry.tell_times(times._replace(checking=session.account.check_seconds))
         if self.route is not None:
             entry.tell_peers(self.route.peers())
         entry["sent"] = max(entry["sent"], counts.sent)
@@ -249,9 +294,9 @@ class Report:
         return counts.unacked > 0
 
     def _say(self, error: Exception) -> None:
-        kind = KINDS.index(ConnectionClosedError)
-        if type(error) in KINDS:
-            kind = KINDS.index(type(error))
+        kind = ledger.KINDS.index(ConnectionClosedError)
+        if type(error) in ledger.KINDS:
+            kind = ledger.KINDS.index(type(error))
         elif isinstance(error, TimeoutError):
-            kind = KINDS.index(DeliveryTimeoutError)
+            kind = ledger.KINDS.index(DeliveryTimeoutError)
         self._entry.fail(kind, str(error))

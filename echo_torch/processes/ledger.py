@@ -32,7 +32,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from echo_torch.errors import ConnectionClosedError
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
 from echo_torch.metrics.stats import PeerCounts
 from echo_torch.metrics.timing import TIMES_BYTES, Times
 
@@ -55,6 +55,8 @@ FIELDS = (
 )
 COUNTED = FIELDS[:7]
 """Those that add up over children."""
+KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
+"""What an entry's ``error_kind`` stands for."""
 _PAGE = 4096
 _TIMES_AT = 8 * len(FIELDS)
 _TEXT_BYTES = 2048

@@ -16,13 +16,13 @@ import time
 import weakref
 from itertools import zip_longest
 
-from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
 from echo_torch.metrics.stats import PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.support.deadline import Deadline
 
 from . import ledger
-from .ledger import COUNTED, Entry, entries_of
+from .ledger import COUNTED, KINDS, Entry, entries_of
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +32,6 @@ FIRST_LOOK_S = 0.0005
 
 # Seconds in which a child that is asked to end its connection has done so, or does nothing: it takes 4 at the most.
 ANSWER_S = 6.0
-
-KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
-"""What an entry's ``error_kind`` stands for."""
 
 _State = tuple[dict[str, Entry], dict[str, int], Times, list[PeerCounts]]
 """Those that are looked at; and of those that were counted, the numbers, times, and the numbers of each learner."""

@@ -11,8 +11,7 @@ from typing import Any
 
 from echo_torch.errors import ConnectionClosedError, raise_first
 from echo_torch.metrics.stats import SinkStats
-from echo_torch.processes.child import CHILD_CLOSE_S, Report, parent_of
-from echo_torch.processes.marks import Marks
+from echo_torch.processes.child import CHILD_CLOSE_S, Marks, Report, parent_of
 from echo_torch.processes.parent import Children
 from echo_torch.routing.route import Route
 from echo_torch.samples.spec import Match, SampleSpec

@@ -36,7 +36,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from training import STALLING, DigitLearner, Digits, Item, arrived, came, digit, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
-from echo_torch.processes import marks
+from echo_torch.processes import child as child_module
 from echo_torch.ring.ring import SERVER_QUEUE
 from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
@@ -610,7 +610,7 @@ def test_workers_that_find_no_learner_tell_what_they_dropped() -> None:
 def test_workers_of_later_epochs_do_not_wait_for_a_learner_that_is_gone_and_find_it_when_it_comes(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marks, "WORKER_RECONNECT_S", 0.1)
+    monkeypatch.setattr(child_module, "WORKER_RECONNECT_S", 0.1)
     sample = {name: leaf.numpy() for name, leaf in digit(0).items()}
 
     def acking(line: Line) -> None:

@@ -37,7 +37,7 @@ from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, Pr
 from echo_torch.metrics.stats import PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.processes import ledger
-from echo_torch.processes.parent import KINDS, Children
+from echo_torch.processes.parent import Children
 from echo_torch.support.deadline import Deadline
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -378,7 +378,7 @@ def test_what_one_of_a_childs_learners_acked_later_does_not_stand_in_for_what_an
         with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
             time.sleep(0.05)
             one.set(sent=20)
-            one.fail(KINDS.index(ConnectionClosedError), "the reason")
+            one.fail(ledger.KINDS.index(ConnectionClosedError), "the reason")
             one.set(acked=15, closed=1)  # of any
         assert isinstance(outcomes[0], ConnectionClosedError)
         assert f"process {one.pid}: the reason" in str(outcomes[0])
@@ -389,7 +389,7 @@ def test_what_one_may_have_lost_that_had_lost_its_connection_is_counted_once(tok
         with Child(token) as one:
             before = children.counts()["maybe_lost"]
             one.set(sent=20, acked=acked, maybe_lost=told)
-            one.fail(KINDS.index(ConnectionClosedError), "the reason")
+            one.fail(ledger.KINDS.index(ConnectionClosedError), "the reason")
             with pytest.raises(ConnectionClosedError):
                 children.wait(Deadline(LONG_S), None)
             assert children.counts()["maybe_lost"] == before + told
@@ -424,9 +424,9 @@ def test_one_whose_file_somebody_removed_is_counted_until_it_ends(token: str, ch
 def test_what_ended_a_childs_connection_is_raised_once(token: str, children: Children, kind: type[Exception]) -> None:
     with Child(token) as one, Child(token) as two:
         one.set(sent=5, acked=1, maybe_lost=4)
-        one.fail(KINDS.index(kind), "the reason")
+        one.fail(ledger.KINDS.index(kind), "the reason")
         two.set(sent=2)
-        two.fail(KINDS.index(DeliveryTimeoutError), "another")
+        two.fail(ledger.KINDS.index(DeliveryTimeoutError), "another")
         with pytest.raises(kind) as error:
             children.wait(Deadline(LONG_S), None)
         assert type(error.value) is kind
