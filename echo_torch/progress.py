@@ -10,13 +10,29 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .sink import EchoSink
+from .metrics.stats import SinkStats
 
 # Seconds between two looks at the sink.
 LOOK_S = 0.1
+
+
+class Sink(Protocol):
+    """What is shown here, and passed on to by a `Tee`: an `EchoSink`."""
+
+    @property
+    def peer(self) -> str:
+        """How messages name the learner."""
+
+    def send(self, batch: Any, /) -> None:
+        """Send one sample, or a batch of them."""
+
+    def wait(self) -> None:
+        """Block until everything sent so far is acked."""
+
+    def stats(self) -> SinkStats:
+        """What became of the samples so far."""
 
 
 class Batches:
@@ -27,7 +43,7 @@ class Batches:
         bar: the ``tqdm``.
     """
 
-    def __init__(self, sink: EchoSink, bar: Any) -> None:
+    def __init__(self, sink: Sink, bar: Any) -> None:
         self._sink = sink
         self._bar = bar
 
@@ -50,13 +66,13 @@ class Batches:
 
 
 @contextlib.contextmanager
-def of_batches(sink: EchoSink, total: int | None) -> Iterator[Batches]:
+def of_batches(sink: Sink, total: int | None) -> Iterator[Batches]:
     """A bar of ``total`` batches, None if nobody knows; raises ImportError without tqdm."""
     with _bar(desc=sink.peer, total=total, unit=" batches", miniters=1) as bar:
         yield Batches(sink, bar)
 
 
-def show_acks(sink: EchoSink, wait: Callable[[], None]) -> None:
+def show_acks(sink: Sink, wait: Callable[[], None]) -> None:
     """Call ``wait``, with a bar of the samples in flight now, full when they are acked.
 
     Raises:

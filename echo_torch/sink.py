@@ -33,7 +33,7 @@ from .support.validation import check_count, check_seconds, check_timeout
 from .tee import Tee
 from .wire.connect import addresses_of
 from .wire.tls import TLS, check_tls
-from .workers import SinkCollate
+from .workers import LoaderSender, SinkCollate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,7 +47,7 @@ CLOSE_TIMEOUT_S = 60.0
 EXCEPTION_CLOSE_TIMEOUT_S = 5.0
 
 
-class EchoSink:
+class EchoSink(LoaderSender):
     """Sends batches from a training loop to an ``echo.Server``, sample by sample.
 
     Thread-safe, picklable, and usable in forked children, which open connections of their own.
@@ -236,6 +236,9 @@ class EchoSink:
             watermark.failed(step)
         else:
             session.accepted(watermark, step, accepted)
+
+    def _send_from_loader(self, batch: Any) -> None:
+        self.send(batch)
 
     def wait(self, timeout: float | None = None, group: ProcessGroup | None = None, *, progress: bool = False) -> None:
         """Block until everything sent so far, by this process and by its DataLoader workers, is acked.

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from . import progress
-
-if TYPE_CHECKING:
-    from .sink import EchoSink
 
 _Batch = TypeVar("_Batch")
 
@@ -16,7 +13,7 @@ _Batch = TypeVar("_Batch")
 class Tee(Generic[_Batch]):
     """See `EchoSink.tee`."""
 
-    def __init__(self, sink: EchoSink, loader: Iterable[_Batch], show: bool) -> None:
+    def __init__(self, sink: progress.Sink, loader: Iterable[_Batch], show: bool) -> None:
         self._sink = sink
         self._loader = loader
         self._shows = show

@@ -16,15 +16,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, default_collate
 
-if TYPE_CHECKING:
-    from .callbacks.loop import SinkCallback
-    from .sink import EchoSink
-
 _STATE = ("state_dict", "load_state_dict")
+
+
+class LoaderSender:
+    """What loaders here can send by: an `EchoSink`, or a callback that sends by one."""
+
+    def _send_from_loader(self, batch: Any) -> None:
+        """Send a batch, or an item, in whatever process made it."""
+        raise NotImplementedError
 
 
 class Sent(NamedTuple):
@@ -41,8 +45,9 @@ class SinkCollate:
     that resumes by fast-forwarding has what it skips sent again.
 
     Args:
-        sink: stays the caller's. Or a `SinkCallback`, whose policy each process then has for itself: which batches it
-            sends, and what if the learner is slow. `EchoSink.stats` counts as dropped what found no room.
+        sink: an `EchoSink`, which stays the caller's. Or a `SinkCallback`, whose policy each process then has for
+            itself: which batches it sends, and what if the learner is slow. `EchoSink.stats` counts as dropped what
+            found no room.
         collate_fn: makes a batch of a list of samples. With ``batch_size=None`` there is no list, but what the dataset
             gives: for that, ``torch.utils.data.default_convert``.
         select: makes what is sent of a batch, or None to send nothing of it. By default the batch is sent.
@@ -55,7 +60,7 @@ class SinkCollate:
 
     def __init__(
         self,
-        sink: EchoSink | SinkCallback,
+        sink: LoaderSender,
         collate_fn: Callable[[list[Any]], Any] = default_collate,
         *,
         select: Callable[[Any], Any] | None = None,
@@ -95,7 +100,7 @@ class SinkDataset(IterableDataset[Any]):
     def __init__(
         self,
         dataset: Iterable[Any],
-        sink: EchoSink | SinkCallback,
+        sink: LoaderSender,
         *,
         select: Callable[[Any], Any] | None = None,
         forward: bool = True,
@@ -138,15 +143,12 @@ def _lend(owner: object, wrapper: object, methods: Iterable[str]) -> None:
             setattr(wrapper, name, getattr(owner, name))
 
 
-def _sender(sink: EchoSink | SinkCallback, select: Callable[[Any], Any] | None) -> Callable[[Any], None]:
-    from .callbacks.loop import SinkCallback  # here, for these modules import this one
-    from .sink import EchoSink
-
-    if not isinstance(sink, (EchoSink, SinkCallback)):
+def _sender(sink: LoaderSender, select: Callable[[Any], Any] | None) -> Callable[[Any], None]:
+    if not isinstance(sink, LoaderSender):
         raise TypeError(f"sink: got {sink!r}, expected an EchoSink or an echo_torch.callbacks.loop.SinkCallback")
     if select is not None and not callable(select):
         raise TypeError(f"select: got {select!r}, expected something to call, or None")
-    return functools.partial(_send, sink.send if isinstance(sink, EchoSink) else sink.on_batch_end, select)
+    return functools.partial(_send, sink._send_from_loader, select)
 
 
 def _send(send: Callable[[Any], None], select: Callable[[Any], Any] | None, what: Any) -> None:

@@ -24,6 +24,7 @@ import torch
 from echo_torch.errors import DeliveryTimeoutError
 from echo_torch.sink import EchoSink
 from echo_torch.support.validation import check_count, check_timeout
+from echo_torch.workers import LoaderSender
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,7 +43,7 @@ STALLED_FLUSH_S = 1.0
 """Seconds that a flush may take while the learner has acked nothing since it was last waited for in vain."""
 
 
-class SinkCallback:
+class SinkCallback(LoaderSender):
     """Sends what a training loop tells of, and waits for it to be acked when an epoch ends.
 
     For one loop at a time. It pickles if its sink and ``select`` do.
@@ -149,6 +150,9 @@ class SinkCallback:
             self.sink._drop_rest(chosen, padding, error.rows_accepted)
         else:
             self._moves()
+
+    def _send_from_loader(self, batch: Any) -> None:
+        self.on_batch_end(batch)
 
     def on_epoch_end(self) -> None:
         """Wait until everything sent is acked; raises as `EchoSink.wait`, but for what ``on_stall`` lets pass."""
