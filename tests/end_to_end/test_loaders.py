@@ -610,7 +610,7 @@ def test_workers_that_find_no_learner_tell_what_they_dropped() -> None:
 def test_workers_of_later_epochs_do_not_wait_for_a_learner_that_is_gone_and_find_it_when_it_comes(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child_module, "WORKER_RECONNECT_S", 0.1)
+    monkeypatch.setattr(child_module, "WORKER_RECONNECT_S", 0.5)
     sample = {name: leaf.numpy() for name, leaf in digit(0).items()}
 
     def acking(line: Line) -> None:
@@ -619,7 +619,7 @@ def test_workers_of_later_epochs_do_not_wait_for_a_learner_that_is_gone_and_find
 
     with Peer(acking) as peer:
         peer.refuse()
-        sink = EchoSink("127.0.0.1", peer.port, digit(0), on_error="warn", connect_timeout=1.5, replay_tail=False)
+        sink = EchoSink("127.0.0.1", peer.port, digit(0), on_error="warn", connect_timeout=2.0, replay_tail=False)
         took = []
         for _ in range(2):
             began = time.monotonic()
