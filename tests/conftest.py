@@ -16,6 +16,7 @@ from certificates import issue_all
 from clock import Clock
 from hypothesis import settings
 from leaks import LEFT_OVER_S, open_descriptors, our_threads, threads_end
+from nursery import NURSERY
 
 # For torch, here and in what the tests start, and before it is imported: several threads would wait for each other in
 # steps this small, and a process that was forked after they had worked waits for ever for those that it does not have.
@@ -94,10 +95,17 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nursery() -> None:
+    """Begins it before any test, so that no test seems to leave its descriptor."""
+    NURSERY.begin()
+
+
 @pytest.fixture(autouse=True)
 def _default_start_method() -> None:
     """Has processes started as by default: importing torchrl, for its own tests, has all of them spawned."""
     multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
+    multiprocessing.get_start_method()  # which settles it: torchrl takes another where nothing is
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """A helper of the tests in a process of its own, and how it is asked: by the name of a method, through a pipe.
 
-The process is spawned, ends when its parent does (it reads from a pipe that then closes), and is ended by its pid.
+The process comes from the `nursery`, ends when the tests do (it reads from a pipe that then closes), and is ended by
+its pid.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
 from typing import Any, TypeVar
+
+from nursery import NURSERY
 
 ANSWER_S = 60.0
 """Seconds that the process may take for any answer; only a broken one comes near it."""
@@ -27,35 +30,31 @@ class Spawned:
     """
 
     def __init__(self, main: Callable[..., None], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_run, args=(main, theirs, *arguments), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._pid = NURSERY.start(_run, theirs, main, *arguments)
+        self._ended = False
 
     def freeze(self) -> None:
         """``kill -STOP``: the process does nothing any more, while its kernel still answers for it."""
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+        os.kill(self._pid, signal.SIGSTOP)
+        NURSERY.wait_for_stop(self._pid)
 
     def thaw(self) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGCONT)
+        os.kill(self._pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """``kill -9``."""
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGKILL)
-        self._process.join(ANSWER_S)
+        os.kill(self._pid, signal.SIGKILL)
+        NURSERY.collect(self._pid)
+        self._ended = True
 
     def __enter__(self: _Self) -> _Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.is_alive():
+        if not self._ended:
             self.kill()
-        self._process.close()
         self._pipe.close()
 
     def _ask(self, *request: Any) -> Any:
@@ -71,7 +70,7 @@ class Spawned:
         return answer
 
 
-def _run(main: Callable[..., None], pipe: Pipe, *arguments: Any) -> None:
+def _run(pipe: Pipe, main: Callable[..., None], *arguments: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is for the tests
     try:
         main(pipe, *arguments)
