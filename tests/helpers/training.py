@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from calls import eventually
 from learner_process import Learner
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -19,9 +20,13 @@ from echo_torch import EchoSink
 
 Item = dict[str, torch.Tensor]
 
-_DATA = load_digits()
-IMAGES = torch.from_numpy(_DATA.images / 16).float().reshape(-1, 64)
-LABELS = torch.from_numpy(_DATA.target).long()
+_SKLEARN = importlib.util.find_spec("sklearn")
+assert _SKLEARN is not None
+assert _SKLEARN.origin is not None
+# What `sklearn.datasets.load_digits` reads; to import it takes seconds, in each process that trains.
+_DATA = np.loadtxt(Path(_SKLEARN.origin).parent / "datasets" / "data" / "digits.csv.gz", np.float32, delimiter=",")
+IMAGES = torch.from_numpy(_DATA[:, :-1]) / 16
+LABELS = torch.from_numpy(_DATA[:, -1]).long()
 
 
 TAKE_S = 30.0
