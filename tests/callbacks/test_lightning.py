@@ -382,6 +382,7 @@ def run(command: list[Any]) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_each_rank_sends_its_shard(tmp_path: Path) -> None:
     """Of 13 samples 7 each: what is padded arrives twice, unless that is skipped."""
     with learner() as padded, learner() as unpadded, learner() as by_hand:
@@ -408,6 +409,7 @@ class EachItsOwn:
         return TcpClient(host, self.ports[dist.get_rank()], *arguments)
 
 
+@pytest.mark.slow
 def test_all_ranks_end_when_the_learner_of_one_stalls(tmp_path: Path) -> None:
     """Ranks that are spawned, each with a learner; the second takes what it is sent in the first epoch, and no more."""
     with learner() as lively, learner() as stalls:
@@ -426,7 +428,10 @@ def test_all_ranks_end_when_the_learner_of_one_stalls(tmp_path: Path) -> None:
         assert Counter(ended[1]["trained"][:50]) <= got <= Counter(ended[1]["trained"])
 
 
-@pytest.mark.parametrize(("strategy", "persistent"), [("ddp_spawn", True), ("ddp_fork", True), ("ddp_fork", False)])
+@pytest.mark.parametrize(
+    ("strategy", "persistent"),
+    [pytest.param("ddp_spawn", True, marks=pytest.mark.slow), ("ddp_fork", True), ("ddp_fork", False)],
+)
 def test_ranks_that_lightning_starts_wait_for_their_workers(tmp_path: Path, strategy: str, persistent: bool) -> None:
     """Two ranks of two workers each, which send what they collate; no two samples of an epoch are the same."""
     with learner() as received, sink_to(received) as sink:

@@ -653,6 +653,7 @@ def _serve_rank(pipe: Pipe, rank: int, port: int, path: Path) -> None:
         answer(pipe, training)
 
 
+@pytest.mark.slow
 def test_each_rank_sends_its_own_shard(server: Learner, tmp_path: Path) -> None:
     with Rank(0, server.port, tmp_path) as one, Rank(1, server.port, tmp_path) as two:
         for rank in (one, two):

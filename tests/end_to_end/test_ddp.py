@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ddp.py"
 RUN_S = 90.0
 """Seconds for a whole run; it takes some ten."""
 
 
+@pytest.mark.slow
 def test_two_ranks_train_on_what_one_actor_sends_to_both() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(EXAMPLE), "--steps", "20", "--actors", "1"]

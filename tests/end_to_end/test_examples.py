@@ -100,6 +100,7 @@ def test_quickstart_delivers_every_sample() -> None:
     assert share == pytest.approx(100 * sink_s / loop_s, abs=1)
 
 
+@pytest.mark.slow
 def test_quickstart_killed_leaves_no_process() -> None:
     with running(QUICKSTART, "--epochs", "1000") as process:
         assert process.stdout is not None
@@ -140,6 +141,7 @@ def test_quickstart_check_fails_when_it_should(
         quickstart["check_received"](received, {(0, 0), (0, 1), (0, 2)}, {"logits": sent})
 
 
+@pytest.mark.slow
 def test_workers_deliver_every_sample() -> None:
     with running(EXAMPLES / "workers.py", "--epochs", "2", "--samples", "250") as process:
         report, errors = process.communicate(timeout=RUN_S)
@@ -170,6 +172,7 @@ def ledgers(home: Path) -> list[Path]:
     return list(home.glob("echo_torch-*/*"))
 
 
+@pytest.mark.slow
 def test_workers_killed_leaves_no_process(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Its workers notice within 5 seconds, and the learner when they have ended."""
     with workers_in_an_epoch(tmp_path_factory) as (process, _):
@@ -179,6 +182,7 @@ def test_workers_killed_leaves_no_process(tmp_path_factory: pytest.TempPathFacto
         assert_all_gone(process.pid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [False, True], ids=["main", "group"])
 def test_workers_interrupted_ends_at_once(tmp_path_factory: pytest.TempPathFactory, whole_group: bool) -> None:
     with workers_in_an_epoch(tmp_path_factory) as (process, home):
@@ -214,6 +218,7 @@ def test_the_learner_of_workers_misses_what_does_not_arrive(monkeypatch: pytest.
 SMALLEST = ("--cases", "29B", "--rounds", "1", "--seconds", "0.02")
 
 
+@pytest.mark.slow
 def test_benchmark_fills_every_table(tmp_path: Path) -> None:
     path, plot = tmp_path / "figures.json", tmp_path / "figures.png"
     some = ("--others", "pyzmq,gloo,queue")  # without what takes long to start
@@ -447,6 +452,7 @@ def acting(process: subprocess.Popen[str]) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_cartpole_loses_nothing(engine: str, tmp_path: Path) -> None:
     plot = tmp_path / "curve.png"
@@ -472,6 +478,7 @@ def test_cartpole_loses_nothing(engine: str, tmp_path: Path) -> None:
     assert not drawn or 1000 < plot.stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_cartpole_goes_on_without_an_actor_that_is_killed_and_not_without_any() -> None:
     with running(CARTPOLE, *ENDLESS) as process:
         first, second = acting(process)
@@ -485,6 +492,7 @@ def test_cartpole_goes_on_without_an_actor_that_is_killed_and_not_without_any() 
         assert_all_gone(process.pid)
 
 
+@pytest.mark.slow
 def test_cartpole_interrupted_ends_at_once() -> None:
     """And its actors do not hear of it."""
     with running(CARTPOLE, *ENDLESS) as process:
@@ -503,6 +511,7 @@ def assert_ends_when_interrupted(process: subprocess.Popen[str]) -> None:
     assert_all_gone(process.pid)
 
 
+@pytest.mark.slow
 def test_cartpole_on_ray_goes_on_without_an_actor_until_it_is_interrupted() -> None:
     with running(CARTPOLE, "--engine", "ray", *ENDLESS) as process:
         os.kill(acting(process)[0], signal.SIGKILL)
@@ -510,6 +519,7 @@ def test_cartpole_on_ray_goes_on_without_an_actor_until_it_is_interrupted() -> N
         assert_ends_when_interrupted(process)
 
 
+@pytest.mark.slow
 def test_cartpole_killed_leaves_no_process() -> None:
     """The actors notice that the learner is gone when they send."""
     with running(CARTPOLE, *ENDLESS) as process:

@@ -300,6 +300,7 @@ def stage() -> Iterator[Stage]:
         yield Stage((first, second), cutter)
 
 
+@pytest.mark.slow
 def test_nothing_hangs_and_nothing_is_lost_without_being_said(stage: Stage) -> None:
     run_state_machine_as_test(
         type("StagedMachine", (Machine,), {"stage": stage}),
