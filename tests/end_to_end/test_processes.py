@@ -339,7 +339,13 @@ def test_a_sink_sends_from_child_processes(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "how"),
-    [("fork", "end"), ("fork", "drop"), ("forkserver", "end"), ("forkserver", "drop"), ("spawn", "end")],
+    [
+        ("fork", "end"),
+        ("fork", "drop"),
+        ("forkserver", "end"),
+        pytest.param("forkserver", "drop", marks=pytest.mark.slow),
+        pytest.param("spawn", "end", marks=pytest.mark.slow),
+    ],
 )
 def test_children_that_end_without_close_deliver_everything(method: str, how: str) -> None:
     """multiprocessing ends forked children without ``atexit``; far more is packed than the window lets out."""

@@ -36,7 +36,14 @@ def with_port(program: str, port: int | str) -> str:
     return program.replace("50051", str(port))
 
 
-@pytest.mark.parametrize("trainer", [TRAINER, LOOP, WORKERS], ids=["trainer", "loop", "workers"])
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        pytest.param(TRAINER, id="trainer"),
+        pytest.param(LOOP, id="loop", marks=pytest.mark.slow),
+        pytest.param(WORKERS, id="workers", marks=pytest.mark.slow),
+    ],
+)
 def test_the_trainer_delivers_to_the_learner(trainer: str) -> None:
     learner = with_port(LEARNER, 0).replace("server.start()\n", "server.start()\nprint(server.port, flush=True)\n")
     learner += "    print(observation.shape, label.shape, flush=True)\n"
