@@ -15,7 +15,7 @@ import pytest
 from certificates import issue_all
 from clock import Clock
 from hypothesis import settings
-from leaks import LEFT_OVER_S, open_descriptors, our_threads, threads_end
+from leaks import LEFT_OVER_S, freeze, open_descriptors, our_threads, threads_end
 from nursery import NURSERY
 
 # For torch, here and in what the tests start, and before it is imported: several threads would wait for each other in
@@ -29,7 +29,8 @@ settings.register_profile("thorough", max_examples=2000)
 """For `--hypothesis-profile`: twenty times as many examples as by default, where a test does not say how many."""
 
 
-UNDIVIDED = ("test_ray.py",)
+UNDIVIDED = ("test_ray.py", "test_lightning.py")
+"""Those whose tests share what takes long to start, or to import."""
 WAITING = ("test_keepalive.py",)
 """Those that do little but wait, for up to half a minute."""
 
@@ -76,9 +77,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_collection_finish() -> None:
-    """Has tests that collect garbage look at what they made, and not at all the trainers that were imported."""
-    gc.collect()
-    gc.freeze()
+    freeze()
 
 
 @pytest.fixture

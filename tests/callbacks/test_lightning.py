@@ -19,17 +19,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from leaks import freeze
 from learner_process import Learner
-from lightning.fabric import Fabric
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning_digits import ODD, Model, ReportingSink, WaitsForWorkers, loader, trainer
 from torch.multiprocessing import ProcessRaisedException
 from training import Classifier, Digits, Item, arrived, came, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
-from echo_torch.callbacks.lightning import FabricSinkCallback, SinkCallback
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -38,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.usefixtures("_as_before"),
+    pytest.mark.usefixtures("_imported", "_as_before"),
 ]
 
 SAMPLES, BATCHES = 180, 3
@@ -51,6 +46,21 @@ BOUND_S = 20.0
 """Far more than a flush with a timeout of 1 s may take, and less than one that has none."""
 RUN_S = 90.0
 """Seconds for a program with two ranks; it takes some twenty."""
+
+
+@pytest.fixture(scope="module")
+def _imported() -> None:
+    """Only here: it takes seconds, and all processes of pytest-xdist import this module, while one runs its tests."""
+    global Fabric, EarlyStopping, ModelCheckpoint, CSVLogger, ODD, Model, ReportingSink, WaitsForWorkers, Watch
+    global loader, trainer, FabricSinkCallback, SinkCallback
+    from lightning.fabric import Fabric
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning_digits import ODD, Model, ReportingSink, WaitsForWorkers, Watch, loader, trainer
+
+    from echo_torch.callbacks.lightning import FabricSinkCallback, SinkCallback
+
+    freeze()
 
 
 @pytest.fixture
@@ -77,19 +87,6 @@ def check(received: Learner, sink: EchoSink, batches: list[Item]) -> None:
     stats = sink.stats()
     assert (stats.samples_sent, stats.in_flight) == (expected.total(), 0)
     assert arrived(received, expected.total()) == expected
-
-
-class Watch(Callback):
-    """Records what is in flight when the callbacks before it have done their work at the end of an epoch."""
-
-    def __init__(self, *sinks: EchoSink) -> None:
-        self.in_flight: dict[str, list[int]] = {}
-        self._sinks = sinks
-
-    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.in_flight.setdefault(trainer.state.stage.value, []).extend(s.stats().in_flight for s in self._sinks)
-
-    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = on_train_epoch_end
 
 
 def checkpoints(path: Path, **options: Any) -> ModelCheckpoint:

@@ -1,8 +1,9 @@
-"""What a test must not leave behind: threads of ours, and open file descriptors."""
+"""What a test must not leave behind: threads of ours, and open file descriptors. And how its garbage is found."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -11,6 +12,12 @@ import traceback
 
 LEFT_OVER_S = 10.0
 """Seconds in which dropped clients must have ended their threads."""
+
+
+def freeze() -> None:
+    """Has tests that collect garbage look at what they made, and not at all the trainers that were imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def our_threads() -> list[threading.Thread]:

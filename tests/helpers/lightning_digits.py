@@ -91,6 +91,19 @@ class WaitsForWorkers(Callback):
         assert (stats.samples_sent, stats.samples_acked) == (trained, trained), (stats, trained)
 
 
+class Watch(Callback):
+    """Records what is in flight when the callbacks before it have done their work at the end of an epoch."""
+
+    def __init__(self, *sinks: EchoSink) -> None:
+        self.in_flight: dict[str, list[int]] = {}
+        self._sinks = sinks
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.in_flight.setdefault(trainer.state.stage.value, []).extend(s.stats().in_flight for s in self._sinks)
+
+    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = on_train_epoch_end
+
+
 class ReportingSink(SinkCallback):
     """Leaves ``rank<rank>.json`` in a directory: the numbers trained on, how the fit ended, and after what time.
 
