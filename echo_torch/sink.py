@@ -27,11 +27,11 @@ from .routing.partition import Routing, check_routing, shards_of
 from .routing.route import Route
 from .samples.spec import Match, SampleSpec, example_of
 from .session.session import Session
-from .support.interrupts import is_mine
-from .support.tracing import profiled, profiling, uncompiled
+from .support.interrupts import owned_by_this_thread
+from .support.tracing import disable_compile, is_profiling, profiler_range
 from .support.validation import check_count, check_seconds, check_timeout
 from .tee import Tee
-from .wire.connect import addresses_of
+from .wire.connect import expand_addresses
 from .wire.tls import TLS, check_tls
 from .workers import LoaderSender, SinkCollate
 
@@ -109,7 +109,7 @@ class EchoSink(LoaderSender):
         replay_tail: bool = True,
         tls: TLS | None = None,
     ) -> None:
-        addresses = addresses_of(host, port)
+        addresses = expand_addresses(host, port)
         check_routing(route, failover)
         for name, function in {"select": select, "client": client}.items():
             if not callable(function) and not (name == "select" and function is None):
@@ -172,7 +172,7 @@ class EchoSink(LoaderSender):
         session.gone = False
         return self
 
-    @uncompiled
+    @disable_compile
     def send(
         self,
         batch: Any,
@@ -205,16 +205,16 @@ class EchoSink(LoaderSender):
         and acks nothing still does.
         """
         check_timeout("timeout", timeout)
-        if not profiling():
+        if not is_profiling():
             self._send(batch, batched, timeout, step, skip_last)
             return
-        with profiled("echo_torch.send"):
+        with profiler_range("echo_torch.send"):
             self._send(batch, batched, timeout, step, skip_last)
 
     def _send(self, batch: Any, batched: bool | None, timeout: float | None, step: int | None, skip_last: int) -> None:
         session = self._session()
         watermark = session.watermark
-        if is_mine(watermark.lock):
+        if owned_by_this_thread(watermark.lock):
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         if step is not None:
             step = watermark.begin(check_count("step", step, least=0))

@@ -14,11 +14,11 @@ from time import perf_counter
 from typing import cast
 
 from echo_torch.errors import ConnectionClosedError, HandshakeError
-from echo_torch.support.deadline import Deadline, bounded_wait
-from echo_torch.wire.connect import connect, peer_name, resolve, shake_hands
+from echo_torch.support.deadline import Deadline, clamp_timeout
+from echo_torch.wire.connect import connect, do_handshake, peer_name, resolve
 from echo_torch.wire.protocol import MAGIC, VERSION, WireLeaves
 from echo_torch.wire.tls import TLS
-from echo_torch.wire.tls_socket import TlsSocket, names_in, secure
+from echo_torch.wire.tls_socket import TlsSocket, certificate_names, do_tls_handshake
 
 from .errors import CommandError
 
@@ -96,7 +96,7 @@ def _remote(sock: socket.socket) -> str | None:
 
 def _secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) -> None:
     try:
-        secure(sock, tls, host, peer, deadline)
+        do_tls_handshake(sock, tls, host, peer, deadline)
     except ConnectionClosedError as error:
         raise CommandError(_hung_up(error)) from error
     except (HandshakeError, TimeoutError) as error:
@@ -105,14 +105,16 @@ def _secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline)
 
 def _certified(sock: TlsSocket) -> str:
     """What the proxy has shown of itself."""
-    return f"{sock.tls.version()}, with a certificate for {names_in(sock.tls) or 'nobody by name'}"
+    return (
+        f"{sock.ssl_object.version()}, with a certificate for {certificate_names(sock.ssl_object) or 'nobody by name'}"
+    )
 
 
 def _greeting(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
-    if not isinstance(sock, TlsSocket) and not select.select([sock], [], [], bounded_wait(deadline.remaining()))[0]:
+    if not isinstance(sock, TlsSocket) and not select.select([sock], [], [], clamp_timeout(deadline.remaining()))[0]:
         raise CommandError(_silent(sock, peer, deadline))
     try:
-        return shake_hands(sock, peer, deadline)
+        return do_handshake(sock, peer, deadline)
     except HandshakeError as error:
         remedy = "check the port: something else listens there"
         if "wire version" in str(error):

@@ -25,7 +25,7 @@ from echo_torch.errors import ConnectionClosedError, ProtocolError
 from echo_torch.metrics.stats import Counts
 from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING
 from echo_torch.ring.ring import Ring, Waiter
-from echo_torch.support.interrupts import is_mine
+from echo_torch.support.interrupts import owned_by_this_thread
 
 from .flow import Backlog
 from .reconnect import Redial
@@ -149,7 +149,7 @@ class Link:
     @property
     def interrupted(self) -> bool:
         """Whether the caller is a signal handler, or finaliser, that interrupted a call of its own thread here."""
-        return any(map(is_mine, self._locks))
+        return any(map(owned_by_this_thread, self._locks))
 
     def push(self) -> None:
         """See that rows just packed get written: here and now if `Backlog` has callers do that, else by the thread."""
@@ -215,7 +215,7 @@ class Link:
         """Pump if the I/O lock is free; gives whether it was."""
         lock = self.lock
         try:
-            if is_mine(lock) or not lock.acquire(False):
+            if owned_by_this_thread(lock) or not lock.acquire(False):
                 return False
             self.pump(read_acks, self.backlog.caller_bytes)
             lock.release()

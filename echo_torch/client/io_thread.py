@@ -19,8 +19,8 @@ from typing import Any
 from echo_torch.errors import ConnectionClosedError, HandshakeError, SpecMismatchError
 from echo_torch.support import shutdown
 from echo_torch.support.deadline import Deadline
-from echo_torch.wire.connect import hang_up
-from echo_torch.wire.keepalive import silence
+from echo_torch.wire.connect import close_socket
+from echo_torch.wire.keepalive import unreachable_reason
 
 from .connection import LINGER_S, Link
 from .flow import Pace
@@ -60,7 +60,7 @@ class IoThread:
     def __init__(self, link: Link, linger: float) -> None:
         self.peer = link.peer
         self.abandoned = False
-        """Whether the client is gone, and delivers no more than is there; set by its finaliser, or `say_farewell`."""
+        """Whether the client is gone, and delivers no more than is there; set by its finaliser, or `deliver_at_exit`."""
         self._link = link
         self._linger_s = linger
         self._stopping = False
@@ -76,7 +76,7 @@ class IoThread:
         descriptors that nobody owns: so both are called on a thread of their own, where none strikes, which is waited
         for in C.
         """
-        shutdown.expect_end_of_child()
+        shutdown.register_child_finalizer()
         started = threading.Lock()
         outcome: list[BaseException] = []
 
@@ -125,7 +125,7 @@ class IoThread:
             pass
         self._thread.join(JOIN_S)
 
-    def say_farewell(self) -> None:
+    def deliver_at_exit(self) -> None:
         """Have the thread deliver what is packed, and the tail, and end, all by itself."""
         self._link.refuse()
         self.abandoned = True
@@ -142,17 +142,17 @@ class IoThread:
             time.sleep(min(JOIN_LOOK_S, deadline.remaining()))
         return True
 
-    def disown(self) -> None:
+    def detach_after_fork(self) -> None:
         """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
         self._link.line.sock.close()
-        self._link.wake_up.disown()
-        self._link.leader.disown()
+        self._link.wake_up.detach_after_fork()
+        self._link.leader.detach_after_fork()
 
     # What the thread does.
 
     def _run(self) -> None:
         link = self._link
-        shutdown.begin(self)
+        shutdown.register_connection(self)
         try:
             while self._attend():
                 assert link.redial is not None
@@ -235,7 +235,7 @@ class IoThread:
         return self._stopping or self._link.failure is not None
 
     def _look_at_copies(self) -> None:
-        """With the I/O lock held; by this thread alone, for others may not ask (`accelerator.passed`)."""
+        """With the I/O lock held; by this thread alone, for others may not ask (`accelerator.query_from_dedicated_thread`)."""
         try:
             self._link.ring.look()
         except RuntimeError as error:
@@ -245,7 +245,7 @@ class IoThread:
         """With the I/O lock held: ask whether the peer's host still answers, when acks have stayed away for a while."""
         link, line = self._link, self._link.line
         if link.lost is None and line.in_the_air and time.monotonic() - line.progress_at >= HEARTBEAT_S:
-            why = silence(line.sock)
+            why = unreachable_reason(line.sock)
             if why:
                 link.lose(ConnectionClosedError(why))
 
@@ -272,14 +272,14 @@ class IoThread:
     def _until_farewell(self) -> Deadline:
         """The deadline of an abandoned connection."""
         if self._farewell is None:
-            self._farewell = Deadline(shutdown.FAREWELL_S)
+            self._farewell = Deadline(shutdown.DELIVER_AT_EXIT_S)
         return self._farewell
 
     def _open_again(self, redial: Redial) -> None:
         """Go on over another socket in place of the one that was lost, or fail."""
         link, cause = self._link, self._link.lost
         link.leader.follow(None)
-        hang_up(link.line.sock)
+        close_socket(link.line.sock)
         text = "%s: connection lost (%s); trying for %g s to open it again"
         _say(logging.INFO, text, self.peer, cause, redial.seconds)
         try:
@@ -316,7 +316,7 @@ class IoThread:
             if link.failure is None:
                 link.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
                 link.told = link.told or not link.at_risk
-            hang_up(link.line.sock)
+            close_socket(link.line.sock)
             link.ended_at = time.monotonic()
         if link.at_risk and (self.abandoned or (failed and not link.heard)):  # there may be no call any more to say so
             how = f"{link.failure};" if failed else f"{self.peer}:"
@@ -327,7 +327,7 @@ class IoThread:
         try:
             link.ring.abandon()
         finally:
-            shutdown.end(self)
+            shutdown.unregister_connection(self)
             self._ended.release()
 
 

@@ -4,7 +4,7 @@
   settle nothing in the ring.
 * Whoever calls anything here but `Pump.writable` and `Pump.in_the_air` holds the connection's I/O lock. Nothing blocks.
 * The holder may be the main thread, which Ctrl-C can interrupt after any call. So what a system call did is recorded by
-  the C code that made it (`record`), and taken into the counters by plain assignments that nothing can come between.
+  the C code that made it (`call_and_append`), and taken into the counters by plain assignments that nothing can come between.
   A pump that was broken off is completed by the next one.
 """
 
@@ -18,7 +18,7 @@ from collections import deque
 from echo_torch.errors import ConnectionClosedError
 from echo_torch.metrics.timing import Latencies
 from echo_torch.ring.ring import Ring
-from echo_torch.support.interrupts import record
+from echo_torch.support.interrupts import call_and_append
 from echo_torch.wire.protocol import check_acks
 
 # Most acks read by one system call, in bytes, one each; of a smaller window there are no more than that, and one that
@@ -101,7 +101,7 @@ class Pump:
 
     def _read_acks(self) -> None:
         try:
-            record(self._received, self.sock.recv_into, (self._acks,))
+            call_and_append(self._received, self.sock.recv_into, (self._acks,))
         except BlockingIOError:
             return
         self._take_acks()
@@ -132,7 +132,7 @@ class Pump:
                 return
             view = ring.written_view(self._partial, limit, max_bytes)
             try:
-                record(self._sent, self.sock.send, (view,), (_NO_SIGNAL,))
+                call_and_append(self._sent, self.sock.send, (view,), (_NO_SIGNAL,))
             except BlockingIOError:
                 self.full = True
                 return

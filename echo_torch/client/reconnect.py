@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from echo_torch.support.backoff import Backoff
-from echo_torch.support.deadline import LOOK_S, Deadline, Revocable
+from echo_torch.support.deadline import POLL_INTERVAL_S, Deadline, RevocableDeadline
 
 # Seconds between tries, at first and at the most: not to be felt after a hiccup, and no burden for a learner's host
 # that starts again and has lost a thousand actors.
@@ -68,7 +68,7 @@ class Redial:
         """
         if self._backoff is None:  # the loss may have been found some time ago, by another thread
             self._lost_at = time.monotonic()
-        deadline = Revocable(max(0.0, self._lost_at + self.seconds - time.monotonic()), over)
+        deadline = RevocableDeadline(max(0.0, self._lost_at + self.seconds - time.monotonic()), over)
         last: OSError = TimeoutError("no time was left")
         while self._pause(deadline):
             self.tries += 1
@@ -86,8 +86,8 @@ class Redial:
 
     def _pause(self, deadline: Deadline) -> bool:
         """Wait for the next try; gives whether there is time for it, without which it could only say so."""
-        pause = Deadline(0.0 if self._backoff is None else self._backoff.pause())
+        pause = Deadline(0.0 if self._backoff is None else self._backoff.next_delay())
         self._backoff = self._backoff or Backoff(*self._pauses)
         while not pause.expired and not deadline.expired:
-            time.sleep(min(pause.remaining(), deadline.remaining(), LOOK_S))
+            time.sleep(min(pause.remaining(), deadline.remaining(), POLL_INTERVAL_S))
         return not deadline.expired

@@ -177,7 +177,7 @@ class Connection:
 
     def abandon(self) -> None:
         """Leave it to the thread to deliver what is packed, and to end."""
-        self.thread.say_farewell()
+        self.thread.deliver_at_exit()
 
     def close(self, deadline: Deadline) -> None:
         """Deliver what is packed, and the tail again, until the deadline; then end thread and socket.
@@ -191,10 +191,10 @@ class Connection:
         """
         link = self._link
         if self._pid != os.getpid():
-            self.thread.disown()
+            self.thread.detach_after_fork()
             return
         if self.thread.is_current:
-            self.thread.say_farewell()
+            self.thread.deliver_at_exit()
             return
         self.enter("close")
         told = link.told
@@ -211,7 +211,7 @@ class Connection:
             self.thread.end()
             raise
         except BaseException:
-            self.thread.say_farewell()
+            self.thread.deliver_at_exit()
             raise
         else:
             self.thread.end()

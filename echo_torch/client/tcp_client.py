@@ -27,7 +27,7 @@ from echo_torch.samples.pytree import flatten
 from echo_torch.samples.spec import Match, SampleSpec, check_numpy
 from echo_torch.support.deadline import NEVER, Deadline
 from echo_torch.support.validation import check_count, check_seconds, check_timeout
-from echo_torch.wire.connect import dial, hang_up, peer_name
+from echo_torch.wire.connect import close_socket, connect_and_handshake, peer_name
 from echo_torch.wire.tls import TLS, check_tls
 
 from .io_thread import IoThread
@@ -147,7 +147,7 @@ class TcpClient:
             self._told_unstaged = False
             weakref.finalize(self, _abandon, self._connection.thread).atexit = False
         except BaseException:
-            hang_up(sock)
+            close_socket(sock)
             raise
         self._connection.thread.start()
 
@@ -335,12 +335,12 @@ def _dial(
     host: str, port: int, spec: SampleSpec, tls: TLS | None, deadline: Deadline, retry_refused: bool = False
 ) -> socket.socket:
     """A socket to a server that expects these samples."""
-    sock, theirs = dial(host, port, deadline, retry_refused=retry_refused, tls=tls)
+    sock, theirs = connect_and_handshake(host, port, deadline, retry_refused=retry_refused, tls=tls)
     try:
         spec.check_server(theirs, peer_name(host, port))
         return sock
     except BaseException:
-        hang_up(sock)
+        close_socket(sock)
         raise
 
 

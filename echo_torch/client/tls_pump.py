@@ -20,7 +20,7 @@ from echo_torch.errors import ConnectionClosedError
 from echo_torch.metrics.timing import Latencies
 from echo_torch.ring.ring import Ring
 from echo_torch.wire.protocol import check_acks
-from echo_torch.wire.tls_socket import SEAL_BYTES, TlsSocket
+from echo_torch.wire.tls_socket import MAX_ENCRYPT_BYTES, TlsSocket
 
 from .pump import Pump
 
@@ -53,18 +53,18 @@ class TlsPump(Pump):
 
     def _read_acks(self) -> None:
         sock = self.sock
-        sock.fetch()
-        while sock.arrived or self._opening:
+        sock.receive_encrypted()
+        while sock.has_undecrypted or self._opening:
             self._opening = True
             try:
-                count = sock.open_into(self._acks)
+                count = sock.decrypt_into(self._acks)
             except ssl.SSLWantReadError:
                 self._opening = False
                 break
             if not count:
                 raise ConnectionClosedError("the peer closed the connection")
             self._count_acks(count)
-        if sock.ended:
+        if sock.at_eof:
             raise ConnectionClosedError("the peer closed the connection")
 
     def _take_acks(self) -> None:
@@ -91,10 +91,10 @@ class TlsPump(Pump):
             limit = min(ring.ready, self.acked + self.window)  # as `writable` has it
             if max_bytes <= 0 or ring.written >= limit:
                 return
-            view = ring.written_view(self._partial, limit, min(max_bytes, SEAL_BYTES))
-            self._sealed_before = self.sock.sealed
+            view = ring.written_view(self._partial, limit, min(max_bytes, MAX_ENCRYPT_BYTES))
+            self._sealed_before = self.sock.unflushed_bytes
             self._sent.append(len(view))
-            sealed = self.sock.seal(view)
+            sealed = self.sock.encrypt(view)
             self._sent[0] = sealed
             max_bytes -= self._take_sent()
 
@@ -112,7 +112,7 @@ class TlsPump(Pump):
         Raises:
             ConnectionClosedError: neither, which OpenSSL does only if it is told that it may.
         """
-        sealed = self.sock.sealed - self._sealed_before
+        sealed = self.sock.unflushed_bytes - self._sealed_before
         if self._sent and not sealed:
             self._sent.clear()
         if self._sent and sealed <= self._sent[0]:

@@ -12,8 +12,8 @@ import socket
 import threading
 
 from echo_torch.ring.ring import Waiter
-from echo_torch.support.deadline import bounded_wait
-from echo_torch.support.interrupts import is_mine
+from echo_torch.support.deadline import clamp_timeout
+from echo_torch.support.interrupts import owned_by_this_thread
 
 
 class WakeUp:
@@ -59,9 +59,9 @@ class WakeUp:
 
     def close(self) -> None:
         with self.lock:
-            self.disown()
+            self.detach_after_fork()
 
-    def disown(self) -> None:
+    def detach_after_fork(self) -> None:
         """Close a forked child's copies, which no other thread can be using, without the lock, which one may hold."""
         if self._writer is not None:
             self.reader.close()
@@ -99,7 +99,9 @@ class Leader:
         """
         lock = self._lock
         try:
-            if is_mine(lock) or not lock.acquire(False):  # a signal handler that interrupted the leader does not poll
+            if owned_by_this_thread(lock) or not lock.acquire(
+                False
+            ):  # a signal handler that interrupted the leader does not poll
                 return False
             self._thread = threading.get_ident()
             if not waiter.opened:  # before anybody knew who leads
@@ -116,7 +118,7 @@ class Leader:
 
     def _poll(self, seconds: float) -> None:
         # Of descriptors that were closed just now, or are somebody else's since, it can only learn to look again.
-        events = dict(self._poller.poll(bounded_wait(seconds) * 1000))
+        events = dict(self._poller.poll(clamp_timeout(seconds) * 1000))
         self._wake_up.seen(self._wake_up.reader.fileno() in events)
 
     def wake(self) -> None:
@@ -128,6 +130,6 @@ class Leader:
         self.wake()
         self._wake_up.close()
 
-    def disown(self) -> None:
-        """In a forked child, as `WakeUp.disown`."""
-        self._wake_up.disown()
+    def detach_after_fork(self) -> None:
+        """In a forked child, as `WakeUp.detach_after_fork`."""
+        self._wake_up.detach_after_fork()

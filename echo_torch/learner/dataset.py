@@ -122,7 +122,7 @@ class EchoDataset(IterableDataset[Any]):
             self._info = batch.info
             if self._on_stream:
                 for tensor in batch.tensors:
-                    accelerator.used_here(tensor)
+                    accelerator.record_current_stream(tensor)
         return batch
 
     def _lend_to(self, asking: _Batches) -> None:
@@ -177,7 +177,7 @@ def _usable(device: torch.device | str | int | None) -> torch.device:
 
 
 def _converter(device: torch.device, copy: bool) -> Convert:
-    if device.type == accelerator.kind():
+    if device.type == accelerator.device_type():
         return Uploader(device)
     if device.type != "cpu":
         return Mover(device)

@@ -128,8 +128,8 @@ class Uploader:
         sources = shared(arrays, owner)
         copies = [accelerator.empty_like(source, self._stream) for source in sources]
         for target, source in zip(copies, sources, strict=True):
-            accelerator.run_on(self._stream, functools.partial(target.copy_, source, non_blocking=True))
-        accelerator.wait_for(self._stream)
+            accelerator.run_on_stream(self._stream, functools.partial(target.copy_, source, non_blocking=True))
+        accelerator.synchronize(self._stream)
         return copies
 
 

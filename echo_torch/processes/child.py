@@ -147,7 +147,7 @@ class Report:
         self._thread = threading.Thread(target=self._run, name=f"echo_torch report to {parent}", daemon=True)
 
     def start(self) -> None:
-        shutdown.tell(self)
+        shutdown.register_exit_handler(self)
         self._thread.start()
 
     def sent(self, count: int) -> None:
@@ -156,13 +156,13 @@ class Report:
             self._entry["sent"] = max(self._entry["sent"], count)
         self._wake()
 
-    def prepare_end(self) -> None:
+    def begin_exit(self) -> None:
         """Have the thread deliver everything and close, as if the parent asked for it."""
         self._entry["finish"] = 1
         self._wake()
 
-    def end(self) -> None:
-        """At the end of the process, after `prepare_end`; one interrupt does not keep the rest from being told."""
+    def finish_exit(self) -> None:
+        """At the end of the process, after `begin_exit`; one interrupt does not keep the rest from being told."""
         deadline = Deadline(CHILD_CLOSE_S + JOIN_S / 2)
         try:
             self._await(deadline)

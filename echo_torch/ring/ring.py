@@ -33,7 +33,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
-from echo_torch.support.deadline import bounded_wait
+from echo_torch.support.deadline import clamp_timeout
 from echo_torch.support.validation import check_count
 
 # Small enough for what is in use to stay in the caches, large enough that runs of rows are not cut up for nothing.
@@ -87,7 +87,7 @@ class Waiter(NamedTuple):
 
     def park(self, seconds: float) -> None:
         """Wait in C code to be woken; ``seconds`` may be infinite. May return early: look and park again."""
-        self.gate.acquire(timeout=bounded_wait(seconds))
+        self.gate.acquire(timeout=clamp_timeout(seconds))
 
     def open(self) -> None:
         with suppress(RuntimeError):  # open already

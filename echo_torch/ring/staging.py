@@ -29,7 +29,7 @@ import torch
 
 from echo_torch.samples.leaf import Leaf
 from echo_torch.support import accelerator
-from echo_torch.support.tracing import profiled
+from echo_torch.support.tracing import profiler_range
 
 from .ring import Fill, Ring
 
@@ -65,7 +65,7 @@ class DeviceCopy:
         self._event = self._stream.record_event()
 
     def done(self) -> bool:
-        return self._event is not None and self._if_over(accelerator.passed_for_thread(self._event))
+        return self._event is not None and self._if_over(accelerator.query_from_dedicated_thread(self._event))
 
     def over(self) -> bool:
         if self._event is None:  # whoever enqueued it was interrupted
@@ -125,16 +125,16 @@ class Stager:
             part = stacked if rows == total else [array[first : first + rows] for array in stacked]
             try:
                 packed, uploaded = self._pack(part, device)
-            except (torch.OutOfMemoryError, accelerator.NotPinnedError) as error:
+            except (torch.OutOfMemoryError, accelerator.PinnedMemoryError) as error:
                 self._full = time.monotonic() + FULL_S, str(error)
                 raise UnstagedError(str(error), first) from None
             copy = DeviceCopy(copying)
             copy.keep((packed, *uploaded))
             copying.wait_stream(accelerator.current_stream(device))
             self._ring.begun = copy
-            with profiled("echo_torch.copy"):
+            with profiler_range("echo_torch.copy"):
                 write = functools.partial(target[slot : slot + rows].copy_, packed, non_blocking=True)
-                accelerator.run_on(copying, write)
+                accelerator.run_on_stream(copying, write)
             copy.begun()
             return copy
 
@@ -153,9 +153,9 @@ class Stager:
         with ring.turn:
             if ring.staged is None and not ring.stopped and self._unpinned is None:
                 try:
-                    memory = accelerator.pinned(ring.capacity * ring.row_bytes)
+                    memory = accelerator.empty_pinned(ring.capacity * ring.row_bytes)
                     self._move(memory.numpy().data, memory.view(ring.capacity, ring.row_bytes))
-                except accelerator.NotPinnedError as error:
+                except accelerator.PinnedMemoryError as error:
                     self._unpinned = str(error)
         if self._unpinned is not None:
             raise UnstagedError(self._unpinned, 0)
@@ -166,8 +166,8 @@ class Stager:
         arrays = [array for array, leaf in zip(arrays, self._leaves, strict=True) if leaf.wire.nbytes]
         ours = [array for array in arrays if not isinstance(array, torch.Tensor)]
         uploaded = [copy_of(ours)] if ours else []
-        with profiled("echo_torch.pack"):
-            accelerator.enqueue(functools.partial(pack_rows, arrays, uploaded, self._unit, packed))
+        with profiler_range("echo_torch.pack"):
+            accelerator.run_on_current_stream(functools.partial(pack_rows, arrays, uploaded, self._unit, packed))
         return packed, uploaded
 
 
@@ -189,7 +189,7 @@ def unit_of(sizes: Iterable[int]) -> torch.dtype:
 def copy_of(arrays: Sequence[Any]) -> torch.Tensor:
     """The bytes of arrays, one behind the other and aligned, in memory from which a device copies them by itself."""
     places, size = places_of(arrays)
-    memory = accelerator.pinned(size)
+    memory = accelerator.empty_pinned(size)
     whole = memory.numpy()
     for array, place in zip(arrays, places, strict=True):
         np.copyto(np.ndarray(array.shape, array.dtype, whole.data, place), array)

@@ -24,7 +24,7 @@ from echo_torch.metrics.stats import Counts, PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.samples.spec import Match
 from echo_torch.support.deadline import Deadline
-from echo_torch.support.interrupts import is_mine
+from echo_torch.support.interrupts import owned_by_this_thread
 
 from .failover import Estate, NobodyLeftError, NoRoomError, Peer, StuckError
 from .prefix import Prefix
@@ -90,7 +90,7 @@ class Spread:
         return [counts for peer in self._peers for counts in peer.route.peers()]
 
     def progress(self) -> tuple[int, int]:
-        if is_mine(self._prefix_lock) or self._estate.interrupted:
+        if owned_by_this_thread(self._prefix_lock) or self._estate.interrupted:
             return self._progress  # for a signal handler: as it was
         with self._prefix_lock:
             total, sent, acked = self._estate.progress()
@@ -172,7 +172,7 @@ class Spread:
         peer, others = self._choose(first, match.rows)
         limit = deadline.within(SLICE_S) if others else deadline
         try:
-            peer.route.send(match, limit.seconds)
+            peer.route.send(match, limit.timeout_left)
         except DeliveryTimeoutError as error:
             if not others:
                 raise
@@ -229,7 +229,7 @@ class Spread:
     def _waited(self, peer: Peer, deadline: Deadline) -> bool:
         """Wait for one; False if it is gone, and others have to see to what it left."""
         try:
-            peer.route.wait(deadline.seconds)
+            peer.route.wait(deadline.timeout_left)
         except ConnectionClosedError:
             if not self._failover or self._estate.closed:
                 raise
@@ -265,7 +265,7 @@ class Spread:
         self._estate.closed = True
         for peer in sorted(self._peers, key=lambda peer: peer.route.counts().unacked):
             try:
-                peer.route.close(deadline.seconds)
+                peer.route.close(deadline.timeout_left)
             except (ConnectionClosedError, DeliveryTimeoutError) as error:
                 if peer.remains is None:  # otherwise it is with others, or was told of
                     problems.append(self._in_words(error, "close", deadline))

@@ -104,7 +104,7 @@ class Opener:
                 if self.failover:  # the others shall have their share of the time
                     limit = limit.within(limit.remaining() / (len(missing) - number))
                 try:
-                    routes[address] = self._open_one(spec, address, limit.seconds)
+                    routes[address] = self._open_one(spec, address, limit.timeout_left)
                 except OSError as error:
                     if not self.failover:
                         raise

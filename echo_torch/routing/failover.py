@@ -18,7 +18,7 @@ from echo_torch.client.replay import Remains
 from echo_torch.client.tcp_client import TcpClient
 from echo_torch.metrics.stats import Counts
 from echo_torch.support.deadline import Deadline
-from echo_torch.support.interrupts import is_mine
+from echo_torch.support.interrupts import owned_by_this_thread
 
 from .route import RingRoute, Route
 
@@ -95,7 +95,7 @@ class Estate:
     @property
     def interrupted(self) -> bool:
         """Whether the caller is a signal handler, or finaliser, that interrupted its own thread here."""
-        return is_mine(self._lock)
+        return owned_by_this_thread(self._lock)
 
     def left(self) -> int:
         """How many samples are still to be passed on."""

@@ -13,7 +13,7 @@ from echo_torch.metrics.stats import Counts, PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.samples.spec import Match, SampleSpec
 from echo_torch.support.deadline import Deadline
-from echo_torch.support.interrupts import is_mine
+from echo_torch.support.interrupts import owned_by_this_thread
 
 
 class Route(Protocol):
@@ -140,7 +140,7 @@ class RowRoute:
         deadline = Deadline(timeout)
         began = time.monotonic()
         done = 0
-        if is_mine(self._turn):
+        if owned_by_this_thread(self._turn):
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         try:
             with self._turn:

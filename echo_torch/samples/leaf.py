@@ -96,7 +96,7 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
     """
     if isinstance(value, torch.Tensor):
         if value.dtype is leaf.dtype:
-            if not value.is_cpu and value.device.type == accelerator.kind():
+            if not value.is_cpu and value.device.type == accelerator.device_type():
                 accelerator.check_usable(value.device)
             try:
                 return on_host(value, leaf)

@@ -195,7 +195,7 @@ class SampleSpec:
         if flat is None or tensors_may_be_hollow():
             return None
         types = set(map(type, flat))
-        if types == _TENSORS and accelerator.holds(flat[0]):
+        if types == _TENSORS and accelerator.is_on_accelerator(flat[0]):
             return self._as_they_are_on_device(flat)
         if self._any_opaque:
             return None
@@ -209,7 +209,7 @@ class SampleSpec:
     def _as_they_are_on_device(self, flat: list[Any]) -> list[Any] | None:
         """Those of tensors that are all on a device, or None."""
         pairs = zip(flat, self.leaves, strict=True)
-        if not all(tensor.dtype is leaf.dtype and accelerator.holds(tensor) for tensor, leaf in pairs):
+        if not all(tensor.dtype is leaf.dtype and accelerator.is_on_accelerator(tensor) for tensor, leaf in pairs):
             return None
         return [tensor.detach() for tensor in flat]
 
@@ -218,7 +218,7 @@ class SampleSpec:
         hollow = tensors_may_be_hollow()
         values = []
         for value, leaf in zip(flat, self.leaves, strict=True):
-            stays = not hollow and accelerator.holds(value) and value.dtype is leaf.dtype
+            stays = not hollow and accelerator.is_on_accelerator(value) and value.dtype is leaf.dtype
             values.append(value.detach() if stays else as_array(value, leaf, self.root))
         return values
 

@@ -16,8 +16,8 @@ from echo_torch.processes.parent import Children
 from echo_torch.routing.route import Route
 from echo_torch.samples.spec import Match, SampleSpec
 from echo_torch.support import shutdown
-from echo_torch.support.deadline import Deadline, bounded_wait
-from echo_torch.support.interrupts import is_mine
+from echo_torch.support.deadline import Deadline, clamp_timeout
+from echo_torch.support.interrupts import owned_by_this_thread
 from echo_torch.support.validation import check_count
 
 from .totals import Account
@@ -67,7 +67,7 @@ class Session:
         self._raises = raises
         self._report: Report | None = None
         self._lock = threading.RLock()
-        shutdown.tell(self)
+        shutdown.register_exit_handler(self)
 
     @property
     def unacked(self) -> int:
@@ -176,13 +176,13 @@ class Session:
         self.children.finish(deadline.within(self._stall_timeout))
         self.children.wait(deadline, self._stall_timeout)
 
-    def prepare_end(self) -> None:
+    def begin_exit(self) -> None:
         """At the end of the process: what children have is delivered. Its own is seen to by others."""
         self.children.ask()
 
-    def end(self) -> None:
+    def finish_exit(self) -> None:
         """After that: wait for it."""
-        self._await_children(Deadline(shutdown.FAREWELL_S))
+        self._await_children(Deadline(shutdown.DELIVER_AT_EXIT_S))
 
     def finish(self) -> None:
         """As the parent asks."""
@@ -218,10 +218,10 @@ class Session:
     def _connect_once(self, open: Callable[[float | None], Route], deadline: Deadline) -> Route | None:
         """Connect, unless another thread did meanwhile or the sink was closed."""
         lock = self._lock
-        if is_mine(lock):
+        if owned_by_this_thread(lock):
             raise RuntimeError("called by a signal handler or finaliser that interrupted connecting in the same thread")
         try:
-            if not lock.acquire(timeout=bounded_wait(deadline.remaining())):
+            if not lock.acquire(timeout=clamp_timeout(deadline.remaining())):
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
             if self.route is None and not self.closed:
                 if self._marks.closed:

@@ -9,11 +9,11 @@ class Backoff:
     """Pauses of ``first`` seconds, doubled each time up to ``longest``, each shortened at random by up to a half."""
 
     def __init__(self, first: float, longest: float) -> None:
-        self._next = first
+        self._delay = first
         self._longest = longest
 
-    def pause(self) -> float:
+    def next_delay(self) -> float:
         """Seconds to wait now."""
-        pause = self._next
-        self._next = min(2 * pause, self._longest)
-        return pause * random.uniform(0.5, 1.0)
+        delay = self._delay
+        self._delay = min(2 * delay, self._longest)
+        return delay * random.uniform(0.5, 1.0)

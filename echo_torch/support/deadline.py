@@ -27,7 +27,7 @@ class Deadline:
         return max(0.0, self.at - time.monotonic())
 
     @property
-    def seconds(self) -> float | None:
+    def timeout_left(self) -> float | None:
         """What is left as a timeout, to the millisecond, for messages have it; None for no limit."""
         return None if self.at == math.inf else round(self.remaining(), 3)
 
@@ -41,10 +41,10 @@ class Deadline:
         return Deadline(left if timeout is None else min(timeout, left))
 
 
-class Revocable(Deadline):
+class RevocableDeadline(Deadline):
     """A deadline that has also passed as soon as ``revoked()`` says so.
 
-    Nobody who waits is woken by that: a wait for it is cut into pieces of `LOOK_S`.
+    Nobody who waits is woken by that: a wait for it is cut into pieces of `POLL_INTERVAL_S`.
     """
 
     __slots__ = ("_revoked",)
@@ -62,16 +62,16 @@ class Revocable(Deadline):
 
     def within(self, timeout: float | None) -> Deadline:
         left = self.remaining()
-        return Revocable(left if timeout is None else min(timeout, left), self._revoked)
+        return RevocableDeadline(left if timeout is None else min(timeout, left), self._revoked)
 
 
 # Seconds after which a wait that nobody can wake looks at its deadline again.
-LOOK_S = 0.05
+POLL_INTERVAL_S = 0.05
 
 NEVER = Deadline(None)
 
 
-def bounded_wait(seconds: float) -> float:
+def clamp_timeout(seconds: float) -> float:
     """Cut a wait, which may be infinite, to what the operating system takes.
 
     Time that is over is none: ``poll`` would take less than none for ever.

@@ -1,4 +1,4 @@
-"""What keeps state whole where Ctrl-C and signal handlers strike: whether this thread holds a lock, and `record`.
+"""What keeps state whole where Ctrl-C and signal handlers strike: whether this thread holds a lock, and `call_and_append`.
 
 ``with lock`` on a plain ``Lock`` or an ``RLock`` is safe by itself: both are C code, and no interrupt comes between
 their acquiring and the block. These are for what ``with`` cannot do.
@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-is_mine: Callable[[threading.RLock], bool] = operator.methodcaller("_is_owned")
+owned_by_this_thread: Callable[[threading.RLock], bool] = operator.methodcaller("_is_owned")
 """Whether the calling thread holds an ``RLock``."""
 
 
-def record(log: deque[Any], call: Callable[..., Any], *args: tuple[Any]) -> None:
+def call_and_append(log: deque[Any], call: Callable[..., Any], *args: tuple[Any]) -> None:
     """Make a system call and append what it gives to ``log``, in one piece of C code that no interrupt can divide.
 
     ``args`` holds each argument in a tuple of its own.

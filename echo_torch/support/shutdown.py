@@ -21,76 +21,76 @@ from .deadline import Deadline
 _log = logging.getLogger(__name__)
 
 # Seconds that a connection may go on delivering after its client was dropped, or at interpreter exit.
-FAREWELL_S = 5.0
+DELIVER_AT_EXIT_S = 5.0
 # Seconds on top, for its thread to say so and be gone.
-_GRACE_S = 1.0
+_JOIN_GRACE_S = 1.0
 
 
-class User(Protocol):
+class ExitHandler(Protocol):
     """What uses connections, and has something to do before they end."""
 
-    def prepare_end(self) -> None:
+    def begin_exit(self) -> None:
         """Called at the end of the process, for all of them: begin with what takes time, without waiting for it."""
 
-    def end(self) -> None:
+    def finish_exit(self) -> None:
         """Called after that: wait for it."""
 
 
-class Mortal(Protocol):
+class ExitingConnection(Protocol):
     """A connection, as seen from here."""
 
     peer: str
 
-    def say_farewell(self) -> None:
-        """Deliver what is there for at most `FAREWELL_S`, and end, without being waited for."""
+    def deliver_at_exit(self) -> None:
+        """Deliver what is there for at most `DELIVER_AT_EXIT_S`, and end, without being waited for."""
 
     def join(self, deadline: Deadline) -> bool:
         """Wait for the end; gives whether it came."""
 
-    def disown(self) -> None:
+    def detach_after_fork(self) -> None:
         """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
 
 
-_living: set[Mortal] = set()
-_users: weakref.WeakSet[User] = weakref.WeakSet()
-_child = 0  # the process, a child of multiprocessing, in which a finaliser is set
+_open_connections: set[ExitingConnection] = set()
+_exit_handlers: weakref.WeakSet[ExitHandler] = weakref.WeakSet()
+_finalizer_pid = 0  # the process, a child of multiprocessing, in which a finaliser is set
 
 
-def begin(connection: Mortal) -> None:
-    """To be called while a connection's thread runs, and undone by `end`."""
-    _living.add(connection)
+def register_connection(connection: ExitingConnection) -> None:
+    """To be called while a connection's thread runs, and undone by `unregister_connection`."""
+    _open_connections.add(connection)
 
 
-def end(connection: Mortal) -> None:
-    _living.discard(connection)
+def unregister_connection(connection: ExitingConnection) -> None:
+    _open_connections.discard(connection)
 
 
-def tell(user: User) -> None:
-    """Have ``user`` told of the end of this process, unless it is gone by then."""
-    expect_end_of_child()
-    _users.add(user)
+def register_exit_handler(handler: ExitHandler) -> None:
+    """Have ``handler`` told of the end of this process, unless it is gone by then."""
+    register_child_finalizer()
+    _exit_handlers.add(handler)
 
 
-def expect_end_of_child() -> None:
+def register_child_finalizer() -> None:
     """multiprocessing ends forked children without `atexit`, but not without its own finalisers."""
-    global _child
-    if multiprocessing.parent_process() is not None and _child != os.getpid():
-        _child = os.getpid()
-        multiprocessing.util.Finalize(None, _end_all, exitpriority=0)
+    global _finalizer_pid
+    if multiprocessing.parent_process() is not None and _finalizer_pid != os.getpid():
+        _finalizer_pid = os.getpid()
+        multiprocessing.util.Finalize(None, _run_at_exit, exitpriority=0)
 
 
-def _end_all() -> None:
-    users = list(_users)
+def _run_at_exit() -> None:
+    handlers = list(_exit_handlers)
     try:
-        _each([user.prepare_end for user in users] + [user.end for user in users])
+        _run_all([handler.begin_exit for handler in handlers] + [handler.finish_exit for handler in handlers])
     finally:
-        deadline = Deadline(FAREWELL_S + _GRACE_S)
-        connections = list(_living)
-        farewells = [connection.say_farewell for connection in connections]
-        _each(farewells + [functools.partial(_await, connection, deadline) for connection in connections])
+        deadline = Deadline(DELIVER_AT_EXIT_S + _JOIN_GRACE_S)
+        connections = list(_open_connections)
+        deliveries = [connection.deliver_at_exit for connection in connections]
+        _run_all(deliveries + [functools.partial(_join_or_warn, connection, deadline) for connection in connections])
 
 
-def _each(steps: Sequence[Callable[[], None]]) -> None:
+def _run_all(steps: Sequence[Callable[[], None]]) -> None:
     """Take all the steps; what interrupts one, such as Ctrl-C, breaks off that one, and is raised at the end."""
     interrupt: BaseException | None = None
     for step in steps:
@@ -104,17 +104,17 @@ def _each(steps: Sequence[Callable[[], None]]) -> None:
         raise interrupt
 
 
-def _await(connection: Mortal, deadline: Deadline) -> None:
+def _join_or_warn(connection: ExitingConnection, deadline: Deadline) -> None:
     if not connection.join(deadline):
-        _log.warning("%s: not ended within %g s", connection.peer, FAREWELL_S + _GRACE_S)
+        _log.warning("%s: not ended within %g s", connection.peer, DELIVER_AT_EXIT_S + _JOIN_GRACE_S)
 
 
-def _disown_all() -> None:
-    for connection in list(_living):
-        connection.disown()
-    _living.clear()
-    _users.clear()
+def _detach_all_after_fork() -> None:
+    for connection in list(_open_connections):
+        connection.detach_after_fork()
+    _open_connections.clear()
+    _exit_handlers.clear()
 
 
-atexit.register(_end_all)
-os.register_at_fork(after_in_child=_disown_all)
+atexit.register(_run_at_exit)
+os.register_at_fork(after_in_child=_detach_all_after_fork)

@@ -12,20 +12,20 @@ import torch
 from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 
-_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+_NULL_CONTEXT: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 _Args = ParamSpec("_Args")
 
-profiling: Callable[[], bool] = _profiler_enabled
+is_profiling: Callable[[], bool] = _profiler_enabled
 """Whether a profiler runs."""
 
 
-def profiled(name: str) -> contextlib.AbstractContextManager[Any]:
+def profiler_range(name: str) -> contextlib.AbstractContextManager[Any]:
     """A range of that name in the trace, while a profiler runs: entering one costs a microsecond even if none does."""
-    return record_function(name) if profiling() else _NOTHING
+    return record_function(name) if is_profiling() else _NULL_CONTEXT
 
 
-def uncompiled(function: Callable[_Args, None]) -> Callable[_Args, None]:
+def disable_compile(function: Callable[_Args, None]) -> Callable[_Args, None]:
     """As ``torch.compiler.disable``, which takes a second to import: not before there is a compiler."""
     disabled: Callable[_Args, None] | None = None
 

@@ -4,7 +4,7 @@
 * While the peer has not said anything yet, that is asked soon: a host that is called by many at once may forget a
   connection that it has let begin (its queue is full by then), and answers that it knows of none. Of itself it would
   be silent, and so would we, who wait for it to speak first.
-* While something is, the kernel only repeats it, for a quarter of an hour; `silence` looks at how often it did.
+* While something is, the kernel only repeats it, for a quarter of an hour; `unreachable_reason` looks at how often it did.
 * A learner that is paused is no fault: its kernel answers for it. So nothing here counts time without acks, and
   TCP_USER_TIMEOUT, which ends connections to hosts that are only slow, is not used.
 
@@ -25,14 +25,14 @@ KEEPALIVE_COUNT = 3
 GREETING_IDLE_S = 1
 # How often the same bytes were sent without an answer, which takes some seven seconds on a fast network; and how many
 # questions whether a full peer has room again stayed without one. A peer that lives answers the first.
-MOST_RETRANSMITS = 5
-MOST_PROBES = 2
+MAX_RETRANSMITS = 5
+MAX_PROBES = 2
 # Where these two are in struct tcp_info of linux/tcp.h, in bytes; and the round trip's time, in microseconds.
-_RETRANSMITS_AT, _PROBES_AT = 2, 3
-_ROUND_TRIP = struct.Struct("=68xI")
+_RETRANSMITS_OFFSET, _PROBES_OFFSET = 2, 3
+_ROUND_TRIP_FIELD = struct.Struct("=68xI")
 
 
-def keep_asking(sock: socket.socket, greeted: bool = True) -> None:
+def enable_keepalive(sock: socket.socket, greeted: bool = True) -> None:
     """Turn keepalive on, for a peer that has said something, or one that has not yet."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {
@@ -45,22 +45,22 @@ def keep_asking(sock: socket.socket, greeted: bool = True) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def silence(sock: socket.socket) -> str | None:
+def unreachable_reason(sock: socket.socket) -> str | None:
     """Why the peer's host is taken to be gone, if it is, while something is under way to it."""
     if not hasattr(socket, "TCP_INFO"):
         return None
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _PROBES_AT + 1)
-    if info[_RETRANSMITS_AT] >= MOST_RETRANSMITS:
-        return f"the peer's host does not answer: the same bytes were sent again {info[_RETRANSMITS_AT]} times"
-    if info[_PROBES_AT] >= MOST_PROBES:
-        return f"the peer's host does not answer: it was full, and asked {info[_PROBES_AT]} times in vain since"
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _PROBES_OFFSET + 1)
+    if info[_RETRANSMITS_OFFSET] >= MAX_RETRANSMITS:
+        return f"the peer's host does not answer: the same bytes were sent again {info[_RETRANSMITS_OFFSET]} times"
+    if info[_PROBES_OFFSET] >= MAX_PROBES:
+        return f"the peer's host does not answer: it was full, and asked {info[_PROBES_OFFSET]} times in vain since"
     return None
 
 
-def round_trip(sock: socket.socket) -> float:
+def round_trip_seconds(sock: socket.socket) -> float:
     """Seconds that a word to the peer's host and its answer take, as connecting did; 0 where that is not known."""
     if not hasattr(socket, "TCP_INFO"):
         return 0.0
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ROUND_TRIP.size)
-    microseconds: int = _ROUND_TRIP.unpack(info)[0] if len(info) == _ROUND_TRIP.size else 0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ROUND_TRIP_FIELD.size)
+    microseconds: int = _ROUND_TRIP_FIELD.unpack(info)[0] if len(info) == _ROUND_TRIP_FIELD.size else 0
     return microseconds / 1e6

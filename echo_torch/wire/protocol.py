@@ -118,7 +118,7 @@ class Handshake:
         self._data += data
         self._check_greeting()
         while self.leaves is None and self.missing == 0:
-            self._step()
+            self._parse_header()
 
     def _check_greeting(self) -> None:
         magic = bytes(self._data[: len(MAGIC)])
@@ -129,15 +129,15 @@ class Handshake:
                 f"unsupported echo wire version {self._data[len(MAGIC)]}; this client speaks {VERSION}"
             )
 
-    def _step(self) -> None:
+    def _parse_header(self) -> None:
         """Parse one header whose bytes are all there, and say what is needed next."""
         if self._parsed == 0:
             self._arrays_left = _HEADER.unpack_from(self._data)[2]
-            _cap("num_arrays", self._arrays_left, MAX_ARRAYS)
+            _check_limit("num_arrays", self._arrays_left, MAX_ARRAYS)
             self._parsed = _HEADER.size
         else:
             num_dims = _ARRAY.unpack_from(self._data, self._parsed)[1]
-            _cap("num_dims", num_dims, MAX_DIMS)
+            _check_limit("num_dims", num_dims, MAX_DIMS)
             end = self._parsed + _ARRAY.size + 4 * num_dims
             if len(self._data) < end:
                 self._need(end)
@@ -150,11 +150,11 @@ class Handshake:
             self.leaves = WireLeaves(self._data)
 
     def _need(self, total: int) -> None:
-        _cap("handshake bytes", total, HANDSHAKE_LIMIT)
+        _check_limit("handshake bytes", total, HANDSHAKE_LIMIT)
         self._needed = total
 
 
-def _cap(what: str, got: int, limit: int) -> None:
+def _check_limit(what: str, got: int, limit: int) -> None:
     if got > limit:
         raise HandshakeError(f"handshake announces {got} {what}, more than the {limit} that this client accepts")
 

@@ -18,13 +18,13 @@ from echo_torch.errors import CertificateError, HandshakeError
 # What OpenSSL says of a certificate that it refuses: X509_V_ERR_* of openssl/x509_vfy.h.
 _NOT_YET_VALID, _EXPIRED = 9, 10
 _UNTRUSTED = {2, 18, 19, 20, 21}
-_OTHER_NAME = {62, 64}
+_HOSTNAME_MISMATCH = {62, 64}
 # What a peer says, or OpenSSL of it, that is not about our certificate but about TLS itself.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"}
-_OF_OUR_CERTIFICATE = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
+_CLIENT_CERTIFICATE_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
 _OLD_TLS = {"TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"}
 # What a server says that has trouble of its own, which may pass.
-_ITS_TROUBLE = "ALERT_INTERNAL_ERROR"
+_SERVER_ERROR = "ALERT_INTERNAL_ERROR"
 # A server of TLS 1.2 says no more than this if it misses a certificate.
 _HANDSHAKE_FAILURE = "HANDSHAKE_FAILURE"
 
@@ -80,7 +80,7 @@ class TLS:
         else:
             self._load_ca(context, self.ca_file)
         if self.cert_file is not None:
-            self._load_own(context, self.cert_file)
+            self._load_client_certificate(context, self.cert_file)
         return context
 
     def _load_ca(self, context: ssl.SSLContext, path: str | os.PathLike[str]) -> None:
@@ -90,14 +90,14 @@ class TLS:
         except ssl.SSLError as error:
             raise CertificateError(f"ca_file {os.fspath(path)}: no certificate in PEM ({error.reason})") from error
 
-    def _load_own(self, context: ssl.SSLContext, path: str | os.PathLike[str]) -> None:
+    def _load_client_certificate(self, context: ssl.SSLContext, path: str | os.PathLike[str]) -> None:
         files = f"cert_file {os.fspath(path)}"
         _check_readable("cert_file", path)
         if self.key_file is not None:
             _check_readable("key_file", self.key_file)
             files += f", key_file {os.fspath(self.key_file)}"
         try:
-            context.load_cert_chain(path, self.key_file, _refuse_to_ask)
+            context.load_cert_chain(path, self.key_file, _refuse_passphrase)
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
                 raise CertificateError(f"{files}: the key is not that of the certificate") from error
@@ -118,7 +118,7 @@ class _EncryptedKeyError(Exception):
     pass
 
 
-def _refuse_to_ask() -> NoReturn:
+def _refuse_passphrase() -> NoReturn:
     """OpenSSL would ask at the terminal, where there may be nobody."""
     raise _EncryptedKeyError
 
@@ -132,11 +132,11 @@ def _check_readable(name: str, path: str | os.PathLike[str]) -> None:
         raise CertificateError(f"{name} {os.fspath(path)}: {error.strerror}") from error
 
 
-class OtherNameError(CertificateError):
+class HostnameMismatchError(CertificateError):
     """The server's certificate is valid, for somebody else; told to nobody by this name."""
 
 
-def refusal(error: ssl.SSLError, tls: TLS, name: str) -> HandshakeError | None:
+def permanent_error(error: ssl.SSLError, tls: TLS, name: str) -> HandshakeError | None:
     """Why the handshake was refused by one of the two sides, for good; None if it only broke off.
 
     Args:
@@ -145,24 +145,24 @@ def refusal(error: ssl.SSLError, tls: TLS, name: str) -> HandshakeError | None:
         name: what the certificate had to be for.
     """
     if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in _OTHER_NAME:
-            return OtherNameError(f"its certificate is not for {name!r}")
-        return CertificateError(_refused_by_us(error, tls))
+        if error.verify_code in _HOSTNAME_MISMATCH:
+            return HostnameMismatchError(f"its certificate is not for {name!r}")
+        return CertificateError(_server_certificate_problem(error, tls))
     reason = error.reason or ""
-    if any(part in reason for part in _OF_OUR_CERTIFICATE):
-        return CertificateError(_refused_by_them(reason, tls))
+    if any(part in reason for part in _CLIENT_CERTIFICATE_ALERTS):
+        return CertificateError(_client_certificate_problem(reason, tls))
     if reason in _NO_TLS:
         return HandshakeError("the server speaks no TLS; if it is a plain echo server, leave out tls=")
     if reason in _OLD_TLS:
         return HandshakeError(f"the server speaks no TLS 1.2 or later ({reason})")
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)) or _ITS_TROUBLE in reason:
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)) or _SERVER_ERROR in reason:
         return None
     if _HANDSHAKE_FAILURE in reason and tls.cert_file is None:
         reason += "; it may want a client certificate: give cert_file and key_file"
     return HandshakeError(f"TLS failed: {reason or error}")
 
 
-def _refused_by_us(error: ssl.SSLCertVerificationError, tls: TLS) -> str:
+def _server_certificate_problem(error: ssl.SSLCertVerificationError, tls: TLS) -> str:
     code = error.verify_code
     if code == _EXPIRED:
         return "its certificate, or that of its CA, has expired"
@@ -174,7 +174,7 @@ def _refused_by_us(error: ssl.SSLCertVerificationError, tls: TLS) -> str:
     return f"its certificate is refused: {error.verify_message}"
 
 
-def _refused_by_them(reason: str, tls: TLS) -> str:
+def _client_certificate_problem(reason: str, tls: TLS) -> str:
     if tls.cert_file is None:
         return f"the server wants a client certificate; give cert_file and key_file ({reason})"
     return f"the server refuses the client certificate of cert_file {os.fspath(tls.cert_file)} ({reason})"

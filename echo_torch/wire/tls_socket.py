@@ -4,7 +4,7 @@ OpenSSL works in memory here, and the socket stays one like any other, since ``s
 
 * It reads and writes in one go with encrypting, and looks for signals in between: an interrupt takes with it how many
   bytes were written, or read, which then cannot go on. In memory, sealing is told by what lies there afterwards, and no
-  interrupt can come between taking bytes from one place and putting them into the next: that is done in C (`record`).
+  interrupt can come between taking bytes from one place and putting them into the next: that is done in C (`call_and_append`).
 * A write that did not fit would have to be repeated with the same bytes.
 * A copy of this socket in a forked child can send nothing, whatever is done to it: closing it closes a descriptor.
 
@@ -22,35 +22,35 @@ from typing import Any
 
 from echo_torch.errors import CertificateError, ConnectionClosedError, HandshakeError
 from echo_torch.support.deadline import Deadline
-from echo_torch.support.interrupts import record
+from echo_torch.support.interrupts import call_and_append
 
-from .keepalive import round_trip
-from .poll import ready
+from .keepalive import round_trip_seconds
+from .poll import wait_ready
 from .protocol import MAGIC
-from .tls import TLS, OtherNameError, refusal
+from .tls import TLS, HostnameMismatchError, permanent_error
 
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 # Most bytes of one seal, which may have to wait for the socket in memory. Each takes the GIL twice, and so does each
 # system call, for which a thread waits if others are busy: hence not a record (16 KB) at a time.
-SEAL_BYTES = 256 * 1024
+MAX_ENCRYPT_BYTES = 256 * 1024
 # Read by one system call.
 _READ_BYTES = 64 * 1024
 # Seconds for the peer to speak first, before we do. A TLS server never does, but an echo server that was taken for one
 # does at once, and would take our handshake for samples. To that is added what its words take from afar, and as much
 # again for what delays them, in round trips.
-SPEAKS_FIRST_S = 0.05
-SPEAKS_FIRST_TRIPS = 2
+GREETING_WAIT_S = 0.05
+GREETING_WAIT_ROUND_TRIPS = 2
 # Seconds for what only says more of an error that is known.
-_TELLING_S = 1.0
+_READ_NAMES_S = 1.0
 
 
 class TlsSocket(socket.socket):
-    """One that is to speak TLS once it is connected (`secure`)."""
+    """One that is to speak TLS once it is connected (`do_tls_handshake`)."""
 
-    _begun = False
+    _tls_started = False
 
-    def begin(self, context: ssl.SSLContext, name: str, tls: TLS) -> None:
+    def start_tls(self, context: ssl.SSLContext, name: str, tls: TLS) -> None:
         """Begin to speak it.
 
         Raises:
@@ -58,31 +58,31 @@ class TlsSocket(socket.socket):
         """
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         try:
-            self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name.partition("%")[0])
+            self._ssl_object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name.partition("%")[0])
         except (TypeError, ValueError) as error:
             raise HandshakeError(f"no certificate can be for {name!r} ({error}); give server_name") from error
-        self._asked_for = (tls, name)
-        self.ended = False
+        self._handshake_arguments = (tls, name)
+        self.at_eof = False
         """Whether the peer sends no more."""
-        self._leaving: deque[bytes] = deque()  # taken from `_outgoing`, and not sent as a whole
-        self._sent: deque[int] = deque()  # what a system call sent of it
-        self._sent_before = 0  # bytes of it that are sent
-        self._begun = True
+        self._unsent: deque[bytes] = deque()  # taken from `_outgoing`, and not sent as a whole
+        self._send_result: deque[int] = deque()  # what a system call sent of it
+        self._unsent_offset = 0  # bytes of it that are sent
+        self._tls_started = True
 
     @property
-    def tls(self) -> ssl.SSLObject:
-        return self._tls
+    def ssl_object(self) -> ssl.SSLObject:
+        return self._ssl_object
 
     # Out.
 
     @property
-    def sealed(self) -> int:
-        """Bytes that were sealed since `flush` has taken any: moved by `seal`, and by answers to the peer."""
+    def unflushed_bytes(self) -> int:
+        """Bytes that were sealed since `flush` has taken any: moved by `encrypt`, and by answers to the peer."""
         return self._outgoing.pending
 
-    def seal(self, data: memoryview) -> int:
-        """Encrypt up to `SEAL_BYTES`; gives how many."""
-        return self._tls.write(data)
+    def encrypt(self, data: memoryview) -> int:
+        """Encrypt up to `MAX_ENCRYPT_BYTES`; gives how many."""
+        return self._ssl_object.write(data)
 
     def flush(self) -> bool:
         """Send what is sealed; gives whether all of it is gone. What an interrupt broke off, the next call completes.
@@ -90,61 +90,63 @@ class TlsSocket(socket.socket):
         Raises:
             OSError: the connection is lost.
         """
-        self._note_sent()
-        while self._leaving or self._outgoing.pending:
-            if not self._leaving:
-                record(self._leaving, self._outgoing.read, (-1,))
+        self._account_for_sent()
+        while self._unsent or self._outgoing.pending:
+            if not self._unsent:
+                call_and_append(self._unsent, self._outgoing.read, (-1,))
             try:
-                record(self._sent, super().send, (memoryview(self._leaving[0])[self._sent_before :],), (NO_SIGNAL,))
+                call_and_append(
+                    self._send_result, super().send, (memoryview(self._unsent[0])[self._unsent_offset :],), (NO_SIGNAL,)
+                )
             except BlockingIOError:
                 return False
-            self._note_sent()
+            self._account_for_sent()
         return True
 
-    def _note_sent(self) -> None:
-        if not self._sent:
+    def _account_for_sent(self) -> None:
+        if not self._send_result:
             return
-        sent = self._sent_before + self._sent[0]
-        done = sent == len(self._leaving[0])
-        leaving: deque[bytes] = deque() if done else self._leaving
+        sent = self._unsent_offset + self._send_result[0]
+        done = sent == len(self._unsent[0])
+        unsent: deque[bytes] = deque() if done else self._unsent
         sent = 0 if done else sent
         nothing: deque[int] = deque()
         # Nothing comes between the next three lines.
-        self._leaving = leaving
-        self._sent_before = sent
-        self._sent = nothing
+        self._unsent = unsent
+        self._unsent_offset = sent
+        self._send_result = nothing
 
     # In.
 
     @property
-    def arrived(self) -> bool:
+    def has_undecrypted(self) -> bool:
         """Whether bytes are there to be opened; fewer than a record, maybe."""
         return self._incoming.pending > 0
 
-    def fetch(self) -> None:
+    def receive_encrypted(self) -> None:
         """Read what has arrived, unless as much lies in memory that nobody has opened.
 
         Raises:
             OSError: the connection is lost.
         """
-        if self.ended or self._incoming.pending >= _READ_BYTES:
+        if self.at_eof or self._incoming.pending >= _READ_BYTES:
             return
         try:
             # Taken from the system and put into memory in one piece of C code.
             if not any(map(self._incoming.write, map(super().recv, (_READ_BYTES,)))):
-                self.ended = True
+                self.at_eof = True
                 self._incoming.write_eof()
         except BlockingIOError:
             pass
 
-    def open_into(self, buffer: bytearray) -> int:
+    def decrypt_into(self, buffer: bytearray) -> int:
         """Decrypt into ``buffer``; gives how many bytes, 0 at the peer's orderly end.
 
         Raises:
             ssl.SSLWantReadError: more has to arrive before that.
             ssl.SSLError: the connection is broken, or ended without a word.
         """
-        return self._tls.read(len(buffer), buffer)  # type: ignore[return-value]
+        return self._ssl_object.read(len(buffer), buffer)  # type: ignore[return-value]
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """As of any socket: BlockingIOError if nothing is there; b"" if the peer has hung up.
@@ -152,18 +154,18 @@ class TlsSocket(socket.socket):
         Raises:
             HandshakeError, CertificateError: the server refuses us, as one of TLS 1.3 says only now.
         """
-        self.fetch()
+        self.receive_encrypted()
         try:
-            data = self._tls.read(size)
+            data = self._ssl_object.read(size)
         except ssl.SSLWantReadError:
             raise BlockingIOError from None
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
             return b""
         except ssl.SSLError as error:
-            refused = refusal(error, *self._asked_for)
-            if refused is None:
+            permanent = permanent_error(error, *self._handshake_arguments)
+            if permanent is None:
                 raise
-            raise refused from error
+            raise permanent from error
         self.flush()
         return data
 
@@ -171,15 +173,15 @@ class TlsSocket(socket.socket):
 
     def shutdown(self, how: int) -> None:
         """Say so to the peer, if that can be done at once; it could not tell the end from a cut otherwise."""
-        if self._begun and not self._leaving and not self.sealed:
+        if self._tls_started and not self._unsent and not self.unflushed_bytes:
             with contextlib.suppress(OSError, ValueError):  # the peer has not said so yet, or all is broken already
-                self._tls.unwrap()
+                self._ssl_object.unwrap()
             with contextlib.suppress(OSError):
                 self.flush()
         super().shutdown(how)
 
 
-def secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) -> None:
+def do_tls_handshake(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) -> None:
     """Speak TLS over a socket that has just been connected, which stays open whatever comes.
 
     Raises:
@@ -191,12 +193,12 @@ def secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) 
     name = tls.server_name or host
     try:
         context = tls.context()
-        _hear_first(sock, deadline)
-        sock.begin(context, name, tls)
-        while not _step(sock, tls, name):
-            _wait(sock, peer, deadline)
-    except OtherNameError as error:
-        names = _names(sock, context, tls, name, deadline.within(_TELLING_S))
+        _check_no_greeting(sock, deadline)
+        sock.start_tls(context, name, tls)
+        while not _advance_handshake(sock, tls, name):
+            _wait_for_peer(sock, peer, deadline)
+    except HostnameMismatchError as error:
+        names = _fetch_certificate_names(sock, context, tls, name, deadline.within(_READ_NAMES_S))
         what = f"its certificate is for {names or 'others'}, and not for {name!r}; connect to that, or give server_name"
         raise CertificateError(f"{peer}: {what}") from error.__cause__
     except HandshakeError as error:
@@ -207,44 +209,44 @@ def secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) 
         raise ConnectionClosedError(f"{peer} broke the connection off during the TLS handshake: {error}") from error
 
 
-def _hear_first(sock: TlsSocket, deadline: Deadline) -> None:
-    patience = SPEAKS_FIRST_S + SPEAKS_FIRST_TRIPS * round_trip(sock)
-    if not ready(sock, select.POLLIN, deadline.within(patience)):
+def _check_no_greeting(sock: TlsSocket, deadline: Deadline) -> None:
+    wait_s = GREETING_WAIT_S + GREETING_WAIT_ROUND_TRIPS * round_trip_seconds(sock)
+    if not wait_ready(sock, select.POLLIN, deadline.within(wait_s)):
         return
-    said = socket.socket.recv(sock, len(MAGIC))
-    if not said:
+    first_bytes = socket.socket.recv(sock, len(MAGIC))
+    if not first_bytes:
         raise ConnectionClosedError("it hung up at once")
-    if MAGIC.startswith(said):
+    if MAGIC.startswith(first_bytes):
         raise HandshakeError("the server speaks no TLS: it is a plain echo server; leave out tls=")
-    raise HandshakeError(f"the server speaks no TLS: it begins with {said!r}")
+    raise HandshakeError(f"the server speaks no TLS: it begins with {first_bytes!r}")
 
 
-def _step(sock: TlsSocket, tls: TLS, name: str) -> bool:
+def _advance_handshake(sock: TlsSocket, tls: TLS, name: str) -> bool:
     """Go on with the handshake as far as bytes have arrived; gives whether it is complete."""
-    sock.fetch()
+    sock.receive_encrypted()
     try:
-        sock.tls.do_handshake()
+        sock.ssl_object.do_handshake()
         complete = True
     except ssl.SSLWantReadError:
         complete = False
     except ssl.SSLError as error:
         with contextlib.suppress(OSError):
             sock.flush()  # tells the server why
-        refused = refusal(error, tls, name)
-        if refused is None:
+        permanent = permanent_error(error, tls, name)
+        if permanent is None:
             raise
-        raise refused from error
+        raise permanent from error
     return sock.flush() and complete
 
 
-def _wait(sock: TlsSocket, peer: str, deadline: Deadline) -> None:
+def _wait_for_peer(sock: TlsSocket, peer: str, deadline: Deadline) -> None:
     event = select.POLLIN if sock.flush() else select.POLLIN | select.POLLOUT
-    if not ready(sock, event, deadline) or deadline.expired:  # bytes that dribble in do not extend the deadline
+    if not wait_ready(sock, event, deadline) or deadline.expired:  # bytes that dribble in do not extend the deadline
         what = f"TLS handshake not complete within {deadline.timeout:g} s"
         raise TimeoutError(f"{peer}: {what}; does that server speak TLS?")
 
 
-def _names(sock: TlsSocket, context: ssl.SSLContext, tls: TLS, name: str, deadline: Deadline) -> str:
+def _fetch_certificate_names(sock: TlsSocket, context: ssl.SSLContext, tls: TLS, name: str, deadline: Deadline) -> str:
     """Whom the server's certificate is for, to tell who asked for another; on a connection of its own, and no more.
 
     OpenSSL shows no certificate that it refused, so here it is verified but for the name.
@@ -254,15 +256,15 @@ def _names(sock: TlsSocket, context: ssl.SSLContext, tls: TLS, name: str, deadli
         other.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             other.connect(sock.getpeername())
-        if ready(other, select.POLLOUT, deadline):
-            other.begin(context, name, tls)
-            while not _step(other, tls, name):
-                _wait(other, "", deadline)
-            return names_in(other.tls)
+        if wait_ready(other, select.POLLOUT, deadline):
+            other.start_tls(context, name, tls)
+            while not _advance_handshake(other, tls, name):
+                _wait_for_peer(other, "", deadline)
+            return certificate_names(other.ssl_object)
     return ""
 
 
-def names_in(tls: ssl.SSLObject) -> str:
+def certificate_names(tls: ssl.SSLObject) -> str:
     """Whom the peer's certificate is for."""
     found: Any = tls.getpeercert() or {}
     return ", ".join(name for _, name in found.get("subjectAltName", ()))

@@ -679,7 +679,7 @@ def test_a_logging_handler_may_close() -> None:
 def test_a_client_dropped_without_a_connection_ends_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, descriptors: None
 ) -> None:
-    monkeypatch.setattr(io_thread.shutdown, "FAREWELL_S", SHORT_S)
+    monkeypatch.setattr(io_thread.shutdown, "DELIVER_AT_EXIT_S", SHORT_S)
     with peer_of(hears(3)) as peer:
         client = connect(peer, reconnect=60.0)
         peer.refuse()

@@ -64,7 +64,7 @@ def test_pauses_double_up_to_the_longest_and_vary() -> None:
     random.seed(1)
     made = [Backoff(0.05, 5.0) for _ in range(200)]
     for expected in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0):
-        pauses = [backoff.pause() for backoff in made]
+        pauses = [backoff.next_delay() for backoff in made]
         assert expected / 2 <= min(pauses) < 0.55 * expected
         assert 0.95 * expected < max(pauses) <= expected
 

@@ -15,7 +15,7 @@ import pytest
 
 from echo_torch.client.wakeup import Leader, WakeUp
 from echo_torch.ring.ring import Ring
-from echo_torch.support.interrupts import is_mine
+from echo_torch.support.interrupts import owned_by_this_thread
 
 pytestmark = pytest.mark.usefixtures("descriptors")
 
@@ -105,7 +105,7 @@ def test_a_kick_that_is_interrupted_swallows_none_after_the_sleeper_woke_by_itse
             wake_up.kick()
     finally:
         sys.settrace(before)
-    assert not is_mine(wake_up.lock)
+    assert not owned_by_this_thread(wake_up.lock)
     wake_up.seen(readable(wake_up))
     wake_up.kick()
     assert readable(wake_up)
@@ -171,18 +171,18 @@ def test_the_lock_tells_the_thread_that_is_inside() -> None:
     answers: list[bool] = []
 
     class Asks(WakeUp):
-        def disown(self) -> None:
-            answers.append(is_mine(self.lock))
-            other = threading.Thread(target=lambda: answers.append(is_mine(self.lock)))
+        def detach_after_fork(self) -> None:
+            answers.append(owned_by_this_thread(self.lock))
+            other = threading.Thread(target=lambda: answers.append(owned_by_this_thread(self.lock)))
             other.start()
             other.join(SOON_S)
-            super().disown()
+            super().detach_after_fork()
 
     wake_up = Asks()
-    assert not is_mine(wake_up.lock)
+    assert not owned_by_this_thread(wake_up.lock)
     wake_up.close()
     assert answers == [True, False]
-    assert not is_mine(wake_up.lock)
+    assert not owned_by_this_thread(wake_up.lock)
 
 
 # The one of those who wait that polls; ``TcpClient``'s tests have it among others.

@@ -244,7 +244,7 @@ def test_memory_of_the_device_is_bounded() -> None:
 
 def test_memory_that_is_pinned_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[weakref.ref[torch.Tensor]] = []
-    pinned = accelerator.pinned
+    pinned = accelerator.empty_pinned
 
     def noted(size: int) -> torch.Tensor:
         memory = pinned(size)
@@ -252,7 +252,7 @@ def test_memory_that_is_pinned_is_given_back(monkeypatch: pytest.MonkeyPatch) ->
         taken.append(weakref.ref(memory))
         return memory
 
-    monkeypatch.setattr(accelerator, "pinned", noted)
+    monkeypatch.setattr(accelerator, "empty_pinned", noted)
     with receiving(_one()) as (learner, sink):
         for first in range(0, 4 * BATCH, BATCH):
             sink.send(numbered(torch.arange(first, first + BATCH, device="cuda")))

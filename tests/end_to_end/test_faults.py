@@ -81,9 +81,9 @@ A handshake that stalls at any byte, or dribbles; an accept queue that is full; 
     test_faults::test_a_handshake_that_stalls_at_any_byte_ends_at_the_deadline
     test_faults::test_a_full_accept_queue_ends_at_the_deadline
     test_faults::test_a_server_process_that_is_stopped_is_waited_for
-    test_connect::test_a_greeting_that_stalls_anywhere_ends_at_the_deadline
-    test_connect::test_bytes_that_dribble_in_do_not_extend_the_deadline
-    test_connect::test_silence_at_every_address_ends_at_the_deadline
+    test_connect::test_a_greeting_that_stalls_anywhere_times_out
+    test_connect::test_slow_bytes_do_not_extend_the_deadline
+    test_connect::test_unresponsive_addresses_time_out_at_the_deadline
 
 A handshake that announces billions of arrays or dimensions
     HandshakeError from the count alone, in no memory
@@ -96,7 +96,7 @@ Wrong magic or version, a port that refuses, a name that does not resolve
     the types of the stock client: ValueError, ConnectionRefusedError, ``socket.gaierror``; all name the peer
     test_tcp_client::test_wrong_greetings_raise_value_errors
     test_connect::test_an_answer_that_is_no_greeting_names_the_peer_and_what_is_wrong
-    test_connect::test_a_refusal_is_raised_as_such_and_names_the_peer
+    test_connect::test_a_refused_connection_names_the_peer
     test_connect::test_a_name_that_does_not_resolve_is_a_gaierror
     test_sink::test_connect_and_with_fail_early
 
@@ -149,7 +149,7 @@ A host that vanishes without a word
 
 A host that forgets a connection it has let begin, being called by too many at once
     is called again a second later
-    test_connect::test_a_peer_that_knows_nothing_of_the_connection_is_called_again
+    test_connect::test_a_peer_that_forgot_the_connection_is_retried
 
 Ctrl-C while a call waits for the window
     every count settles; later calls work
@@ -166,7 +166,7 @@ Ctrl-C in the middle of a write, of `close`, of connecting
 ``socket.setdefaulttimeout``
     no influence, on connecting, on idle connections, nor on busy ones
     test_tcp_client::test_sockets_default_timeout_does_not_matter
-    test_connect::test_the_default_timeout_of_sockets_has_no_influence
+    test_connect::test_the_default_socket_timeout_is_ignored
 
 `max_inflight_msgs` of 0, -1, 1.5
     ValueError, TypeError
@@ -175,7 +175,7 @@ Ctrl-C in the middle of a write, of `close`, of connecting
 
 A port of loopback that nobody listens on is connected to itself
     counts as refused
-    test_connect::test_a_port_joined_to_itself_counts_as_refused
+    test_connect::test_a_self_connection_counts_as_refused
 
 A learner that is paused for three times as long as keepalive takes
     nothing happens
@@ -478,7 +478,7 @@ def test_what_is_dropped_is_collected_and_delivers(make: Callable[..., Any]) -> 
 def test_what_is_dropped_gives_up_in_time_and_says_what_is_left(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, descriptors: None
 ) -> None:
-    monkeypatch.setattr(shutdown, "FAREWELL_S", 0.2)
+    monkeypatch.setattr(shutdown, "DELIVER_AT_EXIT_S", 0.2)
     with Peer(silent) as peer:
         dropped = make(peer.port, SAMPLE)
         dropped.send(sample(0))

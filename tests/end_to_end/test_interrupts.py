@@ -26,7 +26,7 @@ from terminator import server_context
 
 from echo_torch import TLS, ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.client.replay import Tail
-from echo_torch.wire.tls_socket import SPEAKS_FIRST_S
+from echo_torch.wire.tls_socket import GREETING_WAIT_S
 
 SOON_S = 30.0
 
@@ -348,7 +348,7 @@ def test_interrupted_connecting_leaves_nothing(
 ) -> None:
     """Nothing but KeyboardInterrupt comes out; the fixtures look for threads and descriptors."""
     checker = Checker(4)
-    strikes, longest_s = (150, 3e-3) if tls is None else (50, SPEAKS_FIRST_S + 10e-3)
+    strikes, longest_s = (150, 3e-3) if tls is None else (50, GREETING_WAIT_S + 10e-3)
     with Peer(behind(checker)) as peer:
 
         def client(number: int) -> None:

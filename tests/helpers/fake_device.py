@@ -73,14 +73,14 @@ class FakeDevice:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         _install(
             monkeypatch,
-            holds=lambda value: id(value) in self._memory,
+            is_on_accelerator=lambda value: id(value) in self._memory,
             current_stream=lambda device: self.current,
             new_stream=lambda device: FakeStream(self),
-            enqueue=self.enqueue,
-            run_on=self.run_on,
+            run_on_current_stream=self.enqueue,
+            run_on_stream=self.run_on,
             empty_like=self.empty_like,
-            wait_for=self.wait_for,
-            used_here=self.used.append,
+            synchronize=self.wait_for,
+            record_current_stream=self.used.append,
             dedicate_thread=lambda device: None,
         )
 
@@ -165,17 +165,17 @@ def install_prompt_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has all tensors be on a device that is never late."""
     _install(
         monkeypatch,
-        holds=lambda value: isinstance(value, torch.Tensor),
+        is_on_accelerator=lambda value: isinstance(value, torch.Tensor),
         current_stream=lambda device: DoneAtOnce(),
         new_stream=lambda device: DoneAtOnce(),
-        enqueue=lambda work: work(),
-        run_on=lambda stream, enqueue: enqueue(),
+        run_on_current_stream=lambda work: work(),
+        run_on_stream=lambda stream, enqueue: enqueue(),
     )
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
-    functions["pinned"] = lambda size: torch.full((size,), 0xA5, dtype=torch.uint8)
-    functions["passed_for_thread"] = lambda event: event.query()
+    functions["empty_pinned"] = lambda size: torch.full((size,), 0xA5, dtype=torch.uint8)
+    functions["query_from_dedicated_thread"] = lambda event: event.query()
     functions["check_usable"] = lambda device: None
     for name, function in functions.items():
         monkeypatch.setattr(accelerator, name, function)

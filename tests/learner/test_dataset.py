@@ -591,7 +591,7 @@ def test_arguments_that_are_wrong(arguments: dict[str, Any], error: type[Excepti
 def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     device = FakeDevice()
     device.install(monkeypatch)
-    monkeypatch.setattr(accelerator, "kind", lambda: "cpu")
+    monkeypatch.setattr(accelerator, "device_type", lambda: "cpu")
     return device
 
 
@@ -616,7 +616,7 @@ def test_a_slot_is_kept_until_the_device_has_copied_it(device: FakeDevice) -> No
 
 
 def test_that_a_slot_given_back_too_soon_is_noticed(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "wait_for", lambda stream: None)
+    monkeypatch.setattr(accelerator, "synchronize", lambda stream: None)
     with serving(num_buffers=2) as server, filling(server, *range(6)):
         kept = list(itertools.islice(EchoDataset(server, EXAMPLE, device="cpu"), 5))
         device.run()
@@ -635,7 +635,7 @@ def test_a_batch_for_which_the_device_has_no_room_is_an_error_once(
         return device.empty_like(tensor, stream)
 
     monkeypatch.setattr(accelerator, "empty_like", empty_like)
-    monkeypatch.setattr(accelerator, "wait_for", lambda stream: device.run())
+    monkeypatch.setattr(accelerator, "synchronize", lambda stream: device.run())
     with serving() as server, filling(server, 0, 1, 2):
         batches = iter(EchoDataset(server, EXAMPLE, device="cpu"))
         assert number_of(next(batches)) == 0

@@ -272,7 +272,7 @@ def test_a_packing_that_does_not_follow_the_caller_would_be_seen(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = FakeStream(device)
-    monkeypatch.setattr(accelerator, "enqueue", lambda work: other.enqueue(work))
+    monkeypatch.setattr(accelerator, "run_on_current_stream", lambda work: other.enqueue(work))
     monkeypatch.setattr(accelerator, "current_stream", lambda _: other)
     assert not any(late(device))
 
@@ -528,9 +528,9 @@ def test_without_pinned_memory_it_is_slower_and_right(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def none_left(size: int) -> torch.Tensor:
-        raise accelerator.NotPinnedError("out of pinned memory")
+        raise accelerator.PinnedMemoryError("out of pinned memory")
 
-    monkeypatch.setattr(accelerator, "pinned", none_left)
+    monkeypatch.setattr(accelerator, "empty_pinned", none_left)
     with sending(buffer_bytes=20 * SIZE) as (peer, sink):
         for first in range(0, 10 * ROWS, ROWS):
             sink.send(on(device, first))
@@ -542,14 +542,14 @@ def test_without_pinned_memory_it_is_slower_and_right(
 
 def test_pinned_memory_is_taken_once_and_given_back(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[weakref.ref[torch.Tensor]] = []
-    pinned = accelerator.pinned
+    pinned = accelerator.empty_pinned
 
     def noted(size: int) -> torch.Tensor:
         memory = pinned(size)
         taken.append(weakref.ref(memory))
         return memory
 
-    monkeypatch.setattr(accelerator, "pinned", noted)
+    monkeypatch.setattr(accelerator, "empty_pinned", noted)
     with Peer(listens) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, buffer_bytes=20 * SIZE).connect()
         with computing(device):

@@ -20,7 +20,7 @@ from peers import PATIENCE_S, TCP_REPAIR, Line, Peer, Script, Scripts, full_queu
 from echo_torch.errors import ConnectionClosedError, HandshakeError
 from echo_torch.support.deadline import Deadline
 from echo_torch.wire import keepalive
-from echo_torch.wire.connect import addresses_of, dial, hang_up, peer_name
+from echo_torch.wire.connect import close_socket, connect_and_handshake, expand_addresses, peer_name
 from echo_torch.wire.protocol import ACK, WireLeaf
 
 pytestmark = pytest.mark.usefixtures("descriptors")
@@ -28,17 +28,17 @@ pytestmark = pytest.mark.usefixtures("descriptors")
 GREETING = greeting([np.zeros((2, 3), np.uint8), np.zeros((), np.float32)])
 LEAVES = (WireLeaf(1, (2, 3)), WireLeaf(4, ()))
 
-SOON_S = 0.15
+SHORT_TIMEOUT_S = 0.15
 """A deadline that is meant to pass."""
-LATER_S = 30.0
+LONG_TIMEOUT_S = 30.0
 """A deadline that is not."""
 SLACK_S = 10.0
 """Seconds that a loaded machine may take to notice that a deadline has passed."""
-TICK_S = 0.02
+CLOCK_TOLERANCE_S = 0.02
 """Seconds by which clocks may disagree."""
 
 
-def say(data: bytes) -> Script:
+def script_sending(data: bytes) -> Script:
     """A peer that says this much, and then nothing."""
 
     def script(line: Line) -> None:
@@ -48,7 +48,7 @@ def say(data: bytes) -> Script:
     return script
 
 
-greet = say(GREETING)
+send_greeting = script_sending(GREETING)
 
 
 @contextlib.contextmanager
@@ -58,11 +58,11 @@ def times_out(seconds: float, match: str) -> Iterator[Deadline]:
     with pytest.raises(TimeoutError, match=match) as caught:
         yield Deadline(seconds)
     assert type(caught.value) is TimeoutError
-    assert seconds - TICK_S <= time.monotonic() - began < seconds + SLACK_S
+    assert seconds - CLOCK_TOLERANCE_S <= time.monotonic() - began < seconds + SLACK_S
 
 
 @pytest.fixture
-def nobody() -> Iterator[socket.socket]:
+def refusing() -> Iterator[socket.socket]:
     """Bound to a loopback address and not listening: it is refused there for as long as that lasts."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -70,16 +70,16 @@ def nobody() -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def silent() -> Iterator[socket.socket]:
+def unresponsive() -> Iterator[socket.socket]:
     with full_queue() as listener:
         yield listener
 
 
-def port_of(sock: socket.socket) -> int:
+def local_port(sock: socket.socket) -> int:
     return sock.getsockname()[1]
 
 
-def resolution(*addresses: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+def getaddrinfo_result(*addresses: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """What `socket.getaddrinfo` says of a name with these addresses."""
     families = {2: socket.AF_INET, 4: socket.AF_INET6}
     return [(families[len(address)], socket.SOCK_STREAM, 6, "", address) for address in addresses]
@@ -90,12 +90,12 @@ def resolve_to(monkeypatch):
     """Makes every name resolve to the given addresses."""
 
     def patch(*addresses: tuple[Any, ...]) -> None:
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: resolution(*addresses))
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: getaddrinfo_result(*addresses))
 
     return patch
 
 
-def can_forget() -> bool:
+def can_repair_tcp() -> bool:
     """Whether `Line.forget` can be had; root on Linux always can, so that nothing is skipped there."""
     if sys.platform != "linux" or not os.geteuid():
         return sys.platform == "linux"
@@ -111,10 +111,10 @@ def can_forget() -> bool:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-@pytest.mark.parametrize("timeout", [LATER_S, None])
+@pytest.mark.parametrize("timeout", [LONG_TIMEOUT_S, None])
 def test_connects_to_a_literal_address(host: str, timeout: float | None) -> None:
-    with Peer(greet, host) as peer:
-        sock, leaves = dial(host, peer.port, Deadline(timeout))
+    with Peer(send_greeting, host) as peer:
+        sock, leaves = connect_and_handshake(host, peer.port, Deadline(timeout))
         with sock:
             assert leaves == LEAVES
             assert sock.getpeername()[:2] == (host, peer.port)
@@ -126,8 +126,8 @@ def test_connects_to_localhost_whichever_family_listens() -> None:
     hosts = {address[0] for *_, address in socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)}
     assert hosts
     for host in hosts:
-        with Peer(greet, host) as peer:
-            sock, leaves = dial("localhost", peer.port, Deadline(LATER_S))
+        with Peer(send_greeting, host) as peer:
+            sock, leaves = connect_and_handshake("localhost", peer.port, Deadline(LONG_TIMEOUT_S))
             with sock:
                 assert leaves == LEAVES
                 assert sock.getpeername()[0] == host
@@ -140,19 +140,23 @@ UNREACHABLE = ("127.255.255.255", 50051)
 @pytest.mark.parametrize(
     ("first", "host", "timeout"),
     [
-        ("refusing", "127.0.0.1", LATER_S),
-        ("refusing", "::1", LATER_S),
-        ("unreachable", "127.0.0.1", LATER_S),
-        ("silent", "::1", 3.0),
+        ("refusing", "127.0.0.1", LONG_TIMEOUT_S),
+        ("refusing", "::1", LONG_TIMEOUT_S),
+        ("unreachable", "127.0.0.1", LONG_TIMEOUT_S),
+        ("unresponsive", "::1", 3.0),
     ],
 )
-def test_connects_to_the_first_address_that_answers(first, host, timeout, nobody, silent, resolve_to) -> None:
+def test_connects_to_the_first_address_that_answers(first, host, timeout, refusing, unresponsive, resolve_to) -> None:
     """Of a name with three; one that is silent uses up only a share of the time."""
-    firsts = {"refusing": nobody.getsockname(), "unreachable": UNREACHABLE, "silent": silent.getsockname()}
-    with Peer(greet, host) as peer:
+    firsts = {
+        "refusing": refusing.getsockname(),
+        "unreachable": UNREACHABLE,
+        "unresponsive": unresponsive.getsockname(),
+    }
+    with Peer(send_greeting, host) as peer:
         listening = (host, peer.port) if host == "127.0.0.1" else (host, peer.port, 0, 0)
-        resolve_to(firsts[first], listening, nobody.getsockname())
-        sock, leaves = dial("learner", 50051, Deadline(timeout))
+        resolve_to(firsts[first], listening, refusing.getsockname())
+        sock, leaves = connect_and_handshake("learner", 50051, Deadline(timeout))
         with sock:
             assert leaves == LEAVES
             assert sock.getpeername() == listening
@@ -160,9 +164,9 @@ def test_connects_to_the_first_address_that_answers(first, host, timeout, nobody
 
 @pytest.mark.parametrize("timeout", [1e7, math.inf])
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_a_deadline_may_be_further_off_than_sockets_can_wait(host: str, timeout: float) -> None:
-    with Peer(greet) as peer:
-        sock, leaves = dial(host, peer.port, Deadline(timeout))
+def test_a_deadline_may_exceed_the_longest_socket_timeout(host: str, timeout: float) -> None:
+    with Peer(send_greeting) as peer:
+        sock, leaves = connect_and_handshake(host, peer.port, Deadline(timeout))
         with sock:
             assert leaves == LEAVES
 
@@ -173,7 +177,7 @@ def test_what_follows_the_greeting_stays_in_the_socket() -> None:
         line.hang_up()
 
     with Peer(greet_and_ack) as peer:
-        sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S))
+        sock, leaves = connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
         with sock:
             sock.settimeout(PATIENCE_S)
             assert leaves == LEAVES
@@ -181,17 +185,17 @@ def test_what_follows_the_greeting_stays_in_the_socket() -> None:
 
 
 @pytest.mark.parametrize("default", [0.0, 0.001])
-def test_the_default_timeout_of_sockets_has_no_influence(default: float, monkeypatch) -> None:
+def test_the_default_socket_timeout_is_ignored(default: float, monkeypatch) -> None:
     """Neither on connecting, nor on waiting for the greeting, nor on the socket that is given."""
     before = socket.getdefaulttimeout()
-    with Peer(greet) as friendly, Peer(say(GREETING[:5])) as stalling:
+    with Peer(send_greeting) as friendly, Peer(script_sending(GREETING[:5])) as stalling:
         socket.setdefaulttimeout(default)
         try:
-            for timeout in (None, LATER_S):
-                with dial("127.0.0.1", friendly.port, Deadline(timeout))[0] as sock:
+            for timeout in (None, LONG_TIMEOUT_S):
+                with connect_and_handshake("127.0.0.1", friendly.port, Deadline(timeout))[0] as sock:
                     assert sock.gettimeout() == 0.0
-            with times_out(SOON_S, "got 5 bytes") as deadline:
-                dial("127.0.0.1", stalling.port, deadline)
+            with times_out(SHORT_TIMEOUT_S, "got 5 bytes") as deadline:
+                connect_and_handshake("127.0.0.1", stalling.port, deadline)
         finally:
             socket.setdefaulttimeout(before)
 
@@ -200,107 +204,111 @@ def test_the_default_timeout_of_sockets_has_no_influence(default: float, monkeyp
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_a_refusal_is_raised_as_such_and_names_the_peer(host: str, nobody: socket.socket) -> None:
-    with pytest.raises(ConnectionRefusedError, match=f"{host}:{port_of(nobody)}"):
-        dial(host, port_of(nobody), Deadline(LATER_S))
+def test_a_refused_connection_names_the_peer(host: str, refusing: socket.socket) -> None:
+    with pytest.raises(ConnectionRefusedError, match=f"{host}:{local_port(refusing)}"):
+        connect_and_handshake(host, local_port(refusing), Deadline(LONG_TIMEOUT_S))
 
 
-def test_a_refusal_by_ipv6_names_the_peer_in_brackets() -> None:
-    with socket.socket(socket.AF_INET6) as nobody:
-        nobody.bind(("::1", 0))
-        with pytest.raises(ConnectionRefusedError, match=rf"\[::1\]:{port_of(nobody)}"):
-            dial("::1", port_of(nobody), Deadline(LATER_S))
+def test_a_refused_ipv6_connection_names_the_peer_in_brackets() -> None:
+    with socket.socket(socket.AF_INET6) as refusing:
+        refusing.bind(("::1", 0))
+        with pytest.raises(ConnectionRefusedError, match=rf"\[::1\]:{local_port(refusing)}"):
+            connect_and_handshake("::1", local_port(refusing), Deadline(LONG_TIMEOUT_S))
 
 
-@pytest.mark.parametrize("silent_first", [True, False])
-def test_a_refusal_says_more_than_silence_at_another_address(silent_first: bool, nobody, silent, resolve_to) -> None:
-    resolve_to(*[silent.getsockname(), nobody.getsockname()][:: 1 if silent_first else -1])
+@pytest.mark.parametrize("unresponsive_first", [True, False])
+def test_a_refused_address_outranks_one_that_times_out(
+    unresponsive_first: bool, refusing, unresponsive, resolve_to
+) -> None:
+    resolve_to(*[unresponsive.getsockname(), refusing.getsockname()][:: 1 if unresponsive_first else -1])
     with pytest.raises(ConnectionRefusedError, match="learner:50051"):
-        dial("learner", 50051, Deadline(2 * SOON_S))
+        connect_and_handshake("learner", 50051, Deadline(2 * SHORT_TIMEOUT_S))
 
 
 def test_a_name_that_does_not_resolve_is_a_gaierror() -> None:
     with pytest.raises(socket.gaierror):
-        dial("nobody.invalid", 50051, Deadline(LATER_S))
+        connect_and_handshake("nobody.invalid", 50051, Deadline(LONG_TIMEOUT_S))
 
 
 def test_a_name_that_does_not_resolve_is_named_in_the_message() -> None:
     with pytest.raises(socket.gaierror, match=r"nobody\.invalid"):
-        dial("nobody.invalid", 50051, Deadline(LATER_S))
+        connect_and_handshake("nobody.invalid", 50051, Deadline(LONG_TIMEOUT_S))
 
 
 @pytest.mark.parametrize("addresses", [1, 3])
-def test_silence_at_every_address_ends_at_the_deadline(addresses: int, silent: socket.socket, resolve_to) -> None:
-    resolve_to(*[silent.getsockname()] * addresses)
-    with times_out(2 * SOON_S, "learner:50051") as deadline:
-        dial("learner", 50051, deadline)
+def test_unresponsive_addresses_time_out_at_the_deadline(
+    addresses: int, unresponsive: socket.socket, resolve_to
+) -> None:
+    resolve_to(*[unresponsive.getsockname()] * addresses)
+    with times_out(2 * SHORT_TIMEOUT_S, "learner:50051") as deadline:
+        connect_and_handshake("learner", 50051, deadline)
 
 
-@pytest.mark.parametrize("seconds", [LATER_S, None])
+@pytest.mark.parametrize("seconds", [LONG_TIMEOUT_S, None])
 @pytest.mark.parametrize("addresses", [1, 2])
-def test_a_connection_that_the_system_gives_up_is_its_error(
-    seconds: float | None, addresses: int, nobody: socket.socket, resolve_to, monkeypatch
+def test_a_timeout_of_the_system_is_raised_as_it_is(
+    seconds: float | None, addresses: int, refusing: socket.socket, resolve_to, monkeypatch
 ) -> None:
     """Whether or not there is a deadline to name."""
 
     def connect(*_: object) -> None:
         raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
 
-    resolve_to(*[nobody.getsockname()] * addresses)
+    resolve_to(*[refusing.getsockname()] * addresses)
     monkeypatch.setattr(socket.socket, "connect", connect)
     with pytest.raises(TimeoutError, match=r"Connection timed out.*learner:50051") as caught:
-        dial("learner", 50051, Deadline(seconds))
+        connect_and_handshake("learner", 50051, Deadline(seconds))
     assert caught.value.errno == errno.ETIMEDOUT
 
 
-@pytest.mark.parametrize("seconds", [SOON_S, 0.0])
-def test_a_peer_that_never_accepts_ends_at_the_deadline(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [SHORT_TIMEOUT_S, 0.0])
+def test_a_peer_that_never_accepts_times_out(seconds: float) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, times_out(seconds, "handshake|connection") as deadline:
-        dial("127.0.0.1", port_of(listener), deadline)
+        connect_and_handshake("127.0.0.1", local_port(listener), deadline)
 
 
-def test_a_slow_resolver_ends_at_the_deadline(monkeypatch) -> None:
+def test_a_slow_resolver_times_out(monkeypatch) -> None:
     """And its answer, which comes when nobody waits for it any more, goes nowhere."""
     answer, answered = threading.Event(), threading.Event()
 
     def slow(*_: object, **__: object) -> list[tuple[Any, ...]]:
         answer.wait(PATIENCE_S)
         answered.set()
-        return resolution(("127.0.0.1", 50051))
+        return getaddrinfo_result(("127.0.0.1", 50051))
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     try:
-        with times_out(SOON_S, "learner:50051: name not resolved") as deadline:
-            dial("learner", 50051, deadline)
+        with times_out(SHORT_TIMEOUT_S, "learner:50051: name not resolved") as deadline:
+            connect_and_handshake("learner", 50051, deadline)
         assert not answered.is_set()
     finally:
         answer.set()
     assert answered.wait(PATIENCE_S)
 
 
-def test_a_port_joined_to_itself_counts_as_refused(monkeypatch) -> None:
+def test_a_self_connection_counts_as_refused(monkeypatch) -> None:
     """Loopback may pick the very port that nobody listens on as the source, and then the two ends are one."""
 
-    class Joined(socket.socket):
+    class SelfConnected(socket.socket):
         def connect(self, _: Any) -> None:
             self.bind(("127.0.0.1", 0))
             super().connect(self.getsockname())
 
-    monkeypatch.setattr(socket, "socket", Joined)
+    monkeypatch.setattr(socket, "socket", SelfConnected)
     with pytest.raises(ConnectionRefusedError, match=r"127\.0\.0\.1:50051"):
-        dial("127.0.0.1", 50051, Deadline(LATER_S))
+        connect_and_handshake("127.0.0.1", 50051, Deadline(LONG_TIMEOUT_S))
 
 
 @pytest.mark.parametrize("port", [True, None, "50051", 50051.0, b"50051"])
 def test_a_port_of_another_type_is_refused(port: Any) -> None:
     with pytest.raises(TypeError, match="port"):
-        dial("127.0.0.1", port, Deadline(LATER_S))
+        connect_and_handshake("127.0.0.1", port, Deadline(LONG_TIMEOUT_S))
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536, 2**40])
 def test_a_port_out_of_range_is_refused(port: int) -> None:
     with pytest.raises(ValueError, match=f"port.*{port}"):
-        dial("127.0.0.1", port, Deadline(LATER_S))
+        connect_and_handshake("127.0.0.1", port, Deadline(LONG_TIMEOUT_S))
 
 
 # Trying again.
@@ -323,7 +331,7 @@ class LateServer:
             self._sock.listen()
             self._sock.settimeout(PATIENCE_S)
             self._thread.start()
-        return resolution(*self._addresses)
+        return getaddrinfo_result(*self._addresses)
 
     def _serve(self) -> None:
         line, _ = self._sock.accept()
@@ -337,27 +345,29 @@ class LateServer:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "learner"])
 @pytest.mark.parametrize("first", [None, UNREACHABLE], ids=["alone", "after an unreachable address"])
-def test_a_server_that_listens_later_is_found(host: str, first: Any, nobody: socket.socket, monkeypatch) -> None:
-    server = LateServer(nobody, monkeypatch, at=3, first=first)
-    sock, leaves = dial(host, 50051, Deadline(LATER_S), retry_refused=True)
+def test_a_server_that_listens_later_is_found(host: str, first: Any, refusing: socket.socket, monkeypatch) -> None:
+    server = LateServer(refusing, monkeypatch, at=3, first=first)
+    sock, leaves = connect_and_handshake(host, 50051, Deadline(LONG_TIMEOUT_S), retry_refused=True)
     sock.close()
     server.join()
     assert (leaves, server.lookups) == (LEAVES, 3)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "learner"])
-def test_a_server_that_never_listens_is_given_up_at_the_deadline(host: str, nobody, monkeypatch) -> None:
-    server = LateServer(nobody, monkeypatch, at=math.inf)
+def test_a_server_that_never_listens_is_given_up_at_the_deadline(host: str, refusing, monkeypatch) -> None:
+    server = LateServer(refusing, monkeypatch, at=math.inf)
     began = time.monotonic()
     with pytest.raises(ConnectionRefusedError, match=f"{host}:50051"):
-        dial(host, 50051, Deadline(4 * SOON_S), retry_refused=True)
-    assert time.monotonic() - began < 4 * SOON_S + SLACK_S
+        connect_and_handshake(host, 50051, Deadline(4 * SHORT_TIMEOUT_S), retry_refused=True)
+    assert time.monotonic() - began < 4 * SHORT_TIMEOUT_S + SLACK_S
     assert server.lookups > 1
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "learner"])
 @pytest.mark.parametrize("share", [0.1, 0.8, 0.97])
-def test_a_server_that_listens_just_before_the_deadline_is_found(host: str, share: float, nobody, monkeypatch) -> None:
+def test_a_server_that_listens_just_before_the_deadline_is_found(
+    host: str, share: float, refusing, monkeypatch
+) -> None:
     """On a clock of its own, that only sleeping moves: a refusal costs no time."""
     began = now = time.monotonic()
 
@@ -366,47 +376,47 @@ def test_a_server_that_listens_just_before_the_deadline_is_found(host: str, shar
         assert seconds > 0
         now += seconds
 
-    with Peer(greet) as peer, monkeypatch.context() as patch:
+    with Peer(send_greeting) as peer, monkeypatch.context() as patch:
 
         def look_up(*_: object, **__: object) -> list[tuple[Any, ...]]:
-            listens = now - began >= share * LATER_S
-            return resolution(("127.0.0.1", peer.port) if listens else nobody.getsockname())
+            listens = now - began >= share * LONG_TIMEOUT_S
+            return getaddrinfo_result(("127.0.0.1", peer.port) if listens else refusing.getsockname())
 
         patch.setattr(socket, "getaddrinfo", look_up)
         patch.setattr(time, "monotonic", lambda: now)
         patch.setattr(time, "sleep", sleep)
-        sock, leaves = dial(host, 50051, Deadline(LATER_S), retry_refused=True)
+        sock, leaves = connect_and_handshake(host, 50051, Deadline(LONG_TIMEOUT_S), retry_refused=True)
         sock.close()
         patch.undo()
     assert leaves == LEAVES
-    assert now - began >= share * LATER_S
+    assert now - began >= share * LONG_TIMEOUT_S
 
 
-def test_a_refusal_is_final_unless_asked_otherwise(nobody: socket.socket, monkeypatch) -> None:
-    server = LateServer(nobody, monkeypatch, at=2)
+def test_a_refused_connection_is_not_retried_by_default(refusing: socket.socket, monkeypatch) -> None:
+    server = LateServer(refusing, monkeypatch, at=2)
     with pytest.raises(ConnectionRefusedError):
-        dial("learner", 50051, Deadline(LATER_S))
+        connect_and_handshake("learner", 50051, Deadline(LONG_TIMEOUT_S))
     assert server.lookups == 1
 
 
-def test_a_peer_that_hangs_up_is_not_tried_again() -> None:
+def test_a_peer_that_closes_is_not_retried() -> None:
     with Peer(Line.hang_up) as peer:
         with pytest.raises(ConnectionClosedError):
-            dial("127.0.0.1", peer.port, Deadline(LATER_S), retry_refused=True)
+            connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S), retry_refused=True)
         assert len(peer.lines) == 1
 
 
-def test_a_connection_that_was_reset_is_opened_again_if_a_refused_one_would_be() -> None:
+def test_a_reset_connection_is_retried_with_retry_refused() -> None:
     """As a proxy does whose backend is not there yet."""
 
     def begin(line: Line) -> None:
         line.say(GREETING[:9])
         line.reset()
 
-    with Peer(Scripts(Line.reset, begin, greet)) as peer:
+    with Peer(Scripts(Line.reset, begin, send_greeting)) as peer:
         with pytest.raises(ConnectionClosedError):
-            dial("127.0.0.1", peer.port, Deadline(LATER_S))
-        sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S), retry_refused=True)
+            connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
+        sock, leaves = connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S), retry_refused=True)
         with sock:
             assert leaves == LEAVES
 
@@ -415,17 +425,17 @@ def test_a_peer_that_always_resets_is_given_up_at_the_deadline() -> None:
     with Peer(Line.reset) as peer:
         began = time.monotonic()
         with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port} broke the connection off"):
-            dial("127.0.0.1", peer.port, Deadline(SOON_S), retry_refused=True)
+            connect_and_handshake("127.0.0.1", peer.port, Deadline(SHORT_TIMEOUT_S), retry_refused=True)
         assert time.monotonic() - began < SLACK_S
     assert len(peer.lines) > 1
 
 
-@pytest.mark.skipif(not can_forget(), reason="takes Linux, and root")
-def test_a_peer_that_knows_nothing_of_the_connection_is_called_again() -> None:
+@pytest.mark.skipif(not can_repair_tcp(), reason="takes Linux, and root")
+def test_a_peer_that_forgot_the_connection_is_retried() -> None:
     """As Linux does where more call at once than its queue takes: the peer was to speak first, and never would."""
-    with Peer(Scripts(Line.forget, greet)) as peer:
+    with Peer(Scripts(Line.forget, send_greeting)) as peer:
         began = time.monotonic()
-        sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S), retry_refused=True)
+        sock, leaves = connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S), retry_refused=True)
         with sock:
             assert leaves == LEAVES
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == keepalive.KEEPALIVE_IDLE_S
@@ -437,58 +447,58 @@ def test_a_peer_that_knows_nothing_of_the_connection_is_called_again() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 9, 12, 17, 25, len(GREETING) - 1])
-def test_a_greeting_that_stalls_anywhere_ends_at_the_deadline(count: int) -> None:
+def test_a_greeting_that_stalls_anywhere_times_out(count: int) -> None:
     with (
-        Peer(say(GREETING[:count])) as peer,
-        times_out(4 * SOON_S, f"127.0.0.1:{peer.port}.* got {count} bytes") as deadline,
+        Peer(script_sending(GREETING[:count])) as peer,
+        times_out(4 * SHORT_TIMEOUT_S, f"127.0.0.1:{peer.port}.* got {count} bytes") as deadline,
     ):
-        dial("127.0.0.1", peer.port, deadline)
+        connect_and_handshake("127.0.0.1", peer.port, deadline)
 
 
-def test_bytes_that_dribble_in_do_not_extend_the_deadline() -> None:
+def test_slow_bytes_do_not_extend_the_deadline() -> None:
     """They keep coming, and the whole greeting takes at least 3 s."""
     left = threading.Event()
 
-    def dribble(line: Line) -> None:
+    def send_slowly(line: Line) -> None:
         for byte in greeting([np.zeros((1,) * 60, np.uint8)] * 30):
             line.say(bytes([byte]))
             left.wait(0.0005)
 
-    with Peer(dribble) as peer:
-        with times_out(2 * SOON_S, "handshake not complete") as deadline:
-            dial("127.0.0.1", peer.port, deadline)
+    with Peer(send_slowly) as peer:
+        with times_out(2 * SHORT_TIMEOUT_S, "handshake not complete") as deadline:
+            connect_and_handshake("127.0.0.1", peer.port, deadline)
         left.set()
 
 
 def test_a_greeting_in_single_bytes_is_read() -> None:
-    def dribble(line: Line) -> None:
+    def send_slowly(line: Line) -> None:
         for byte in GREETING:
             line.say(bytes([byte]))
         line.hear_all()
 
-    with Peer(dribble) as peer:
-        sock, leaves = dial("127.0.0.1", peer.port, Deadline(LATER_S))
+    with Peer(send_slowly) as peer:
+        sock, leaves = connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
         with sock:
             assert leaves == LEAVES
 
 
 @pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["closes", "resets"])
 @pytest.mark.parametrize("count", [0, 1, 4, 9, 17, len(GREETING) - 1])
-def test_a_peer_that_leaves_before_its_greeting_is_complete(count: int, end: Script) -> None:
+def test_a_peer_that_disconnects_during_its_greeting(count: int, end: Script) -> None:
     def leave(line: Line) -> None:
         line.say(GREETING[:count])
         end(line)
 
     with Peer(leave) as peer, pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}"):
-        dial("127.0.0.1", peer.port, Deadline(LATER_S))
+        connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
 
 
 @pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["closes", "resets"])
-def test_a_peer_that_leaves_while_the_connection_is_made(end: Script, monkeypatch) -> None:
+def test_a_peer_that_disconnects_while_we_connect(end: Script, monkeypatch) -> None:
     """As a proxy does whose backend is gone: here always before the client looks at its new connection."""
     gone = threading.Event()
 
-    class Overtaken(socket.socket):
+    class SlowToConnect(socket.socket):
         def connect(self, address: Any) -> None:
             with contextlib.suppress(BlockingIOError):
                 super().connect(address)
@@ -499,9 +509,9 @@ def test_a_peer_that_leaves_while_the_connection_is_made(end: Script, monkeypatc
         gone.set()
 
     with Peer(leave) as peer:
-        monkeypatch.setattr(socket, "socket", Overtaken)
+        monkeypatch.setattr(socket, "socket", SlowToConnect)
         with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}"):
-            dial("127.0.0.1", peer.port, Deadline(LATER_S))
+            connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
 
 
 @pytest.mark.parametrize(
@@ -515,8 +525,8 @@ def test_a_peer_that_leaves_while_the_connection_is_made(end: Script, monkeypatc
     ],
 )
 def test_an_answer_that_is_no_greeting_names_the_peer_and_what_is_wrong(answer: bytes, match: str) -> None:
-    with Peer(say(answer)) as peer, pytest.raises(HandshakeError, match=f"127.0.0.1:{peer.port}: .*{match}"):
-        dial("127.0.0.1", peer.port, Deadline(LATER_S))
+    with Peer(script_sending(answer)) as peer, pytest.raises(HandshakeError, match=f"127.0.0.1:{peer.port}: .*{match}"):
+        connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
 
 
 @pytest.mark.parametrize("call", ["connect", "recv"])
@@ -538,10 +548,10 @@ def test_an_interrupt_leaves_no_socket_open(call: str, monkeypatch) -> None:
                 raise KeyboardInterrupt
             return super().recv(*args)
 
-    with Peer(greet) as peer:
+    with Peer(send_greeting) as peer:
         monkeypatch.setattr(socket, "socket", Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            dial("127.0.0.1", peer.port, Deadline(LATER_S))
+            connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
         assert made[0].fileno() == -1
 
 
@@ -557,7 +567,7 @@ def test_peer_name(host: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["connected", "new", "left by the peer", "reset by the peer", "closed"])
-def test_hang_up_frees_the_socket_in_any_state(state: str) -> None:
+def test_close_socket_frees_the_socket_in_any_state(state: str) -> None:
     gone = threading.Event()
 
     def leave(line: Line) -> None:
@@ -572,24 +582,24 @@ def test_hang_up_frees_the_socket_in_any_state(state: str) -> None:
             assert gone.wait(PATIENCE_S)
         if state == "closed":
             sock.close()
-        hang_up(sock)
+        close_socket(sock)
         assert sock.fileno() == -1
-        hang_up(sock)
+        close_socket(sock)
 
 
-def test_hang_up_is_seen_by_the_peer_although_a_copy_is_open() -> None:
+def test_close_socket_is_seen_by_the_peer_although_a_copy_is_open() -> None:
     """In a forked child, say: the connection is shut down, and not only this descriptor closed."""
-    heard_the_end = threading.Event()
+    saw_eof = threading.Event()
 
     def listen(line: Line) -> None:
         line.hear_all()
-        heard_the_end.set()
+        saw_eof.set()
 
     with Peer(listen) as peer:
         sock = socket.create_connection((peer.host, peer.port))
         with sock.dup():
-            hang_up(sock)
-            assert heard_the_end.wait(PATIENCE_S)
+            close_socket(sock)
+            assert saw_eof.wait(PATIENCE_S)
 
 
 # Addresses of several learners.
@@ -607,7 +617,7 @@ def test_hang_up_is_seen_by_the_peer_although_a_copy_is_open() -> None:
     ],
 )
 def test_a_single_host_or_port_goes_with_all_of_the_other(host: Any, port: Any, expected: Any) -> None:
-    assert addresses_of(host, port) == expected
+    assert expand_addresses(host, port) == expected
 
 
 @pytest.mark.parametrize(
@@ -626,5 +636,5 @@ def test_a_single_host_or_port_goes_with_all_of_the_other(host: Any, port: Any, 
 )
 def test_bad_addresses_are_named(host: Any, port: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as caught:
-        addresses_of(host, port)
+        expand_addresses(host, port)
     assert message in str(caught.value)

@@ -18,25 +18,25 @@ import pytest
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 PROGRAM = HELPERS / "vanishing.py"
-RUN_S = 90.0
-IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--net", *(["--map-root-user"] if os.geteuid() else [])]
+PROGRAM_TIMEOUT_S = 90.0
+UNSHARE_NETWORK = ["unshare", "--net", *(["--map-root-user"] if os.geteuid() else [])]
 
 
-def has_networks() -> bool:
+def can_unshare_network() -> bool:
     """Whether such networks can be had; root on Linux always can, so that nothing is skipped there."""
     if sys.platform != "linux" or not os.geteuid():
         return sys.platform == "linux"
-    return bool(shutil.which("unshare")) and not subprocess.call([*IN_A_NETWORK_OF_ITS_OWN, "true"])
+    return bool(shutil.which("unshare")) and not subprocess.call([*UNSHARE_NETWORK, "true"])
 
 
-pytestmark = pytest.mark.skipif(not has_networks(), reason="no network namespaces here")
+pytestmark = pytest.mark.skipif(not can_unshare_network(), reason="no network namespaces here")
 
 
-def vanish(when: str) -> dict[str, Any]:
-    command = [*IN_A_NETWORK_OF_ITS_OWN, sys.executable, str(PROGRAM), when]
+def run_vanishing_host(when: str) -> dict[str, Any]:
+    command = [*UNSHARE_NETWORK, sys.executable, str(PROGRAM), when]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            out, err = process.communicate(timeout=RUN_S)
+            out, err = process.communicate(timeout=PROGRAM_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -51,7 +51,7 @@ def vanish(when: str) -> dict[str, Any]:
 )
 def test_a_host_that_vanishes_is_noticed(when: str, in_flight: int, says: str) -> None:
     """Whether or not anything is under way, and with what was un-acked counted; a paused learner is no such host."""
-    report = vanish(when)
+    report = run_vanishing_host(when)
     assert report["closed"]
     assert report["in_flight"] == report["unacked"] == in_flight
     assert says in report["error"]

@@ -25,7 +25,7 @@ from echo_torch.wire.protocol import (
     encode_handshake,
 )
 
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+no_time_limit = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 U32_MAX = 2**32 - 1
 GROWTH_BYTES = 16 * 1024
@@ -40,7 +40,7 @@ GREETINGS = {
     "an empty leaf": ("4543484f 01 01000000  02000000 02000000 00000000 05000000", (WireLeaf(2, (0, 5)),)),
     "the largest dimension": ("4543484f 01 01000000  01000000 01000000 ffffffff", (WireLeaf(1, (U32_MAX,)),)),
 }
-literals = pytest.mark.parametrize(
+each_greeting = pytest.mark.parametrize(
     ("data", "leaves"), [(bytes.fromhex(data), leaves) for data, leaves in GREETINGS.values()], ids=list(GREETINGS)
 )
 
@@ -49,7 +49,7 @@ wire_leaves = st.lists(st.builds(WireLeaf, u32, st.lists(u32, max_size=5).map(tu
 piece_sizes = st.lists(st.integers(1, 24), min_size=1, max_size=8)
 
 
-def read(stream: bytes, pieces: Iterable[int] = (1 << 20,)) -> tuple[Handshake, bytes]:
+def read_handshake(stream: bytes, pieces: Iterable[int] = (1 << 20,)) -> tuple[Handshake, bytes]:
     """Feed ``stream`` in pieces of these sizes, over and over, as far as `missing` allows; also gives what is left."""
     handshake, at = Handshake(), 0
     for piece in itertools.cycle(pieces):
@@ -70,46 +70,46 @@ def header(num_arrays: int) -> bytes:
 # What servers say.
 
 
-@literals
+@each_greeting
 def test_literal_greetings_give_their_leaves_whole_and_byte_by_byte(data: bytes, leaves: tuple[WireLeaf, ...]) -> None:
     for piece in (len(data), 1):
-        handshake, rest = read(data, (piece,))
+        handshake, rest = read_handshake(data, (piece,))
         assert handshake.leaves == leaves
         assert (handshake.missing, rest, handshake.received) == (0, b"", len(data))
 
 
-@literals
+@each_greeting
 def test_literal_greetings_are_what_is_encoded(data: bytes, leaves: tuple[WireLeaf, ...]) -> None:
     assert encode_handshake(leaves) == data
 
 
-@literals
+@each_greeting
 def test_a_greeting_cut_short_anywhere_waits_for_more(data: bytes, leaves: tuple[WireLeaf, ...]) -> None:
     for end in range(len(data)):
-        handshake, _ = read(data[:end])
+        handshake, _ = read_handshake(data[:end])
         assert handshake.leaves is None
         assert 0 < handshake.missing <= len(data) - end
 
 
-@patient
+@no_time_limit
 @given(leaves=wire_leaves, pieces=piece_sizes, acks=st.integers(0, 40))
 def test_any_greeting_in_any_pieces_is_read_and_no_ack_with_it(leaves, pieces, acks) -> None:
     greeting = encode_handshake(leaves)
-    handshake, rest = read(greeting + ACK * acks, pieces)
+    handshake, rest = read_handshake(greeting + ACK * acks, pieces)
     assert handshake.leaves == tuple(leaves)
     assert handshake.received == len(greeting)
     assert rest == ACK * acks
 
 
-def test_nothing_fed_changes_nothing() -> None:
+def test_feeding_no_bytes_changes_nothing() -> None:
     handshake = Handshake()
     handshake.feed(b"")
     assert (handshake.missing, handshake.received, handshake.leaves) == (9, 0, None)
 
 
 @pytest.mark.parametrize("fed", [b"", b"EC", header(1), header(0)])
-def test_more_than_is_missing_is_not_taken(fed: bytes) -> None:
-    handshake, _ = read(fed)
+def test_feeding_more_than_is_missing_raises(fed: bytes) -> None:
+    handshake, _ = read_handshake(fed)
     with pytest.raises(ValueError, match="missing"):
         handshake.feed(bytes(handshake.missing + 1))
     assert handshake.received == len(fed)
@@ -124,13 +124,13 @@ def test_more_than_is_missing_is_not_taken(fed: bytes) -> None:
         (WireLeaf(1, (U32_MAX,) * 2), U32_MAX**2),
     ],
 )
-def test_bytes_of_a_leaf(leaf: WireLeaf, nbytes: int) -> None:
+def test_nbytes_of_a_leaf(leaf: WireLeaf, nbytes: int) -> None:
     assert leaf.nbytes == nbytes
 
 
 def test_leaves_are_a_sequence_like_any_other() -> None:
     expected = (WireLeaf(1, (3, 84, 256)), WireLeaf(8, ()), WireLeaf(1, (U32_MAX,)))
-    leaves = read(encode_handshake(expected))[0].leaves
+    leaves = read_handshake(encode_handshake(expected))[0].leaves
     assert leaves is not None
     assert (leaves[0], leaves[-1], leaves[1:]) == (expected[0], expected[-1], expected[1:])
     assert leaves == list(expected) == leaves
@@ -156,7 +156,7 @@ def test_wrong_magic_is_refused_at_its_first_wrong_byte(right: int) -> None:
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 ", b"SSH-2.0-O", bytes(9), b"ECHo\x01\0\0\0\0", b"echo\x01\0\0\0\0"])
 def test_other_protocols_are_told_from_echo_by_the_magic(answer: bytes) -> None:
     with pytest.raises(HandshakeError, match="magic") as caught:
-        read(answer)
+        read_handshake(answer)
     assert repr(answer[:4]) in str(caught.value)
 
 
@@ -164,50 +164,56 @@ def test_other_protocols_are_told_from_echo_by_the_magic(answer: bytes) -> None:
 def test_other_versions_are_refused_by_number_before_anything_after_it(version: int) -> None:
     for rest in (b"", bytes(4)):
         with pytest.raises(HandshakeError, match=rf"wire version {version}\b"):
-            read(MAGIC + bytes([version]) + rest)
+            read_handshake(MAGIC + bytes([version]) + rest)
 
 
 @pytest.mark.parametrize("count", [MAX_ARRAYS + 1, 2**31, U32_MAX])
 def test_too_many_arrays_are_refused_by_their_count_alone(count: int) -> None:
     with pytest.raises(HandshakeError, match=f"{count} num_arrays.*{MAX_ARRAYS}"):
-        read(header(count))
+        read_handshake(header(count))
 
 
 @pytest.mark.parametrize("count", [MAX_DIMS + 1, 2**31, U32_MAX])
 def test_too_many_dimensions_are_refused_by_their_count_alone(count: int) -> None:
     with pytest.raises(HandshakeError, match=f"{count} num_dims.*{MAX_DIMS}"):
-        read(header(2) + encode_handshake([WireLeaf(4, (1,))])[9:] + struct.pack("<II", 1, count))
+        read_handshake(header(2) + encode_handshake([WireLeaf(4, (1,))])[9:] + struct.pack("<II", 1, count))
 
 
 @pytest.mark.parametrize("leaves", [[WireLeaf(1, ())] * MAX_ARRAYS, [WireLeaf(1, (1,) * MAX_DIMS)]])
 def test_counts_at_their_caps_are_accepted(leaves: list[WireLeaf]) -> None:
-    handshake, rest = read(encode_handshake(leaves))
+    handshake, rest = read_handshake(encode_handshake(leaves))
     assert handshake.leaves == tuple(leaves)
     assert rest == b""
 
 
 # 65,533 bytes: the longest greeting under the limit, as every array takes a multiple of 4 after the 9 of the header.
-LONGEST = [WireLeaf(1, (1,) * MAX_DIMS)] * 248 + [WireLeaf(1, (1,) * 11)]
+LONGEST_GREETING = [WireLeaf(1, (1,) * MAX_DIMS)] * 248 + [WireLeaf(1, (1,) * 11)]
 
 
 def test_the_longest_greeting_is_accepted() -> None:
-    data = encode_handshake(LONGEST)
+    data = encode_handshake(LONGEST_GREETING)
     assert HANDSHAKE_LIMIT - 4 < len(data) <= HANDSHAKE_LIMIT
-    assert read(data)[0].leaves == tuple(LONGEST)
+    assert read_handshake(data)[0].leaves == tuple(LONGEST_GREETING)
 
 
 @pytest.mark.parametrize(
     "leaves",
-    [[*LONGEST[:-1], WireLeaf(1, (1,) * 12)], [*LONGEST, WireLeaf(1, ())], [WireLeaf(1, (1,) * MAX_DIMS)] * MAX_ARRAYS],
+    [
+        [*LONGEST_GREETING[:-1], WireLeaf(1, (1,) * 12)],
+        [*LONGEST_GREETING, WireLeaf(1, ())],
+        [WireLeaf(1, (1,) * MAX_DIMS)] * MAX_ARRAYS,
+    ],
     ids=["one dimension more", "one array more", "all arrays and dimensions at their caps"],
 )
 def test_more_than_the_limit_is_refused_before_it_is_held(leaves: list[WireLeaf]) -> None:
-    """`read` checks at every step that what is held and what is asked for stay within the limit."""
+    """`read_handshake` checks at every step that what is held and what is asked for stay within the limit."""
     with pytest.raises(HandshakeError, match=f"handshake bytes.*{HANDSHAKE_LIMIT}"):
-        read(encode_handshake(leaves))
+        read_handshake(encode_handshake(leaves))
 
 
-@pytest.mark.parametrize("leaves", [LONGEST, [WireLeaf(U32_MAX, (U32_MAX,))] * MAX_ARRAYS], ids=["long", "many"])
+@pytest.mark.parametrize(
+    "leaves", [LONGEST_GREETING, [WireLeaf(U32_MAX, (U32_MAX,))] * MAX_ARRAYS], ids=["long", "many"]
+)
 def test_a_greeting_costs_no_more_memory_than_its_bytes(leaves: list[WireLeaf]) -> None:
     """However they are divided into leaves and dimensions; comparing them, and naming some, included."""
     data, half = encode_handshake(leaves), [*leaves[: len(leaves) // 2], WireLeaf(1, ())]
@@ -227,16 +233,16 @@ def test_a_greeting_costs_no_more_memory_than_its_bytes(leaves: list[WireLeaf]) 
     assert cost < HANDSHAKE_LIMIT + GROWTH_BYTES
 
 
-def spoil(greeting: bytes, at: int, byte: int) -> bytes:
+def corrupt_byte(greeting: bytes, at: int, byte: int) -> bytes:
     at %= len(greeting)
     return greeting[:at] + bytes([byte]) + greeting[at + 1 :]
 
 
-@patient
+@no_time_limit
 @given(
     noise=st.binary(max_size=80)
     | st.binary(max_size=80).map(lambda data: MAGIC + bytes([VERSION]) + data)
-    | st.builds(spoil, wire_leaves.map(encode_handshake), st.integers(0, 1000), st.integers(0, 255)),
+    | st.builds(corrupt_byte, wire_leaves.map(encode_handshake), st.integers(0, 1000), st.integers(0, 255)),
     padding=st.sampled_from([b"\0", b"\x01", b"\xff"]),
     pieces=piece_sizes,
 )
@@ -244,7 +250,7 @@ def test_any_bytes_end_in_leaves_or_a_handshake_error(noise: bytes, padding: byt
     """Within the limit, whatever a peer says and however long it goes on."""
     stream = noise + padding * (HANDSHAKE_LIMIT - len(noise))
     try:
-        handshake, rest = read(stream, pieces)
+        handshake, rest = read_handshake(stream, pieces)
     except HandshakeError:
         return
     assert handshake.leaves is not None
@@ -259,7 +265,7 @@ def test_any_bytes_end_in_leaves_or_a_handshake_error(noise: bytes, padding: byt
     [(b"", 0, 0), (b"\x01", 1, 1), (b"\x01" * 5, 5, 9), (b"\x01" * 64, 64, 64), (b"\x01\x01\xee", 2, 3)],
     ids=["none", "the only one", "fewer than due", "all", "the buffer is longer than what was read"],
 )
-def test_acks_that_are_due_pass(data: bytes, count: int, outstanding: int) -> None:
+def test_expected_acks_pass(data: bytes, count: int, outstanding: int) -> None:
     read_into = bytearray(data)
     assert check_acks(read_into, count, outstanding) is None
     assert read_into == data

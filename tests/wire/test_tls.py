@@ -37,14 +37,14 @@ from echo_torch import (
 )
 from echo_torch.cli import main
 from echo_torch.support.deadline import Deadline
-from echo_torch.wire.connect import connect, shake_hands
-from echo_torch.wire.poll import ready
-from echo_torch.wire.tls_socket import TlsSocket, secure
+from echo_torch.wire.connect import connect, do_handshake
+from echo_torch.wire.poll import wait_ready
+from echo_torch.wire.tls_socket import TlsSocket, do_tls_handshake
 
 SIZE = 29
-BRIEF_S = 0.3
+SHORT_TIMEOUT_S = 0.3
 """A deadline that is meant to pass."""
-FIRST = itertools.count(0, 1_000_000)
+FIRST_NUMBERS = itertools.count(0, 1_000_000)
 """Where the numbers of each test's samples begin."""
 
 
@@ -74,7 +74,7 @@ def client_to(port: int, tls: TLS | None, **options: Any) -> TcpClient:
     return TcpClient("127.0.0.1", port, example(SIZE), tls=tls, **options)
 
 
-def fill_up(learner: Learner, size: int = SIZE) -> None:
+def flush_partial_batch(learner: Learner, size: int = SIZE) -> None:
     """Have what waits for a whole batch handed out."""
     with EchoSink("127.0.0.1", learner.port, example(size)) as sink:
         sink.send(fillers(64, size))
@@ -82,7 +82,7 @@ def fill_up(learner: Learner, size: int = SIZE) -> None:
 
 def check_stored(learner: Learner, first: int, count: int, size: int = SIZE) -> None:
     """All numbers from ``first`` on are there, and no byte of anything is wrong."""
-    fill_up(learner, size)
+    flush_partial_batch(learner, size)
     wanted = set(range(first, first + count))
     eventually(lambda: wanted <= set(learner.take(0)["id"].tolist()))
     assert learner.take(0)["right"].all()
@@ -123,7 +123,7 @@ def test_all_samples_arrive(certificates: Path, tls: TLS, size: int, batch: int,
 
 
 def test_several_threads_send_at_once(learner: Learner, terminator: Terminator, tls: TLS) -> None:
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     with sink_to(terminator.port, tls) as sink:
 
         def send(number: int) -> None:
@@ -138,7 +138,7 @@ def test_several_threads_send_at_once(learner: Learner, terminator: Terminator, 
 
 
 def test_a_client_certificate_and_another_name(learner: Learner, certificates: Path) -> None:
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     with Terminator(
         learner.port, str(certificates / "elsewhere.pem"), client_ca=str(certificates / "ca.pem")
     ) as terminator:
@@ -160,9 +160,9 @@ def test_a_certificate_may_be_for_a_name_or_an_address(terminator: Terminator, t
 def test_nothing_is_lost_over_connections_that_are_cut(
     learner: Learner, terminator: Terminator, tls: TLS, descriptors: None
 ) -> None:
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     count = 0
-    with sink_to(terminator.port, tls, max_inflight_msgs=64, replay_acked=8) as sink:
+    with sink_to(terminator.port, tls, max_inflight_msgs=64, resend_acked=8) as sink:
         for cut in range(6):
             for _ in range(5):
                 sink.send(samples(first + count, 200, SIZE))
@@ -179,11 +179,11 @@ def test_nothing_is_lost_over_connections_that_are_cut_anywhere(
     learner: Learner, terminator: Terminator, tls: TLS, descriptors: None
 ) -> None:
     """In the middle of a handshake, of a record, of what ends a connection."""
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     count, cuts = 0, 8
     with Cutter(terminator.port, most_bytes=1 << 16, most_acks=1 << 15) as cutter:
         cutter.cut_at_random(cuts)
-        with sink_to(cutter.port, tls, max_inflight_msgs=64, replay_acked=8, buffer_bytes=500 * SIZE) as sink:
+        with sink_to(cutter.port, tls, max_inflight_msgs=64, resend_acked=8, buffer_bytes=500 * SIZE) as sink:
             while cutter.counts()["cuts"] < cuts:
                 sink.send(samples(first + count, 200, SIZE))
                 count += 200
@@ -195,7 +195,7 @@ def test_nothing_is_lost_over_connections_that_are_cut_anywhere(
 
 
 def test_a_terminator_that_starts_again(learner: Learner, certificates: Path, tls: TLS) -> None:
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     cert = str(certificates / "server.pem")
     with Terminator(learner.port, cert) as terminator:
         sink = sink_to(terminator.port, tls).connect()
@@ -227,11 +227,11 @@ def test_a_learner_that_starts_after_its_terminator(certificates: Path, tls: TLS
             client_to(terminator.port, tls)
 
 
-def test_a_certificate_that_is_another_one_by_then_is_final(certificates: Path, tls: TLS, learner: Learner) -> None:
+def test_a_changed_certificate_ends_reconnecting(certificates: Path, tls: TLS, learner: Learner) -> None:
     with Terminator(learner.port, str(certificates / "server.pem")) as terminator:
         client = client_to(terminator.port, tls, reconnect=SOON_S)
         terminator.kill()
-        client.send({name: leaf[0] for name, leaf in samples(next(FIRST), 1, SIZE).items()})
+        client.send({name: leaf[0] for name, leaf in samples(next(FIRST_NUMBERS), 1, SIZE).items()})
     with (
         Terminator(learner.port, str(certificates / "strange.pem"), port=terminator.port),
         pytest.raises(ConnectionClosedError, match=r"connection lost: .*; .*its certificate was not issued by a CA"),
@@ -241,7 +241,7 @@ def test_a_certificate_that_is_another_one_by_then_is_final(certificates: Path, 
 
 
 @pytest.mark.parametrize("orderly", [True, False])
-def test_a_peer_that_hangs_up_is_noticed_at_once(certificates: Path, tls: TLS, orderly: bool) -> None:
+def test_a_peer_that_closes_is_noticed_at_once(certificates: Path, tls: TLS, orderly: bool) -> None:
     def leave(line: Line) -> None:
         line.greet(example(SIZE))
         line.hear(SIZE)
@@ -251,26 +251,26 @@ def test_a_peer_that_hangs_up_is_noticed_at_once(certificates: Path, tls: TLS, o
         else:
             line.hang_up()
 
-    with Peer(secured(leave, certificates)) as peer, client_to(peer.port, tls) as client:
+    with Peer(tls_script(leave, certificates)) as peer, client_to(peer.port, tls) as client:
         client.send({name: leaf[0] for name, leaf in samples(0, 1, SIZE).items()})
         with pytest.raises(ConnectionClosedError, match=r"(?s)the peer closed the connection.*1 samples un-acked"):
             client.wait(SOON_S)
 
 
-def test_the_end_is_told_to_the_peer(certificates: Path, tls: TLS) -> None:
+def test_the_peer_receives_close_notify(certificates: Path, tls: TLS) -> None:
     """A proxy could not tell it from a cut otherwise, and may reset its connection to the learner."""
-    heard = []
+    received = []
 
     def listen(line: Line) -> None:
         line.greet(example(SIZE))
-        heard.append(line.sock.recv(1))  # raises if the end is not told
+        received.append(line.sock.recv(1))  # raises if the end is not told
 
-    with Peer(secured(listen, certificates)) as peer:
+    with Peer(tls_script(listen, certificates)) as peer:
         client_to(peer.port, tls).close()
-        eventually(lambda: heard == [b""])
+        eventually(lambda: received == [b""])
 
 
-def secured(script: Script, certificates: Path, name: str = "server") -> Script:
+def tls_script(script: Script, certificates: Path, name: str = "server") -> Script:
     """The script of a peer that speaks TLS, in this process."""
     context = server_context(str(certificates / f"{name}.pem"))
 
@@ -284,7 +284,7 @@ def secured(script: Script, certificates: Path, name: str = "server") -> Script:
 # What is refused.
 
 
-def refuse(certificates: Path, name: str, **options: Any) -> Script:
+def handshake_script(certificates: Path, name: str, **options: Any) -> Script:
     """A peer that speaks TLS and is not meant to get far."""
     context = server_context(str(certificates / f"{name}.pem"), **options)
 
@@ -306,27 +306,27 @@ def test_certificates_that_are_refused(certificates: Path, tls: TLS, descriptors
         "later": "its certificate is not valid yet; is the clock of one of the machines wrong?",
     }
     for name, words in cases.items():
-        with Peer(refuse(certificates, name)) as peer:
+        with Peer(handshake_script(certificates, name)) as peer:
             with pytest.raises(CertificateError) as caught:
                 client_to(peer.port, tls)
             assert str(caught.value).startswith(f"127.0.0.1:{peer.port}: {words}")
 
 
-def alert(description: int) -> bytes:
+def tls_alert(description: int) -> bytes:
     """A record of TLS that says that the handshake has failed, and why, as RFC 8446 numbers it."""
     return bytes((21, 3, 3, 0, 2, 2, description))
 
 
-def test_by_default_the_system_says_who_is_trusted(terminator: Terminator) -> None:
+def test_the_system_cas_are_trusted_by_default(terminator: Terminator) -> None:
     with pytest.raises(CertificateError, match="not issued by a CA that the operating system trusts"):
         client_to(terminator.port, TLS())
 
 
 @pytest.mark.parametrize("most", ["TLSv1_2", "TLSv1_3"])
-def test_a_server_that_misses_a_client_certificate(certificates: Path, tls: TLS, most: str) -> None:
+def test_a_server_that_requires_a_client_certificate(certificates: Path, tls: TLS, most: str) -> None:
     """Of TLS 1.3, it says so only after the handshake."""
     options = {"client_ca": str(certificates / "ca.pem"), "most": most}
-    with Peer(refuse(certificates, "server", **options)) as peer:
+    with Peer(handshake_script(certificates, "server", **options)) as peer:
         with pytest.raises(
             HandshakeError, match=r"127\.0\.0\.1:\d+: .* client certificate[;:] give cert_file and key_"
         ):
@@ -339,13 +339,13 @@ def test_a_server_that_misses_a_client_certificate(certificates: Path, tls: TLS,
 
 def test_a_server_without_tls(learner: Learner, tls: TLS) -> None:
     """It is told by its greeting, before anything that it would take for samples is sent."""
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     with pytest.raises(HandshakeError, match="it is a plain echo server; leave out tls="):
         client_to(learner.port, tls)
     check_stored(learner, first, 0)
 
 
-class Distant(TlsSocket):
+class DistantTlsSocket(TlsSocket):
     """One whose peer is a quarter of a second away, as Linux has it in struct tcp_info."""
 
     def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
@@ -357,22 +357,22 @@ class Distant(TlsSocket):
 @pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="nobody knows how far it is")
 def test_a_server_without_tls_that_is_far_away(tls: TLS) -> None:
     """Its greeting is waited for as long as it may be on the way."""
-    heard = []
+    received = []
 
     def script(line: Line) -> None:
-        if select.select([line.sock], [], [], BRIEF_S)[0]:
-            heard.append(line.sock.recv(1))
+        if select.select([line.sock], [], [], SHORT_TIMEOUT_S)[0]:
+            received.append(line.sock.recv(1))
         line.greet(example(SIZE))
         line.hear_all()
 
     deadline = Deadline(SOON_S)
     with Peer(script) as peer:
         address = (socket.AF_INET, ("127.0.0.1", peer.port))
-        with connect([address], "it", deadline, Distant) as sock:
-            assert isinstance(sock, Distant)
+        with connect([address], "it", deadline, DistantTlsSocket) as sock:
+            assert isinstance(sock, DistantTlsSocket)
             with pytest.raises(HandshakeError, match="it is a plain echo server; leave out tls="):
-                secure(sock, tls, "127.0.0.1", "it", deadline)
-    assert not heard
+                do_tls_handshake(sock, tls, "127.0.0.1", "it", deadline)
+    assert not received
 
 
 @pytest.mark.parametrize(
@@ -385,10 +385,10 @@ def test_a_server_without_tls_that_is_far_away(tls: TLS) -> None:
             "the server speaks no TLS; if it is a plain echo server, leave out ",
         ),
         (b"", greeting(example(SIZE)), "the server speaks no TLS; if it is a plain echo server, leave out tls="),
-        (b"", alert(70), "the server speaks no TLS 1.2 or later ("),
+        (b"", tls_alert(70), "the server speaks no TLS 1.2 or later ("),
     ],
 )
-def test_other_servers(tls: TLS, before: bytes, after: bytes, words: str) -> None:
+def test_servers_of_other_protocols(tls: TLS, before: bytes, after: bytes, words: str) -> None:
     def script(line: Line) -> None:
         line.say(before)
         if after:
@@ -402,8 +402,8 @@ def test_other_servers(tls: TLS, before: bytes, after: bytes, words: str) -> Non
     assert str(caught.value).startswith(f"127.0.0.1:{peer.port}: {words}")
 
 
-@pytest.mark.parametrize("last_words", [b"", alert(80)], ids=["none", "internal_error"])
-def test_a_server_that_hangs_up_in_the_handshake_may_be_tried_again(tls: TLS, last_words: bytes) -> None:
+@pytest.mark.parametrize("last_words", [b"", tls_alert(80)], ids=["none", "internal_error"])
+def test_a_server_that_closes_during_the_handshake_may_be_retried(tls: TLS, last_words: bytes) -> None:
     def script(line: Line) -> None:
         line.hear(5)
         line.say(last_words)
@@ -424,11 +424,11 @@ def test_an_old_version_of_tls(certificates: Path, tls: TLS) -> None:
 # Time.
 
 
-def silence(line: Line) -> None:
+def stay_silent(line: Line) -> None:
     line.hear_all()
 
 
-def dribble(line: Line) -> None:
+def send_slowly(line: Line) -> None:
     """The header of a record, and then as little of it as can be, until the client has left."""
     line.hear(5)
     line.say(b"\x16\x03\x03\x40\x00")
@@ -437,18 +437,18 @@ def dribble(line: Line) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("script", [silence, dribble])
+@pytest.mark.parametrize("script", [stay_silent, send_slowly])
 def test_a_handshake_that_stalls_ends_with_connect_timeout(tls: TLS, script: Script) -> None:
     with Peer(script) as peer:
         began = time.monotonic()
         with pytest.raises(TimeoutError, match=r"TLS handshake not complete within 0\.3 s"):
-            client_to(peer.port, tls, connect_timeout=BRIEF_S)
-        assert BRIEF_S - 0.02 <= time.monotonic() - began < SOON_S
+            client_to(peer.port, tls, connect_timeout=SHORT_TIMEOUT_S)
+        assert SHORT_TIMEOUT_S - 0.02 <= time.monotonic() - began < SOON_S
 
 
-def test_who_else_a_certificate_is_for_is_not_waited_for(certificates: Path, tls: TLS) -> None:
+def test_reading_the_names_of_a_wrong_certificate_does_not_block(certificates: Path, tls: TLS) -> None:
     """For that takes another connection, where the server may say nothing, and the error is known."""
-    scripts = Scripts(refuse(certificates, "elsewhere"), silence)
+    scripts = Scripts(handshake_script(certificates, "elsewhere"), stay_silent)
     with (
         Peer(scripts) as peer,
         running(lambda: client_to(peer.port, tls, connect_timeout=None)) as outcomes,
@@ -458,25 +458,25 @@ def test_who_else_a_certificate_is_for_is_not_waited_for(certificates: Path, tls
     assert "its certificate is for others, and not for '127.0.0.1'" in str(outcomes[0])
 
 
-def test_what_never_becomes_a_greeting_ends_with_the_deadline() -> None:
+def test_a_greeting_that_never_arrives_times_out() -> None:
     """As records of TLS that hold nothing, of which there may always be one more."""
 
-    class Hungry(socket.socket):
+    class NeverReadable(socket.socket):
         def recv(self, size: int, flags: int = 0) -> bytes:
             raise BlockingIOError
 
-    deadline = Deadline(BRIEF_S)
+    deadline = Deadline(SHORT_TIMEOUT_S)
     with Peer(lambda line: line.say(b"more")) as peer:
         address = (socket.AF_INET, ("127.0.0.1", peer.port))
         with (
-            connect([address], "it", deadline, Hungry) as sock,
-            running(lambda: shake_hands(sock, "it", deadline)) as outcomes,
+            connect([address], "it", deadline, NeverReadable) as sock,
+            running(lambda: do_handshake(sock, "it", deadline)) as outcomes,
         ):
             pass
     assert isinstance(outcomes[0], TimeoutError)
 
 
-def test_what_nobody_opens_is_not_read_for_ever(tls: TLS) -> None:
+def test_undecrypted_bytes_are_not_read_without_limit(tls: TLS) -> None:
     """It waits in the kernel, whose memory has a bound."""
     said = 1 << 20
     deadline = Deadline(SOON_S)
@@ -489,22 +489,22 @@ def test_what_nobody_opens_is_not_read_for_ever(tls: TLS) -> None:
         address = (socket.AF_INET, ("127.0.0.1", peer.port))
         with connect([address], "it", deadline, TlsSocket) as sock:
             assert isinstance(sock, TlsSocket)
-            sock.begin(tls.context(), "127.0.0.1", tls)
+            sock.start_tls(tls.context(), "127.0.0.1", tls)
             for _ in range(100):
-                assert ready(sock, select.POLLIN, deadline)
-                sock.fetch()
+                assert wait_ready(sock, select.POLLIN, deadline)
+                sock.receive_encrypted()
             left = 0
-            while ready(sock, select.POLLIN, deadline) and (piece := socket.socket.recv(sock, said)):
+            while wait_ready(sock, select.POLLIN, deadline) and (piece := socket.socket.recv(sock, said)):
                 left += len(piece)
     assert said - left < 1 << 18
 
 
-def test_a_handshake_that_stalls_can_be_called_off(certificates: Path, tls: TLS, descriptors: None) -> None:
+def test_a_stalled_handshake_can_be_cancelled(certificates: Path, tls: TLS, descriptors: None) -> None:
     """Here by closing a client that reconnects."""
     stalling = Gate()
 
     def first(line: Line) -> None:
-        secured(lambda line: line.greet(example(SIZE)), certificates)(line)
+        tls_script(lambda line: line.greet(example(SIZE)), certificates)(line)
         line.hang_up()
 
     def later(line: Line) -> None:
@@ -522,9 +522,9 @@ def test_a_handshake_that_stalls_can_be_called_off(certificates: Path, tls: TLS,
         assert time.monotonic() - began < SOON_S
 
 
-def test_a_plain_client_of_a_server_with_tls_is_told(terminator: Terminator) -> None:
+def test_a_plain_client_of_a_tls_server_gets_a_hint(terminator: Terminator) -> None:
     with pytest.raises(TimeoutError, match="got 0 bytes of it; if that server expects TLS, give tls="):
-        client_to(terminator.port, None, connect_timeout=BRIEF_S)
+        client_to(terminator.port, None, connect_timeout=SHORT_TIMEOUT_S)
 
 
 def cpu_while_waiting(seconds: float) -> float:
@@ -533,9 +533,9 @@ def cpu_while_waiting(seconds: float) -> float:
     return time.process_time() - before
 
 
-def test_nothing_goes_round_in_circles_while_nothing_moves(learner: Learner, terminator: Terminator, tls: TLS) -> None:
+def test_no_busy_loop_while_nothing_moves(learner: Learner, terminator: Terminator, tls: TLS) -> None:
     """Idle, and with the window full."""
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     with sink_to(terminator.port, tls, max_inflight_msgs=64) as sink:
         assert cpu_while_waiting(0.3) < 0.12
         terminator.stall()
@@ -546,7 +546,7 @@ def test_nothing_goes_round_in_circles_while_nothing_moves(learner: Learner, ter
     check_stored(learner, first, 1000)
 
 
-def test_nothing_goes_round_in_circles_while_the_socket_is_full(certificates: Path, tls: TLS) -> None:
+def test_no_busy_loop_while_the_socket_is_full(certificates: Path, tls: TLS) -> None:
     """Of what is sealed; rows are larger than one seal here."""
     going = Gate()
     rows = np.random.default_rng(0).integers(0, 256, (32, 1 << 20), np.uint8)
@@ -558,7 +558,7 @@ def test_nothing_goes_round_in_circles_while_the_socket_is_full(certificates: Pa
         line.ack(32)
         line.hear_all()
 
-    peer = Peer(secured(script, certificates), receive_buffer=64 * 1024)
+    peer = Peer(tls_script(script, certificates), receive_buffer=64 * 1024)
     with peer, TcpClient("127.0.0.1", peer.port, rows[0], 64, tls=tls) as client:
         client.send_rows([rows])
         eventually(lambda: cpu_while_waiting(0.1) < 0.03)  # all is full by then
@@ -579,11 +579,11 @@ def send_from(sink: EchoSink, first: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_children_have_connections_of_their_own(
+def test_child_processes_open_their_own_connections(
     learner: Learner, terminator: Terminator, tls: TLS, method: str
 ) -> None:
     """And say nothing on that of their parent, not even that it ends."""
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     with sink_to(terminator.port, tls) as sink:
         sink.send(samples(first, 64, SIZE))
         before = len(terminator.versions())
@@ -598,7 +598,7 @@ def test_children_have_connections_of_their_own(
     check_stored(learner, first, 192)
 
 
-class Numbers:
+class NumberedDataset:
     def __init__(self, first: int) -> None:
         self.first = first
 
@@ -610,9 +610,9 @@ class Numbers:
 
 
 def test_workers_of_a_loader(learner: Learner, terminator: Terminator, tls: TLS) -> None:
-    first = next(FIRST)
+    first = next(FIRST_NUMBERS)
     with sink_to(terminator.port, tls) as sink:
-        dataset: Any = Numbers(first)
+        dataset: Any = NumberedDataset(first)
         for _ in DataLoader(dataset, 32, num_workers=2, collate_fn=sink.collate(), multiprocessing_context="fork"):
             pass
         sink.wait(SOON_S)
@@ -648,17 +648,17 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], words:
 
 
 @pytest.mark.parametrize("make", [client_to, sink_to])
-def test_tls_is_tls_or_nothing(make: Callable[..., Any]) -> None:
+def test_the_tls_argument_must_be_a_tls(make: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match="tls: got True, expected None or a TLS, such as"):
         make(1, True)
 
 
-def test_other_clients_know_no_tls(tls: TLS) -> None:
+def test_tls_requires_tcp_client(tls: TLS) -> None:
     with pytest.raises(ValueError, match="tls: only TcpClient has it"):
         sink_to(1, tls, client=lambda *_: None)
 
 
-def test_files_that_will_not_do(terminator: Terminator, certificates: Path, tmp_path: Path) -> None:
+def test_bad_certificate_files(terminator: Terminator, certificates: Path, tmp_path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
 
     ca, client, none = certificates / "ca.pem", certificates / "client.pem", tmp_path / "none.pem"
