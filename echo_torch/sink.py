@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch.utils.data import default_collate
 
-from .client.tcp_client import Client, TcpClient, close_after
+from .client.tcp_client import Client, TcpClient, close_without_masking
 from .metrics.stats import SinkStats
 from .processes.ledger import new_token
 from .progress import show_acks
 from .ranks import wait_together
-from .ring.ring import SERVER_QUEUE
+from .ring.ring import SERVER_QUEUE_SAMPLES
 from .routing.connector import Opener
 from .routing.partition import Routing, check_routing, shards_of
 from .routing.route import Route
-from .samples.spec import Match, SampleSpec, example_of
+from .samples.spec import Match, SampleSpec, example_from_batch
 from .session.session import Session
 from .support.interrupts import owned_by_this_thread
 from .support.tracing import disable_compile, is_profiling, profiler_range
@@ -59,7 +59,7 @@ class EchoSink(LoaderSender):
             and scalars. Only structure, shapes and dtypes count.
         max_inflight_msgs: most samples un-acked at a time, and at most 8 MiB of them.
         buffer_bytes: host memory, for each learner, for samples that are not acked; `send` blocks when it is full. By
-            default 64 MiB, 16 MiB in each of a DataLoader's workers, or more if ``replay_acked + 2`` samples need that.
+            default 64 MiB, 16 MiB in each of a DataLoader's workers, or more if ``resend_acked + 2`` samples need that.
         select: makes what the server wants (like ``example``) of what is sent; a module-level function, to pickle.
         client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that gives a `Client`,
             such as ``echo.TcpClient``. Other clients than ours know no timeouts, and their promises hold.
@@ -77,9 +77,9 @@ class EchoSink(LoaderSender):
         reconnect: seconds for which a lost connection is tried to be opened again before that is an error; 0 not to.
             In a DataLoader's worker, 2 at the most. What may not have been stored is then sent again, so a learner may
             get samples twice: carry an index if that matters.
-        replay_acked: samples that are kept after their ack, and sent again on a new connection and by `close`; at least
+        resend_acked: samples that are kept after their ack, and sent again on a new connection and by `close`; at least
             the server's ``producer_queue_size``, or samples may be lost when a connection ends.
-        replay_tail: whether `close` sends them. Without it, `close` waits for 0.1 s instead, and the server may discard
+        resend_at_close: whether `close` sends them. Without it, `close` waits for 0.1 s instead, and the server may discard
             samples if it is busy for longer.
         tls: `TLS`, for a proxy in front of the learner that speaks it; None for connections that anybody can read, and
             change, on the way.
@@ -105,8 +105,8 @@ class EchoSink(LoaderSender):
         stall_timeout: float | None = 1800.0,
         on_error: Literal["raise", "warn"] = "raise",
         reconnect: float = 60.0,
-        replay_acked: int = SERVER_QUEUE,
-        replay_tail: bool = True,
+        resend_acked: int = SERVER_QUEUE_SAMPLES,
+        resend_at_close: bool = True,
         tls: TLS | None = None,
     ) -> None:
         addresses = expand_addresses(host, port)
@@ -132,8 +132,8 @@ class EchoSink(LoaderSender):
             connect_timeout=check_timeout("connect_timeout", connect_timeout),
             stall_timeout=stall_timeout,
             reconnect=check_seconds("reconnect", reconnect),
-            replay_acked=check_count("replay_acked", replay_acked, least=0),
-            replay_tail=replay_tail,
+            resend_acked=check_count("resend_acked", resend_acked, least=0),
+            resend_at_close=resend_at_close,
             tls=check_tls(tls),
         )
         self._opener.check(self._spec)
@@ -157,7 +157,7 @@ class EchoSink(LoaderSender):
             TypeError: a leaf is no dense array of numbers.
         """
         select = options.get("select")
-        return cls(host, port, example_of(batch if select is None else select(batch)), **options)
+        return cls(host, port, example_from_batch(batch if select is None else select(batch)), **options)
 
     def connect(self: _Sink) -> _Sink:
         """Connect now rather than at the first `send`; gives the sink itself.
@@ -363,7 +363,7 @@ class EchoSink(LoaderSender):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         timeout = CLOSE_TIMEOUT_S if error is None else EXCEPTION_CLOSE_TIMEOUT_S
-        close_after(error, functools.partial(self.close, timeout), self.peer)
+        close_without_masking(error, functools.partial(self.close, timeout), self.peer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sessions": {}}

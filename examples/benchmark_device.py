@@ -85,13 +85,13 @@ def staged(batch: Batch, count: int, device: torch.device) -> Callable[[], float
     """What stages one batch ``count`` times, and gives the seconds that took; its ring is at its end each time."""
     spec = SampleSpec(example_of(batch))
     ring = Ring(np.empty(RING_BYTES // spec.payload_size * spec.payload_size, np.uint8).data, spec.payload_size)
-    stager = Stager(ring, spec.leaves, ring.move)
+    stager = Stager(ring, spec.leaves, ring.move_to)
     ends: deque[int] = deque()
 
     def settle(until: int) -> None:
         """As if everything that is there had been written and acknowledged at once."""
         while ring.acked < until:
-            ring.look()
+            ring.poll_copies()
             ring.written = ring.acked = ring.ready
 
     def run() -> float:
@@ -99,9 +99,9 @@ def staged(batch: Batch, count: int, device: torch.device) -> Callable[[], float
         began = time.perf_counter()
         for _ in range(count):
             match = spec.match(batch)
-            fill, done = stager.filler(match.arrays, True), 0
+            fill, done = stager.make_filler(match.arrays, True), 0
             while done < match.rows:
-                slot, rows = ring.free_run(match.rows - done)
+                slot, rows = ring.next_free_run(match.rows - done)
                 if not rows:
                     settle(ends.popleft() if ends else ring.packed)
                     continue

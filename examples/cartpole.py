@@ -99,7 +99,7 @@ def act(mailbox: Mailbox, number: int, port: int, environments: int, seed: int) 
     unrolls["number"].copy_(torch.arange(environments))
     room = (environments + REPLAYED) * sum(leaf.nbytes for leaf in EXAMPLE.values())
     # Without reconnecting, for the learner comes back to nobody: when it is gone, `send` raises, and the actor ends.
-    with EchoSink("127.0.0.1", port, EXAMPLE, buffer_bytes=room, replay_acked=REPLAYED, reconnect=0) as sink:
+    with EchoSink("127.0.0.1", port, EXAMPLE, buffer_bytes=room, resend_acked=REPLAYED, reconnect=0) as sink:
         began = time.perf_counter()
         while not mailbox.stopped():
             version, weights = mailbox.newest()

@@ -85,7 +85,7 @@ def slow(line: Line) -> None:
 
 def test_wait_shows_how_many_of_those_in_flight_are_acked(capsys: pytest.CaptureFixture[str]) -> None:
     with Peer(slow) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False)
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False)
         sink.send(BATCH)
         sink.wait()  # of which nothing is shown
         sink.send(BATCH)
@@ -106,7 +106,7 @@ def test_a_wait_that_fails_raises_what_it_would(capsys: pytest.CaptureFixture[st
         line.hear_all()
 
     with Peer(silent) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False)
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False)
         sink.send(BATCH)
         with pytest.raises(DeliveryTimeoutError, match="32 samples un-acked"):
             sink.wait(0.2, progress=True)
@@ -124,7 +124,7 @@ def test_a_lock_of_tqdm_that_an_interrupt_left_held_is_not_waited_for(capsys: py
             list(sink.tee([BATCH], progress=True))
 
     with Peer(slow) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False)
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False)
         sink.send(BATCH)
         sink.send(BATCH)
         with running(wait) as outcomes:

@@ -51,7 +51,7 @@ class Side:
         self.rank, self.world = rank, world
         self.script = Script()
         self.peer = Peer(self.script)
-        self.sink = EchoSink(self.peer.host, self.peer.port, EXAMPLE, reconnect=0.0, replay_tail=False)
+        self.sink = EchoSink(self.peer.host, self.peer.port, EXAMPLE, reconnect=0.0, resend_at_close=False)
 
     def send(self, count: int = 5) -> None:
         self.sink.send({"index": np.arange(count)})

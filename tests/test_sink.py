@@ -121,7 +121,7 @@ def sink_for(peer: Peer, **options: Any) -> EchoSink:
 
 def rows(count: int, replay: int = 8) -> dict[str, Any]:
     """The options for a ring of which ``count`` rows may be un-acked."""
-    return {"buffer_bytes": (count + replay) * SIZE, "replay_acked": replay}
+    return {"buffer_bytes": (count + replay) * SIZE, "resend_acked": replay}
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_a_learner_that_listens_late_is_found(refusing: socket.socket) -> None:
 
     late = threading.Timer(SHORT_S, serve)
     late.start()
-    with EchoSink("127.0.0.1", refusing.getsockname()[1], EXAMPLE, connect_timeout=PATIENCE_S, replay_acked=0) as sink:
+    with EchoSink("127.0.0.1", refusing.getsockname()[1], EXAMPLE, connect_timeout=PATIENCE_S, resend_acked=0) as sink:
         sink.send(batch(5))
     assert script.heard() == [5]
     late.join()
@@ -221,7 +221,7 @@ def test_a_sink_pickles_as_configuration() -> None:
     """Before and after it connected; the copy, with the same options, opens a connection of its own."""
     script = Script()
     with Peer(script) as peer:
-        sink = sink_for(peer, select=double, replay_tail=False, max_inflight_msgs=3)
+        sink = sink_for(peer, select=double, resend_at_close=False, max_inflight_msgs=3)
         early = pickle.dumps(sink)
         sink.send(batch(1, 2))
         for state in (early, pickle.dumps(sink)):
@@ -240,7 +240,7 @@ def test_a_sink_pickles_as_configuration() -> None:
 def test_a_closed_sink_pickles_as_an_open_one() -> None:
     script = Script()
     with Peer(script) as peer:
-        sink = sink_for(peer, replay_tail=False)
+        sink = sink_for(peer, resend_at_close=False)
         sink.close()
         with pickle.loads(pickle.dumps(sink)) as copy:
             copy.send(batch(1))
@@ -250,10 +250,10 @@ def test_a_closed_sink_pickles_as_an_open_one() -> None:
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "on_error": ({"on_error": "ignore"}, ValueError, "on_error: got 'ignore', expected 'raise' or 'warn'"),
     "buffer too small": ({"buffer_bytes": 79}, ValueError, r"buffer_bytes: got 79, .* at least 80\b"),
-    "buffer for a larger tail": ({"buffer_bytes": 80, "replay_acked": 20}, ValueError, r"at least 176\b"),
+    "buffer for a larger tail": ({"buffer_bytes": 80, "resend_acked": 20}, ValueError, r"at least 176\b"),
     "buffer 0": ({"buffer_bytes": 0}, ValueError, "buffer_bytes: got 0"),
     "buffer float": ({"buffer_bytes": 1e6}, TypeError, "buffer_bytes: got 1000000.0"),
-    "replay_acked": ({"replay_acked": -1}, ValueError, "replay_acked: got -1"),
+    "resend_acked": ({"resend_acked": -1}, ValueError, "resend_acked: got -1"),
     "no number": ({"example": {"name": "x"}}, TypeError, r"example\['name'\]"),
     "no bytes": ({"example": {"x": torch.zeros(0)}}, ValueError, "no bytes"),
     **{f"window {n}": ({"max_inflight_msgs": n}, ValueError, f"max_inflight_msgs: got {n}") for n in (0, -1)},
@@ -273,7 +273,7 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], kind: type[E
 @pytest.mark.parametrize("timeout", [-1, math.nan, "1", True])
 def test_bad_timeouts_of_calls_are_refused_and_do_no_harm(timeout: Any) -> None:
     script = Script()
-    with Peer(script) as peer, sink_for(peer, replay_tail=False) as sink:
+    with Peer(script) as peer, sink_for(peer, resend_at_close=False) as sink:
         sink.send(batch(1))
         for call in (lambda t: sink.send(batch(2), timeout=t), lambda t: sink.wait(t), lambda t: sink.close(t)):
             with pytest.raises((TypeError, ValueError), match="timeout: got"):
@@ -294,7 +294,7 @@ def test_select_makes_the_samples(options: dict[str, Any]) -> None:
     yields = [torch.tensor([[1.5, 2], [2.5, 3]]), {"name": ["a", "b"]}]
     with Peer(script) as peer:
         make = EchoSink if options else EchoSink.from_batch
-        with make(peer.host, peer.port, *(options.values() or [yields]), select=second, replay_tail=False) as sink:
+        with make(peer.host, peer.port, *(options.values() or [yields]), select=second, resend_at_close=False) as sink:
             sink.send(yields)
         assert script.heard() == [2, 3]
 
@@ -312,7 +312,7 @@ def test_from_batch_takes_one_sample_of_it(first: Any) -> None:
     """Whatever its size, 0 included; other sizes may be sent."""
     script = Script()
     with Peer(script) as peer:
-        with EchoSink.from_batch(peer.host, peer.port, first, replay_tail=False) as sink:
+        with EchoSink.from_batch(peer.host, peer.port, first, resend_at_close=False) as sink:
             sink.send(batch(5, 6, 7))
             sink.send({"index": 8})
         assert script.heard() == [5, 6, 7, 8]
@@ -340,7 +340,7 @@ def test_the_first_send_says_once_how_it_was_read(caplog: pytest.LogCaptureFixtu
     with Peer(Script()) as peer:
         for first, read in ((batch(1, 2, 3), "3 samples of"), ({"index": 1}, "one sample of")):
             caplog.clear()
-            with sink_for(peer, replay_tail=False) as sink:
+            with sink_for(peer, resend_at_close=False) as sink:
                 sink.send(first)
                 sink.send(batch(1))
             told = [record for record in caplog.records if "first batch" in record.message]
@@ -352,7 +352,7 @@ def test_the_first_send_says_once_how_it_was_read(caplog: pytest.LogCaptureFixtu
 def test_batched_says_it_outright() -> None:
     script = Script()
     with Peer(script) as peer:
-        with sink_for(peer, replay_tail=False) as sink:
+        with sink_for(peer, resend_at_close=False) as sink:
             sink.send(batch(1, 2), batched=True)
             sink.send({"index": 3}, batched=False)
             for wrong, batched in ((batch(1), False), ({"index": 1}, True)):
@@ -369,7 +369,7 @@ def test_batched_says_it_outright() -> None:
 def test_a_refused_batch_sends_nothing_and_the_next_goes_through(bad: Any) -> None:
     script = Script()
     with Peer(script) as peer:
-        with sink_for(peer, replay_tail=False) as sink:
+        with sink_for(peer, resend_at_close=False) as sink:
             sink.send(batch(1))
             with pytest.raises((SpecMismatchError, TypeError), match="batch"):
                 sink.send(bad)
@@ -404,7 +404,7 @@ def test_the_window_is_at_most_8_mib_of_payload() -> None:
             line.ack()
 
     with Peer(script) as peer:
-        sink = sink_for(peer, example=np.zeros(mib, np.uint8), replay_acked=0)
+        sink = sink_for(peer, example=np.zeros(mib, np.uint8), resend_acked=0)
         sink.send(np.zeros((20, mib), np.uint8))
         for _ in range(3):
             assert full.acquire(timeout=PATIENCE_S)
@@ -422,7 +422,7 @@ def test_a_sample_larger_than_the_window_goes_alone() -> None:
     script = Script()
     script.example = {"x": np.zeros(size, np.uint8)}
     with Peer(script) as peer:
-        with sink_for(peer, example=script.example, replay_acked=0) as sink:
+        with sink_for(peer, example=script.example, resend_acked=0) as sink:
             sink.send({"x": np.ones((3, size), np.uint8)})
             sink.wait()
             assert sink.stats().samples_acked == 3
@@ -491,7 +491,7 @@ def test_a_send_that_timed_out_is_taken_up_where_it_stopped() -> None:
 
     script = Late()
     with Peer(script) as peer:
-        with sink_for(peer, replay_tail=False, **rows(10)) as sink:
+        with sink_for(peer, resend_at_close=False, **rows(10)) as sink:
             with pytest.raises(DeliveryTimeoutError) as caught:
                 sink.send(batch(*range(25)), timeout=SHORT_S)
             go.set()
@@ -503,7 +503,7 @@ def test_stall_timeout_is_no_end() -> None:
     """It names itself and the samples, in every call that waits, and delivery goes on."""
     script = Acks(2, wait=True)
     with Peer(script) as peer:
-        with sink_for(peer, stall_timeout=SHORT_S, replay_tail=False) as sink:
+        with sink_for(peer, stall_timeout=SHORT_S, resend_at_close=False) as sink:
             sink.send(batch(1, 2))
             for _ in range(2):
                 with pytest.raises(DeliveryTimeoutError, match=r"stall_timeout.*2 samples un-acked") as caught:
@@ -524,7 +524,7 @@ def test_tee_sends_each_batch_before_it_is_handed_on_and_waits_at_the_end() -> N
     script = Script()
     loader = [batch(1, 2), batch(3), batch(4, 5, 6)]
     with Peer(script) as peer:
-        sink = sink_for(peer, replay_tail=False)
+        sink = sink_for(peer, resend_at_close=False)
         tee = sink.tee(loader)
         assert len(tee) == 3
         sent = []
@@ -859,7 +859,7 @@ def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
     before = signal.signal(signal.SIGUSR1, handler)
     try:
         with Peer(interrupt) as peer:
-            sink = sink_for(peer, connect_timeout=PATIENCE_S, replay_tail=False)
+            sink = sink_for(peer, connect_timeout=PATIENCE_S, resend_at_close=False)
             sink.send(batch(1))
             sink.wait(PATIENCE_S)
             sink.send(batch(3))
@@ -886,15 +886,15 @@ def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
         (6, rows(2)),
         (100, rows(2)),
         (1, rows(7, replay=13)),
-        (7, {"replay_acked": 1}),
-        (7, {"replay_acked": 0}),
+        (7, {"resend_acked": 1}),
+        (7, {"resend_acked": 0}),
     ],
     ids=repr,
 )
 def test_close_sends_exactly_the_tail_once_more(sent: int, options: dict[str, Any]) -> None:
-    """`replay_acked` further payloads: the last samples, in order, cycled if there were fewer."""
+    """`resend_acked` further payloads: the last samples, in order, cycled if there were fewer."""
     script = Script()
-    replay = options.get("replay_acked", 8)
+    replay = options.get("resend_acked", 8)
     with Peer(script) as peer:
         sink = sink_for(peer, **options)
         sink.send(batch(*range(sent)))
@@ -904,7 +904,7 @@ def test_close_sends_exactly_the_tail_once_more(sent: int, options: dict[str, An
         assert sink.stats().samples_sent == sink.stats().samples_acked == sent
 
 
-@pytest.mark.parametrize("options", [{"replay_tail": False}, {"replay_acked": 0}], ids=repr)
+@pytest.mark.parametrize("options", [{"resend_at_close": False}, {"resend_acked": 0}], ids=repr)
 def test_close_sends_no_tail_when_told_not_to(options: dict[str, Any]) -> None:
     script = Script()
     with Peer(script) as peer:
@@ -966,7 +966,7 @@ def test_a_tail_that_is_not_acked_is_not_counted_as_sent(options: dict[str, Any]
 def test_leaving_a_with_block_closes() -> None:
     script = Script()
     with Peer(script) as peer:
-        with sink_for(peer, replay_tail=False) as sink:
+        with sink_for(peer, resend_at_close=False) as sink:
             sink.send(batch(1, 2))
         assert script.heard() == [1, 2]
         with pytest.raises(ConnectionClosedError):
@@ -992,7 +992,7 @@ def test_a_with_block_left_by_an_exception_delivers_what_was_sent() -> None:
     script = Script()
     with Peer(script) as peer:
         with pytest.raises(KeyError, match="mine"):
-            leave_by_exception(sink_for(peer, replay_tail=False))
+            leave_by_exception(sink_for(peer, resend_at_close=False))
         assert script.heard() == [1, 2]
 
 
@@ -1102,7 +1102,7 @@ def test_no_error_that_is_over_keeps_a_sink(fails: Callable[[EchoSink], None]) -
     gc.disable()
     try:
         with Peer(silent) as peer:
-            sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False).connect()
+            sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False).connect()
             with contextlib.suppress(ConnectionClosedError, DeliveryTimeoutError):
                 fails(sink)
                 pytest.fail("did not raise")

@@ -17,7 +17,7 @@ from training import Digits, Item, arrived, digit, learner, numbers_of, sink_to
 
 from echo_torch import DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.callbacks.loop import SinkCallback
-from echo_torch.ring.ring import SERVER_QUEUE
+from echo_torch.ring.ring import SERVER_QUEUE_SAMPLES
 from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
 COUNT = 36
@@ -58,7 +58,7 @@ def test_what_a_loader_yields_arrives(workers: int, method: str | None) -> None:
         ]
         sink.wait()
         assert sink.stats().samples_sent == COUNT
-        assert some_repeated(arrived(server, COUNT), numbers_of(batches), at_most=SERVER_QUEUE * workers)
+        assert some_repeated(arrived(server, COUNT), numbers_of(batches), at_most=SERVER_QUEUE_SAMPLES * workers)
 
 
 def test_the_collate_function_makes_the_batch_and_select_what_is_sent_of_it() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from echo_torch.errors import DeliveryTimeoutError, HandshakeError, SpecMismatchError
-from echo_torch.ring.ring import SERVER_QUEUE, least_buffer
+from echo_torch.ring.ring import SERVER_QUEUE_SAMPLES, min_buffer_bytes
 from echo_torch.samples.leaf import Array
 from echo_torch.sink import EchoSink
 from echo_torch.wire.connect import peer_name
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         batch = [_zeros((size, *leaf.shape), leaf.itemsize) for leaf in leaves]
         backlog = min(_BACKLOG_BYTES, payload * max(_BACKLOG_SAMPLES, 2 * size))
-        backlog = max(backlog, least_buffer(payload, SERVER_QUEUE))
+        backlog = max(backlog, min_buffer_bytes(payload, SERVER_QUEUE_SAMPLES))
         limits = {"buffer_bytes": backlog, "stall_timeout": STALL_S, "reconnect": 0.0}
         sink = EchoSink.from_batch(host, port, batch, tls=tls, **limits)
     except (TypeError, ValueError, MemoryError) as error:

@@ -99,5 +99,5 @@ def _mismatch(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> str:
 
 
 def _remedy(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> str:
-    one_each = [WireLeaf(leaf.travels_as.itemsize, leaf.shape[1:]) for leaf in ours if leaf.shape]
+    one_each = [WireLeaf(leaf.wire_dtype.itemsize, leaf.shape[1:]) for leaf in ours if leaf.shape]
     return "the example is a batch: give one sample of it" if list(theirs) == one_each else _REMEDY

@@ -58,7 +58,7 @@ def _lines(treespec: Any, leaves: Iterator[Leaf], indent: str, label: str) -> It
     """The lines of a tree, one for each leaf and for each bracket; ``label`` is what comes before the value."""
     if treespec.type is None:
         leaf = next(leaves)
-        yield f"{indent}{label}np.zeros({leaf.shape}, {_dtype_code(leaf.travels_as)}),{_comment(leaf)}"
+        yield f"{indent}{label}np.zeros({leaf.shape}, {_dtype_code(leaf.wire_dtype)}),{_comment(leaf)}"
         return
     if treespec.type is type(None):
         yield f"{indent}{label}None,"
@@ -87,4 +87,4 @@ def _dtype_code(dtype: np.dtype[Any]) -> str:
 
 
 def _comment(leaf: Leaf) -> str:
-    return f"  # torch.from_numpy(sample.batch{leaf.path}).view({leaf.dtype})" if leaf.opaque else ""
+    return f"  # torch.from_numpy(sample.batch{leaf.path}).view({leaf.dtype})" if leaf.torch_only else ""

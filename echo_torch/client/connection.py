@@ -2,13 +2,13 @@
 
 * The I/O lock guards the pump: the socket, ``ring.written`` and ``ring.acked``. The I/O thread pumps as long as
   rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch, and for
-  more if it cannot run ahead of the acks anyway (`backlog`). When everything is written, one of the callers that wait
-  leads: it polls the socket itself, and wakes the others. Nobody blocks while holding it. Of the locks (``ring.turn``,
+  more if it cannot run ahead of the acks anyway (`soft_limit`). When everything is written, one of the callers that wait
+  leads: it polls the socket itself, and wakes the others. Nobody blocks while holding it. Of the locks (``ring.packing_lock``,
   the I/O lock, the leader's, the wake-up's) no two are held at once, but the last two inside the others, and the I/O
   lock inside the turn, once, when the ring moves.
 * An interrupt (Ctrl-C) may break off whatever the main thread does here; the I/O thread makes good what that left
   undone, soon (`io_thread`).
-* Whoever finds the connection lost says so (``lost``) under the I/O lock, and nobody touches the socket after that but
+* Whoever finds the connection lost says so (``lost_error``) under the I/O lock, and nobody touches the socket after that but
   the I/O thread, which may open another. The ring then begins again with the rows that are not released.
 * Otherwise the loss becomes the failure. The first one is kept; it wakes everybody, and every later call raises from
   it.
@@ -27,22 +27,22 @@ from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING
 from echo_torch.ring.ring import Ring, Waiter
 from echo_torch.support.interrupts import owned_by_this_thread
 
-from .flow import Backlog
-from .reconnect import Redial
-from .replay import Tail
-from .tls_pump import pump_for
-from .wakeup import Leader, WakeUp
+from .flow import SoftLimit
+from .reconnect import Reconnector
+from .resend import ResendTail
+from .tls_pump import make_pump
+from .wakeup import AckPoller, WakeUp
 
 # A few rows may linger for this long to be written together, if the last write was as recent and acks are still out:
 # one system call costs as much as several samples, or as copying 16 KB.
-LINGER_S = 0.001
-LINGER_BYTES = 16 * 1024
-LINGER_SHARE = 2  # of the window
+COALESCE_S = 0.001
+COALESCE_BYTES = 16 * 1024
+COALESCE_WINDOW_DIVISOR = 2  # of the window
 
 _Error = TypeVar("_Error", bound=BaseException)
 
 
-class Link:
+class Connection:
     """Moves the rows of a ring over one socket at a time.
 
     Args:
@@ -51,40 +51,40 @@ class Link:
         ring: rows of the size that the server expects.
         window: most rows written and un-acked.
         tail: what is sent once more at the end.
-        redial: what opens others when one is lost; None to leave it at that.
+        reconnector: what opens others when one is lost; None to leave it at that.
     """
 
     def __init__(
-        self, sock: socket.socket, peer: str, ring: Ring, window: int, tail: Tail, redial: Redial | None
+        self, sock: socket.socket, peer: str, ring: Ring, window: int, tail: ResendTail, reconnector: Reconnector | None
     ) -> None:
         self.peer = peer
         self.ring = ring
-        self.tail = tail
-        self.redial = redial
-        self.line = pump_for(sock, ring, window)
-        self.backlog = Backlog(ring, window)
-        self.lost: OSError | None = None
+        self.resend_tail = tail
+        self.reconnector = reconnector
+        self.pump = make_pump(sock, ring, window)
+        self.soft_limit = SoftLimit(ring, window)
+        self.lost_error: OSError | None = None
         self.failure: ConnectionClosedError | None = None
-        self.told = False
+        self.failure_reported = False
         """Whether a caller was told of the failure, or need not be."""
-        self.heard = False
+        self.failure_will_be_reported = False
         """Whether anybody waited when it came, and will be told."""
-        self.listening = False
+        self.io_thread_polls_acks = False
         """Whether the I/O thread polls for acks, or will."""
-        self.watching = False
+        self.io_thread_polls_copies = False
         """Whether it looks at a device's copies soon, and again until all are done."""
-        self.lingering = False
-        """Whether the I/O thread will look within LINGER_S."""
-        self.lock = threading.RLock()
+        self.is_coalescing = False
+        """Whether the I/O thread will look within COALESCE_S."""
+        self.io_lock = threading.RLock()
         """The I/O lock."""
-        self.leader = Leader()
+        self.ack_poller = AckPoller()
         self.wake_up = WakeUp()
-        self._locks = (self.lock, ring.turn, self.wake_up.lock, self.leader.lock)
-        self._acked_at_first = 0  # how much was acked when the socket was opened
-        self._quiet_before = self._quiet_at_loss = 0.0  # of the sockets before, if rows were un-acked then
+        self._locks = (self.io_lock, ring.packing_lock, self.wake_up.lock, self.ack_poller.lock)
+        self._acked_at_open = 0  # how much was acked when the socket was opened
+        self._stalled_s_before = self._stalled_s_at_loss = 0.0  # of the sockets before, if rows were un-acked then
         self._reconnects = self._resent = 0
-        self.waiting = [0.0, 0.0, 0.0, 0.0]
-        """Seconds that the I/O thread waited, by `held_up_by`."""
+        self.waited_seconds = [0.0, 0.0, 0.0, 0.0]
+        """Seconds that the I/O thread waited, by `bottleneck`."""
         self.ended_at: float | None = None
         """When the connection ended for good."""
 
@@ -94,8 +94,8 @@ class Link:
     def sent(self) -> int:
         """Rows that were accepted; the tail does not count."""
         packed = self.ring.packed  # before it is asked whether the tail has begun, which is packed after that
-        begins = self.tail.begins
-        return packed if begins is None else begins
+        start_row = self.resend_tail.start_row
+        return packed if start_row is None else start_row
 
     @property
     def unacked(self) -> int:
@@ -103,14 +103,14 @@ class Link:
         return max(0, self.sent - self.ring.acked)
 
     @property
-    def repeating(self) -> bool:
+    def is_resending(self) -> bool:
         """Whether rows that were acked before are not acked again yet by the present connection."""
-        return self.line.acked < self.ring.acked
+        return self.pump.acked < self.ring.acked
 
     @property
     def at_risk(self) -> int:
         """Rows that may be lost although all was done, or was to be done, to have them stored."""
-        return self.counts().maybe_lost if self.tail.wanted else self.unacked
+        return self.counts().maybe_lost if self.resend_tail.enabled else self.unacked
 
     def counts(self) -> Counts:
         acked = self.ring.acked  # before `sent`, which is at least as far by then
@@ -120,104 +120,106 @@ class Link:
             unacked=max(0, sent - acked),
             reconnects=self._reconnects,
             resent=self._resent,
-            maybe_duplicated=self._resent + self.tail.packed,
+            maybe_duplicated=self._resent + self.resend_tail.packed,
             maybe_lost=max(0, sent - self.ring.released) if self.failure is not None else 0,
         )
 
     @property
-    def held_up_by(self) -> int:
+    def bottleneck(self) -> int:
         """What keeps rows from being written, or acked: of `meter`."""
-        ring, line = self.ring, self.line
+        ring, pump = self.ring, self.pump
         if ring.written < ring.ready:
-            return NETWORK if line.full else LEARNER
+            return NETWORK if pump.socket_full else LEARNER
         if ring.written < ring.packed:
             return DEVICE
-        return LEARNER if ring.waited_for else NOTHING
+        return LEARNER if ring.has_waiters else NOTHING
 
-    def whats_open(self) -> str:
+    def describe_unacked(self) -> str:
         """The counts in words, and what is done about them."""
-        unacked, lost = self.unacked, self.lost
+        unacked, lost = self.unacked, self.lost_error
         text = f"{unacked} samples un-acked"
         if not unacked and (self.at_risk or self.ring.unacked):
-            text += f", but up to {min(self.sent, self.ring.replay)} that were acked last may be lost"
-        if lost is not None and self.redial is not None and self.failure is None:
-            text += f"; the connection was lost {self.redial.seconds_lost:.1f} s ago ({lost}) and is being opened again"
+            text += f", but up to {min(self.sent, self.ring.keep_acked)} that were acked last may be lost"
+        if lost is not None and self.reconnector is not None and self.failure is None:
+            text += f"; the connection was lost {self.reconnector.seconds_lost:.1f} s ago ({lost}) and is being opened again"
         return text
 
     # What callers do.
 
     @property
-    def interrupted(self) -> bool:
+    def is_reentrant_call(self) -> bool:
         """Whether the caller is a signal handler, or finaliser, that interrupted a call of its own thread here."""
         return any(map(owned_by_this_thread, self._locks))
 
-    def push(self) -> None:
-        """See that rows just packed get written: here and now if `Backlog` has callers do that, else by the thread."""
-        ring, line = self.ring, self.line
-        if line.full:
+    def write_or_wake(self) -> None:
+        """See that rows just packed get written: here and now if `SoftLimit` has callers do that, else by the thread."""
+        ring, pump = self.ring, self.pump
+        if pump.socket_full:
             return  # the thread waits for the socket to take more
         pending = (ring.packed - ring.written) * ring.row_bytes
-        if self._may_linger(pending):
-            if not self.lingering:
-                self.lingering = True
-                self.wake_up.kick()
-        elif pending > self.backlog.caller_bytes and ring.written - line.acked < line.window:
-            self.wake_up.kick()
+        if self._may_coalesce(pending):
+            if not self.is_coalescing:
+                self.is_coalescing = True
+                self.wake_up.wake()
+        elif pending > self.soft_limit.caller_write_bytes and ring.written - pump.acked < pump.window:
+            self.wake_up.wake()
         else:
-            self.nudge(read_acks=False)
+            self.pump_now(read_acks=False)
 
-    def _may_linger(self, pending: int) -> bool:
-        ring, line = self.ring, self.line
-        few = pending < LINGER_BYTES and (ring.packed - ring.written) * LINGER_SHARE < line.window
-        return few and line.in_the_air and time.monotonic() - line.written_at < LINGER_S
+    def _may_coalesce(self, pending: int) -> bool:
+        ring, pump = self.ring, self.pump
+        few = pending < COALESCE_BYTES and (ring.packed - ring.written) * COALESCE_WINDOW_DIVISOR < pump.window
+        return few and pump.awaits_acks and time.monotonic() - pump.written_at < COALESCE_S
 
-    def nudge(self, read_acks: bool = True) -> None:
+    def pump_now(self, read_acks: bool = True) -> None:
         """Pump here and now if possible, and have the thread see to what is left."""
-        ring, line = self.ring, self.line
-        if not self._try_pump(read_acks) or line.full:
-            self.wake_up.kick()
+        ring, pump = self.ring, self.pump
+        if not self._try_pump(read_acks) or pump.socket_full:
+            self.wake_up.wake()
         elif ring.packed > ring.written:
-            copies = ring.copying_since is not None and not self.watching
-            if copies or not self.listening or line.writable:
-                self.wake_up.kick()
+            copies = ring.copying_since is not None and not self.io_thread_polls_copies
+            if copies or not self.io_thread_polls_acks or pump.has_writable_rows:
+                self.wake_up.wake()
 
-    def look(self) -> None:
+    def read_acks(self) -> None:
         """Read the acks that are there, waiting for whoever pumps to be done with it."""
-        with self.lock:
-            self.pump(True, self.backlog.caller_bytes)
+        with self.io_lock:
+            self.run_pump(True, self.soft_limit.caller_write_bytes)
 
-    def lead(self, waiter: Waiter, seconds: float) -> bool:
+    def poll_for_acks(self, waiter: Waiter, seconds: float) -> bool:
         """Poll for acks in place of the I/O thread; False, at once, if that does, or another caller."""
-        return not self.listening and self.lost is None and self.leader.lead(waiter, seconds)
+        return (
+            not self.io_thread_polls_acks and self.lost_error is None and self.ack_poller.poll_for_acks(waiter, seconds)
+        )
 
-    def refuse(self) -> None:
+    def stop_accepting(self) -> None:
         """Accept no more rows but the tail."""
-        self.tail.fix()
-        self.leader.wake()
+        self.resend_tail.start()
+        self.ack_poller.wake()
 
-    def patience(self, stall_timeout: float) -> float:
+    def seconds_until_stall(self, stall_timeout: float) -> float:
         """Seconds until nothing will have been acked for ``stall_timeout`` seconds of being connected."""
-        if self.lost is not None:
+        if self.lost_error is not None:
             return stall_timeout
-        return stall_timeout - self._quiet()
+        return stall_timeout - self._stalled_seconds()
 
-    def _quiet(self) -> float:
+    def _stalled_seconds(self) -> float:
         """Seconds for which acks could have come and none did, over all connections since the last that settled one."""
-        before = self._quiet_before if self.ring.acked <= self._acked_at_first else 0.0
+        before = self._stalled_s_before if self.ring.acked <= self._acked_at_open else 0.0
         copying_since = self.ring.copying_since
-        if not self.line.in_the_air and copying_since is None:
+        if not self.pump.awaits_acks and copying_since is None:
             return before
-        return before + time.monotonic() - max(self.line.progress_at, copying_since or 0.0)
+        return before + time.monotonic() - max(self.pump.progress_at, copying_since or 0.0)
 
     # Pumping.
 
     def _try_pump(self, read_acks: bool) -> bool:
         """Pump if the I/O lock is free; gives whether it was."""
-        lock = self.lock
+        lock = self.io_lock
         try:
             if owned_by_this_thread(lock) or not lock.acquire(False):
                 return False
-            self.pump(read_acks, self.backlog.caller_bytes)
+            self.run_pump(read_acks, self.soft_limit.caller_write_bytes)
             lock.release()
             return True
         except BaseException:
@@ -227,38 +229,40 @@ class Link:
                 pass
             raise
 
-    def pump(self, read_acks: bool, write_bytes: int) -> None:
+    def run_pump(self, read_acks: bool, write_bytes: int) -> None:
         """With the I/O lock held."""
-        if self.lost is None and self.failure is None:
+        if self.lost_error is None and self.failure is None:
             try:
-                self.line.run(read_acks, write_bytes)
+                self.pump.run(read_acks, write_bytes)
             except OSError as error:
-                self.lose(error)
+                self.mark_lost(error)
         if self.ring.wake():
-            self.leader.wake()
+            self.ack_poller.wake()
 
-    def lose(self, error: OSError) -> None:
+    def mark_lost(self, error: OSError) -> None:
         """With the I/O lock held: leave the rest to the I/O thread, if anything can be done."""
-        if self.redial is None or isinstance(error, ProtocolError):
+        if self.reconnector is None or isinstance(error, ProtocolError):
             self.fail(error)
         else:
-            settled = self.ring.acked > self._acked_at_first
-            self.redial.lost(served=settled or not (self.repeating or self.ring.unacked), settled=settled)
-            self._quiet_at_loss = self._quiet()
-            self.lost = _bare(error)
-            self.listening = True  # nobody leads
-            self.leader.wake()
-            self.wake_up.kick()
+            made_progress = self.ring.acked > self._acked_at_open
+            self.reconnector.connection_lost(
+                was_useful=made_progress or not (self.is_resending or self.ring.unacked), made_progress=made_progress
+            )
+            self._stalled_s_at_loss = self._stalled_seconds()
+            self.lost_error = _without_traceback(error)
+            self.io_thread_polls_acks = True  # nobody leads
+            self.ack_poller.wake()
+            self.wake_up.wake()
 
     def pack_tail(self) -> int:
-        """As `Tail.pack`; a copy that fails ends the connection, and none are left."""
+        """As `ResendTail.pack`; a copy that fails ends the connection, and none are left."""
         try:
-            return self.tail.pack()
+            return self.resend_tail.pack()
         except RuntimeError as error:
-            self.fail_to_copy(error)
+            self.fail_on_copy_error(error)
             return 0
 
-    def fail_to_copy(self, error: RuntimeError) -> None:
+    def fail_on_copy_error(self, error: RuntimeError) -> None:
         """A device could not copy rows."""
         self.fail(error, f"samples could not be copied from their device: {error}")
 
@@ -269,36 +273,36 @@ class Link:
             if isinstance(error, ConnectionClosedError):
                 kind, words = type(error), str(error)
             failure = kind(f"{self.peer}: {how or words}")
-            failure.__cause__ = _bare(error)
-            self.heard = self.ring.waited_for
+            failure.__cause__ = _without_traceback(error)
+            self.failure_will_be_reported = self.ring.has_waiters
             # Nothing comes between the next two lines: no row is accepted once anybody can know of the failure.
             self.failure = failure
             self.ring.stopped = True
         self.ring.stop()
-        self.leader.wake()
-        self.wake_up.kick()
+        self.ack_poller.wake()
+        self.wake_up.wake()
 
-    def begin_again(self, sock: socket.socket) -> int:
+    def resume_on(self, sock: socket.socket) -> int:
         """Go on over another socket in place of the one that was lost; gives how many rows are sent again.
 
         By the I/O thread.
         """
-        with self.lock:
-            self.line.settle()
-            again = self.ring.written - self.ring.released
+        with self.io_lock:
+            self.pump.recover()
+            resent = self.ring.written - self.ring.released
             self.ring.written = self.ring.released
-            self.line.latencies.begin_again()
-            self.line = pump_for(sock, self.ring, self.line.window, self.line.latencies)
-            self._resent += again
+            self.pump.latencies.forget_unacked()
+            self.pump = make_pump(sock, self.ring, self.pump.window, self.pump.latencies)
+            self._resent += resent
             self._reconnects += 1
-            self._quiet_before = self._quiet_at_loss if self.ring.unacked else 0.0
-            self._acked_at_first = self.ring.acked
-            self.lost = None
-        self.leader.follow(sock)
-        return again
+            self._stalled_s_before = self._stalled_s_at_loss if self.ring.unacked else 0.0
+            self._acked_at_open = self.ring.acked
+            self.lost_error = None
+        self.ack_poller.set_socket(sock)
+        return resent
 
 
-def _bare(error: _Error) -> _Error:
+def _without_traceback(error: _Error) -> _Error:
     """The error without what it came of, and the frames that it went through: they would keep the ring alive."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

@@ -1,7 +1,7 @@
 """The callers' half of a connection: packing rows, waiting for them, and what is raised when that fails.
 
 * Callers pack in turns (`ring`), and park or lead until ``acked`` is far enough. What they share with the I/O thread
-  is in `link`.
+  is in `connection`.
 * A signal handler, or a finaliser, that finds its own thread holding one of the locks is turned away with a
   RuntimeError: it can neither go on nor wait for itself.
 * Every error names the peer and the counts.
@@ -18,25 +18,25 @@ from typing import Any, NoReturn
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
 from echo_torch.metrics.stats import Counts
 from echo_torch.metrics.timing import Times
-from echo_torch.ring.ring import Fill, Ring
+from echo_torch.ring.ring import Filler, Ring
 from echo_torch.support.deadline import NEVER, Deadline
 
-from .connection import Link
+from .connection import Connection
 from .io_thread import IoThread
-from .reconnect import Redial
-from .replay import Remains, Tail
+from .reconnect import Reconnector
+from .resend import ResendTail, UndeliveredRows
 
 _log = logging.getLogger(__name__)
 
-# Seconds after which a caller who waits looks for itself, since acks fewer than WAITING_ACKS wake nobody.
+# Seconds after which a caller who waits looks for itself, since acks fewer than LOW_WATER_ACKS wake nobody.
 WAITER_HEARTBEAT_S = 0.05
 # Seconds for the thread of a connection that was lost for good to be gone: it has nothing left to do.
-REMAINS_S = 1.0
+THREAD_EXIT_TIMEOUT_S = 1.0
 # Seconds between two looks at a device's copy that was not to be.
-SETTLE_LOOK_S = 0.001
+SETTLE_POLL_S = 0.001
 
 
-class Connection:
+class Sender:
     """Delivers the rows of a ring over a socket that has shaken hands, and others if that is lost.
 
     Args:
@@ -45,9 +45,9 @@ class Connection:
         ring: rows of the size that the server expects.
         window: most rows written and un-acked.
         stall_timeout: seconds without progress after which waiting calls raise; None for ever.
-        replay_tail: whether, as the last thing, the ring's ``replay`` last rows are written once more.
+        resend_at_close: whether, as the last thing, the ring's ``replay`` last rows are written once more.
         linger: seconds to wait, as the last thing, when everything is acked.
-        redial: opens other connections; None to end with the first.
+        reconnector: opens other connections; None to end with the first.
     """
 
     def __init__(
@@ -58,84 +58,88 @@ class Connection:
         window: int,
         *,
         stall_timeout: float | None = None,
-        replay_tail: bool = False,
+        resend_at_close: bool = False,
         linger: float = 0.0,
-        redial: Redial | None = None,
+        reconnector: Reconnector | None = None,
     ) -> None:
         self.peer = peer
         self.ring = ring
         self.stall_timeout = stall_timeout
-        self._began = time.monotonic()
-        self._sending = 0.0
-        self._blocked = [0.0, 0.0, 0.0, 0.0]
+        self._opened_at = time.monotonic()
+        self._sending_seconds = 0.0
+        self._blocked_seconds = [0.0, 0.0, 0.0, 0.0]
         self._pid = os.getpid()
-        self._link = Link(sock, peer, ring, window, Tail(ring, replay_tail), redial)
-        self.thread = IoThread(self._link, linger)
+        self._connection = Connection(sock, peer, ring, window, ResendTail(ring, resend_at_close), reconnector)
+        self.io_thread = IoThread(self._connection, linger)
 
     @property
     def closed(self) -> bool:
         """Whether no more rows are accepted."""
-        return self.ring.refusing or self._link.failure is not None or self._pid != os.getpid()
+        return self.ring.refuses_new_rows or self._connection.failure is not None or self._pid != os.getpid()
 
     def counts(self) -> Counts:
         """What became of the rows, as far as is known."""
-        return self._link.counts()
+        return self._connection.counts()
 
     def times(self) -> Times:
         """Where the time went, of callers and of the thread."""
-        link = self._link
-        until, waiting, latencies = link.ended_at or time.monotonic(), link.waiting, link.line.latencies.counts
+        connection = self._connection
+        until, waiting, latencies = (
+            connection.ended_at or time.monotonic(),
+            connection.waited_seconds,
+            connection.pump.latencies.counts,
+        )
         return Times(
-            connected=until - self._began if link.sent else 0.0,
-            sending=self._sending,
-            blocked=tuple(self._blocked),  # type: ignore[arg-type]
+            connected=until - self._opened_at if connection.sent else 0.0,
+            sending=self._sending_seconds,
+            blocked=tuple(self._blocked_seconds),  # type: ignore[arg-type]
             waiting=tuple(waiting),  # type: ignore[arg-type]
             latencies=tuple(latencies),
         )
 
     def progress(self) -> tuple[int, int]:
         """How many rows were accepted, and how many of them are acked as far as was noted."""
-        sent = self._link.sent
+        sent = self._connection.sent
         return sent, min(self.ring.acked, sent)
 
-    def enter(self, call: str) -> None:
+    def check_caller(self, call: str) -> None:
         """Turn away whom this connection cannot serve: another process, or a signal handler inside a call of ours."""
-        link = self._link
+        connection = self._connection
         if self._pid != os.getpid():
             raise ConnectionClosedError(
                 f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
             )
-        if link.interrupted:
+        if connection.is_reentrant_call:
             raise RuntimeError(
                 f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
                 "the same thread; raise an exception there (sys.exit) and flush outside"
             )
 
-    def send_rows(self, rows: int, fill: Fill, deadline: Deadline) -> None:
+    def send_rows(self, rows: int, fill: Filler, deadline: Deadline) -> None:
         """Put ``rows`` rows into the ring, waiting for room; ``fill`` is called for each run of them that fits.
 
         Raises:
             ConnectionClosedError: closed, or the peer is gone.
             DeliveryTimeoutError: no room in time. Both carry ``rows_accepted``.
         """
-        self.enter("send")
+        self.check_caller("send")
         began, done = time.monotonic(), 0
-        self._link.backlog.begin()
+        self._connection.soft_limit.lift_if_empty()
         try:
             while done < rows:
                 packed = self._pack(rows - done, fill, done)
                 done += packed
                 if not packed:
-                    self._link.push()
+                    self._connection.write_or_wake()
                     self._wait_for_room(rows - done, deadline)
-                    self._wait_to_settle("send", deadline)
+                    self._wait_for_interrupted_copy("send", deadline)
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
             error.rows_accepted = done
             raise
         finally:
             # Not after each run: the thread would compete for memory, and for the GIL, with the copying of the next.
-            self._link.push()
-            self._sending += time.monotonic() - began
+            self._connection.write_or_wake()
+            self._sending_seconds += time.monotonic() - began
 
     def wait(self, deadline: Deadline) -> None:
         """Block until every row packed so far is acked.
@@ -144,40 +148,42 @@ class Connection:
             ConnectionClosedError: the connection ended before that.
             DeliveryTimeoutError: it took too long; delivery goes on.
         """
-        self.enter("wait")
-        self._wait_for("wait", self.ring.packed, deadline)
+        self.check_caller("wait")
+        self._wait_until_acked("wait", self.ring.packed, deadline)
 
     @property
     def free_rows(self) -> int:
         """How many rows there is room for at once."""
         ring = self.ring
-        return max(0, ring.limit - ring.reserved + ring.acked)
+        return max(0, ring.soft_limit - ring.reserved + ring.acked)
 
     @property
     def reconnecting(self) -> bool:
         """Whether it is lost, and tried to be opened again."""
-        return self._link.lost is not None and self._link.failure is None
+        return self._connection.lost_error is not None and self._connection.failure is None
 
     @property
     def failure(self) -> ConnectionClosedError | None:
         """What ended it."""
-        return self._link.failure
+        return self._connection.failure
 
-    def remains(self) -> Remains:
+    def undelivered(self) -> UndeliveredRows:
         """What the peer may not have, now that the connection has ended; waits for the thread to be gone."""
-        self.thread.join(Deadline(REMAINS_S))
-        ring, sent = self.ring, self._link.sent
+        self.io_thread.join(Deadline(THREAD_EXIT_TIMEOUT_S))
+        ring, sent = self.ring, self._connection.sent
         ready = ring.ready  # before it is asked whether the copies were abandoned, which are all done by then
-        return Remains(ring, sent, min(sent, ready if ring.arrived is None else ring.arrived))
+        return UndeliveredRows(
+            ring, sent, min(sent, ready if ring.ready_when_abandoned is None else ring.ready_when_abandoned)
+        )
 
     def refresh(self) -> None:
         """Take note of acks that have arrived, if that can be done at once."""
-        if self._pid == os.getpid() and self._link.failure is None:
-            self._link.nudge()
+        if self._pid == os.getpid() and self._connection.failure is None:
+            self._connection.pump_now()
 
     def abandon(self) -> None:
         """Leave it to the thread to deliver what is packed, and to end."""
-        self.thread.deliver_at_exit()
+        self.io_thread.deliver_at_exit()
 
     def close(self, deadline: Deadline) -> None:
         """Deliver what is packed, and the tail again, until the deadline; then end thread and socket.
@@ -189,58 +195,58 @@ class Connection:
                 acked, and only the tail of them is at risk, that is logged.
             DeliveryTimeoutError: rows are un-acked at the deadline.
         """
-        link = self._link
+        connection = self._connection
         if self._pid != os.getpid():
-            self.thread.detach_after_fork()
+            self.io_thread.detach_after_fork()
             return
-        if self.thread.is_current:
-            self.thread.deliver_at_exit()
+        if self.io_thread.is_current:
+            self.io_thread.deliver_at_exit()
             return
-        self.enter("close")
-        told = link.told
+        self.check_caller("close")
+        already_reported = connection.failure_reported
         try:
-            link.refuse()
+            connection.stop_accepting()
             self._deliver_all(deadline)
         except ConnectionClosedError as error:
-            self.thread.end()
-            if link.unacked and not told:
+            self.io_thread.stop()
+            if connection.unacked and not already_reported:
                 raise
-            if link.at_risk and link.heard and not told:
+            if connection.at_risk and connection.failure_will_be_reported and not already_reported:
                 _log.warning("%s", error)
         except DeliveryTimeoutError:
-            self.thread.end()
+            self.io_thread.stop()
             raise
         except BaseException:
-            self.thread.deliver_at_exit()
+            self.io_thread.deliver_at_exit()
             raise
         else:
-            self.thread.end()
+            self.io_thread.stop()
         finally:
-            self.ring.free()
+            self.ring.free_buffer()
 
     def _deliver_all(self, deadline: Deadline) -> None:
         """Wait for all rows to be acked, then for the tail of them."""
-        tail = self._link.tail
+        tail = self._connection.resend_tail
         self._check_open("close")
-        self._wait_for("close", self._link.sent, deadline)
-        while left := self._link.pack_tail():
+        self._wait_until_acked("close", self._connection.sent, deadline)
+        while left := self._connection.pack_tail():
             self._check_open("close")
-            self._link.push()
-            self._wait_for("close", self._room_at(left), deadline)
-            self._wait_to_settle("close", deadline)
-        self._link.push()
-        self._wait_for("close", tail.ends, deadline)
-        self.thread.linger(deadline)
+            self._connection.write_or_wake()
+            self._wait_until_acked("close", self._threshold_for_room(left), deadline)
+            self._wait_for_interrupted_copy("close", deadline)
+        self._connection.write_or_wake()
+        self._wait_until_acked("close", tail.end_row, deadline)
+        self.io_thread.linger(deadline)
 
     # Packing.
 
-    def _pack(self, want: int, fill: Fill, first: int) -> int:
+    def _pack(self, want: int, fill: Filler, first: int) -> int:
         """Fill and count as many rows as are free in one run; gives how many."""
-        with self.ring.turn:
-            slot, rows = self.ring.free_run(want)
+        with self.ring.packing_lock:
+            slot, rows = self.ring.next_free_run(want)
             if rows:
                 self._check_open("send")
-                if self.ring.begun is not None and not self._settled():
+                if self.ring.uncommitted_copy is not None and not self._interrupted_copy_is_done():
                     return 0
                 if not self.ring.commit(rows, copy=fill(slot, first, rows)):
                     self._check_open("send")
@@ -248,112 +254,118 @@ class Connection:
 
     def move_rows(self, buffer: memoryview, staged: Any) -> None:
         """Have the rows in other memory of the same size, for rows that a device copies."""
-        link = self._link
-        with self.ring.turn, link.lock:
-            self.ring.move(buffer, staged)
-        link.backlog.use_all()
+        connection = self._connection
+        with self.ring.packing_lock, connection.io_lock:
+            self.ring.move_to(buffer, staged)
+        connection.soft_limit.disable()
 
     def _wait_for_room(self, rows: int, deadline: Deadline) -> None:
         """Wait for room, at most for as many rows."""
-        ring, backlog = self.ring, self._link.backlog
-        threshold = self._room_at(rows)
-        began, acked, held_up_by = time.monotonic(), ring.acked, self._link.held_up_by
+        ring, soft_limit = self.ring, self._connection.soft_limit
+        threshold = self._threshold_for_room(rows)
+        began, acked, bottleneck = time.monotonic(), ring.acked, self._connection.bottleneck
         try:
-            patience = backlog.patience(threshold)
-            if patience is None:
-                self._wait_for("send", threshold, deadline)
+            soft_deadline = soft_limit.deadline_for(threshold)
+            if soft_deadline is None:
+                self._wait_until_acked("send", threshold, deadline)
             else:  # and then, if that was not enough, for room in all of the ring, of which there may be some
-                self._wait_for("send", threshold, NEVER, min(patience, deadline, key=lambda moment: moment.at))
+                self._wait_until_acked(
+                    "send", threshold, NEVER, min(soft_deadline, deadline, key=lambda moment: moment.at)
+                )
         finally:
-            self._blocked[held_up_by] += time.monotonic() - began
-        backlog.waited(threshold, acked, began)
+            self._blocked_seconds[bottleneck] += time.monotonic() - began
+        soft_limit.update_after_wait(threshold, acked, began)
 
-    def _wait_to_settle(self, call: str, deadline: Deadline) -> None:
+    def _wait_for_interrupted_copy(self, call: str, deadline: Deadline) -> None:
         """Wait for a copy that an interrupt has left under way: rarely, and not for long."""
-        patience = Deadline(self.stall_timeout)
-        while self.ring.begun is not None:
-            with self.ring.turn:
-                if self._settled():
+        stall_deadline = Deadline(self.stall_timeout)
+        while self.ring.uncommitted_copy is not None:
+            with self.ring.packing_lock:
+                if self._interrupted_copy_is_done():
                     return
             self._check_open(call)
-            if deadline.expired or patience.expired:
+            if deadline.expired or stall_deadline.expired:
                 self._raise_timeout(call, deadline)
-            time.sleep(SETTLE_LOOK_S)
+            time.sleep(SETTLE_POLL_S)
 
-    def _settled(self) -> bool:
+    def _interrupted_copy_is_done(self) -> bool:
         """As the ring says; a copy that fails ends the connection."""
         try:
-            return self.ring.settled()
+            return self.ring.clear_uncommitted_copy()
         except RuntimeError as error:
-            self._link.fail_to_copy(error)
+            self._connection.fail_on_copy_error(error)
             return False
 
-    def _room_at(self, rows: int) -> int:
+    def _threshold_for_room(self, rows: int) -> int:
         """The value of ``acked`` at which ``rows`` rows are free, or a good part of the ring.
 
         A wake-up for every row would cost more than the rows.
         """
         ring = self.ring
-        return ring.rows_free_at(min(rows, max(1, ring.limit // 4)))
+        return ring.acked_needed_for(min(rows, max(1, ring.soft_limit // 4)))
 
     # Waiting.
 
-    def _wait_for(self, call: str, threshold: int, deadline: Deadline, until: Deadline | None = None) -> None:
+    def _wait_until_acked(self, call: str, threshold: int, deadline: Deadline, until: Deadline | None = None) -> None:
         """Park until ``acked`` reaches ``threshold``; with ``until``, at the most so long, and without timing out."""
-        ring, link = self.ring, self._link
+        ring, connection = self.ring, self._connection
         while ring.acked < threshold and not (until and until.expired):
-            waiter = ring.enlist(threshold)
+            waiter = ring.add_waiter(threshold)
             try:
-                link.nudge()
+                connection.pump_now()
                 if ring.acked >= threshold:
                     break
                 self._check_open(call)
-                if deadline.expired or self._patience() <= 0:
-                    link.look()
+                if deadline.expired or self._seconds_until_stall() <= 0:
+                    connection.read_acks()
                     if ring.acked >= threshold:
                         break
                     self._check_open(call)
-                    if deadline.expired or self._patience() <= 0:
+                    if deadline.expired or self._seconds_until_stall() <= 0:
                         if until:
                             break
                         self._raise_timeout(call, deadline)
-                if self.thread.is_current:
+                if self.io_thread.is_current:
                     raise RuntimeError(f"{call}() by a logging handler, or finaliser, on the thread that it waits for")
-                pause = min(deadline.remaining(), self._patience(), WAITER_HEARTBEAT_S)
+                pause = min(deadline.remaining(), self._seconds_until_stall(), WAITER_HEARTBEAT_S)
                 pause = min(pause, until.remaining()) if until else pause
-                if not link.lead(waiter, pause):
-                    waiter.park(pause)
+                if not connection.poll_for_acks(waiter, pause):
+                    waiter.wait(pause)
             finally:
-                ring.forget(waiter)
+                ring.remove_waiter(waiter)
         ring.wake_one()
 
-    def _patience(self) -> float:
+    def _seconds_until_stall(self) -> float:
         """Seconds until nothing will have been acked for ``stall_timeout``."""
-        return float("inf") if self.stall_timeout is None else self._link.patience(self.stall_timeout)
+        return float("inf") if self.stall_timeout is None else self._connection.seconds_until_stall(self.stall_timeout)
 
     # What callers are told.
 
     def _check_open(self, call: str) -> None:
-        failure = self._link.failure
+        failure = self._connection.failure
         if failure is not None:
-            self._link.told = True
-            raise self._counted(type(failure)(f"{failure}; {call}() with {self._link.whats_open()}")) from failure
-        if self.ring.refusing and call == "send":
-            what = f"{self.peer}: send() on a client that was closed; {self._link.whats_open()}"
-            raise self._counted(ConnectionClosedError(what))
+            self._connection.failure_reported = True
+            raise self._with_unacked(
+                type(failure)(f"{failure}; {call}() with {self._connection.describe_unacked()}")
+            ) from failure
+        if self.ring.refuses_new_rows and call == "send":
+            what = f"{self.peer}: send() on a client that was closed; {self._connection.describe_unacked()}"
+            raise self._with_unacked(ConnectionClosedError(what))
 
     def _raise_timeout(self, call: str, deadline: Deadline) -> NoReturn:
         if deadline.expired:
             what = f"{call}() not done within {deadline.timeout:g} s"
         else:
             what = f"nothing was acked for {self.stall_timeout:g} s (stall_timeout)"
-        link = self._link
-        text = f"{self.peer}: {what}; {link.whats_open()}"
+        connection = self._connection
+        text = f"{self.peer}: {what}; {connection.describe_unacked()}"
         if call == "close":
-            link.told = True
-            raise self._counted((DeliveryTimeoutError if link.lost is None else ConnectionClosedError)(text))
-        raise self._counted(DeliveryTimeoutError(f"{text}; delivery goes on"))
+            connection.failure_reported = True
+            raise self._with_unacked(
+                (DeliveryTimeoutError if connection.lost_error is None else ConnectionClosedError)(text)
+            )
+        raise self._with_unacked(DeliveryTimeoutError(f"{text}; delivery goes on"))
 
-    def _counted(self, error: Any) -> Any:
-        error.unacked = self._link.unacked
+    def _with_unacked(self, error: Any) -> Any:
+        error.unacked = self._connection.unacked
         return error

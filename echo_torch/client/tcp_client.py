@@ -20,8 +20,8 @@ from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, SpecM
 from echo_torch.metrics.stats import Counts
 from echo_torch.metrics.timing import Times
 from echo_torch.ring.pack import Packer
-from echo_torch.ring.ring import SERVER_QUEUE, Ring, ring_rows
-from echo_torch.ring.staging import Stager, UnstagedError
+from echo_torch.ring.ring import SERVER_QUEUE_SAMPLES, Ring, rows_in_buffer
+from echo_torch.ring.staging import Stager, StagingError
 from echo_torch.samples.leaf import Array
 from echo_torch.samples.pytree import flatten
 from echo_torch.samples.spec import Match, SampleSpec, check_numpy
@@ -31,16 +31,16 @@ from echo_torch.wire.connect import close_socket, connect_and_handshake, peer_na
 from echo_torch.wire.tls import TLS, check_tls
 
 from .io_thread import IoThread
-from .reconnect import Redial
-from .replay import Remains
-from .sender import Connection
+from .reconnect import Reconnector
+from .resend import UndeliveredRows
+from .sender import Sender
 
 _log = logging.getLogger(__name__)
 
 # Seconds that `TcpClient.close` may take for what is un-acked: a learner that drains at all needs far less.
 CLOSE_TIMEOUT_S = 5.0
 # A batch that the device cannot stage comes in pieces of this share of the buffer at the most.
-UNSTAGED_SHARE = 4
+UNSTAGED_BUFFER_DIVISOR = 4
 
 
 @runtime_checkable
@@ -73,12 +73,12 @@ class TcpClient:
         buffer_bytes: host memory for samples not yet acked; by default ``max_inflight_msgs`` samples. With more,
             `send` and `send_rows` run ahead of the window.
         reconnect: seconds for which a lost connection is tried to be opened again, before that is an error. Then the
-            last ``replay_acked`` acked samples and all un-acked ones are sent again, in order, so the server may store
-            up to ``max_inflight_msgs + replay_acked`` of them twice. 0 to end with the first connection.
-        replay_acked: how many acked samples are kept in the buffer for that; at least the server's
+            last ``resend_acked`` acked samples and all un-acked ones are sent again, in order, so the server may store
+            up to ``max_inflight_msgs + resend_acked`` of them twice. 0 to end with the first connection.
+        resend_acked: how many acked samples are kept in the buffer for that; at least the server's
             ``producer_queue_size``, or it may lose some. By default 8, the server's default, or 0 if they are not
             needed.
-        replay_tail: whether `close` sends the last ``replay_acked`` samples once more, so that the server cannot
+        resend_at_close: whether `close` sends the last ``resend_acked`` samples once more, so that the server cannot
             discard samples that it acked and still has queued when the connection ends.
         linger: seconds that `close` waits, once all is acked, for the server to take them out of its queue.
         retry_refused: while nobody listens at the address yet, or behind the proxy there, with TLS, try again until
@@ -107,8 +107,8 @@ class TcpClient:
         stall_timeout: float | None = 1800.0,
         buffer_bytes: int | None = None,
         reconnect: float = 0.0,
-        replay_acked: int | None = None,
-        replay_tail: bool = False,
+        resend_acked: int | None = None,
+        resend_at_close: bool = False,
         linger: float = 0.0,
         retry_refused: bool = False,
         tls: TLS | None = None,
@@ -120,36 +120,36 @@ class TcpClient:
         check_timeout("stall_timeout", stall_timeout)
         check_seconds("reconnect", reconnect)
         check_seconds("linger", linger)
-        if replay_acked is None:
-            replay_acked = SERVER_QUEUE if reconnect or replay_tail else 0
-        replay = check_count("replay_acked", replay_acked, least=0)
+        if resend_acked is None:
+            resend_acked = SERVER_QUEUE_SAMPLES if reconnect or resend_at_close else 0
+        keep_acked = check_count("resend_acked", resend_acked, least=0)
         size = self._spec.payload_size
-        rows = ring_rows(size, buffer_bytes, replay) if buffer_bytes is not None else window + replay
-        window = min(window, rows - replay)
+        rows = rows_in_buffer(size, buffer_bytes, keep_acked) if buffer_bytes is not None else window + keep_acked
+        window = min(window, rows - keep_acked)
         buffer = _allocate(rows, size)
         self._peer = peer_name(host, port)
         dial_server = functools.partial(_dial, host, port, self._spec, check_tls(tls))
         sock = dial_server(Deadline(connect_timeout), retry_refused=retry_refused)
         try:
-            self._ring = ring = Ring(buffer, size, replay)
+            self._ring = ring = Ring(buffer, size, keep_acked)
             self._packer = Packer(ring, self._spec.leaves)
-            self._connection = Connection(
+            self._sender = Sender(
                 sock,
                 self._peer,
                 ring,
                 window,
                 stall_timeout=stall_timeout,
-                replay_tail=replay_tail,
+                resend_at_close=resend_at_close,
                 linger=linger,
-                redial=Redial(dial_server, reconnect, connect_timeout) if reconnect else None,
+                reconnector=Reconnector(dial_server, reconnect, connect_timeout) if reconnect else None,
             )
-            self._stager = Stager(ring, self._spec.leaves, self._connection.move_rows)
-            self._told_unstaged = False
-            weakref.finalize(self, _abandon, self._connection.thread).atexit = False
+            self._stager = Stager(ring, self._spec.leaves, self._sender.move_rows)
+            self._unstaged_reported = False
+            weakref.finalize(self, _mark_abandoned, self._sender.io_thread).atexit = False
         except BaseException:
             close_socket(sock)
             raise
-        self._connection.thread.start()
+        self._sender.io_thread.start()
 
     def send(self, data: Any, *, timeout: float | None = None) -> None:
         """Send one sample; when it returns, ``data`` may be changed.
@@ -165,7 +165,7 @@ class TcpClient:
             ConnectionClosedError: closed, or the peer is gone.
             DeliveryTimeoutError: no room in time. Nothing was sent.
         """
-        arrays = self._spec.numpy_leaves(data)
+        arrays = self._spec.try_numpy_leaves(data)
         if arrays is None:
             try:
                 match = self._spec.match(data, batched=False)
@@ -173,33 +173,33 @@ class TcpClient:
                 raise _with_payload_size(error, data, self._spec.payload_size) from None
             self.send_match(match, timeout=timeout)
             return
-        self._connection.send_rows(1, self._packer.filler(arrays, False), _deadline(timeout))
+        self._sender.send_rows(1, self._packer.make_filler(arrays, False), _deadline(timeout))
 
     def send_match(self, match: Match, *, timeout: float | None = None) -> None:
         """Send what `SampleSpec.match` made of a batch, for a spec of the same leaves; raises as `send_rows`."""
         deadline = _deadline(timeout)
         if not match.on_device:
-            self._connection.send_rows(match.rows, self._packer.filler(match.arrays, match.batched), deadline)
+            self._sender.send_rows(match.rows, self._packer.make_filler(match.arrays, match.batched), deadline)
             return
-        self._connection.enter("send")  # before memory is pinned, which takes locks
+        self._sender.check_caller("send")  # before memory is pinned, which takes locks
         try:
-            self._connection.send_rows(match.rows, self._stager.filler(match.arrays, match.batched), deadline)
+            self._sender.send_rows(match.rows, self._stager.make_filler(match.arrays, match.batched), deadline)
             return
-        except UnstagedError as problem:
+        except StagingError as problem:
             why, first = str(problem), problem.first
         self._send_by_host(match, why, first, deadline)
 
     def _send_by_host(self, match: Match, why: str, first: int, deadline: Deadline) -> None:
         """Send the rows of a batch, from ``first`` on, that the device copies while it is waited for."""
-        if not self._told_unstaged:
-            self._told_unstaged = True
+        if not self._unstaged_reported:
+            self._unstaged_reported = True
             _log.warning("%s: samples on a device are copied while send() waits, which is slow: %s", self._peer, why)
-        step = max(1, self._ring.capacity // UNSTAGED_SHARE)
+        step = max(1, self._ring.capacity // UNSTAGED_BUFFER_DIVISOR)
         done = first
         try:
             while done < match.rows:
-                part = self._spec.on_host(match.part(done, done + step))
-                self._connection.send_rows(len(part[0]), self._packer.filler(part, True), deadline)
+                part = self._spec.to_host(match.slice_rows(done, done + step))
+                self._sender.send_rows(len(part[0]), self._packer.make_filler(part, True), deadline)
                 done += len(part[0])
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
             error.rows_accepted += done
@@ -221,10 +221,10 @@ class TcpClient:
             raise ValueError(f"arrays: got {len(arrays)}, expected one for each of {len(leaves)} leaves")
         rows = len(arrays[0])
         for array, leaf in zip(arrays, leaves, strict=True):
-            if array.shape != (rows, *leaf.shape) or array.dtype != leaf.travels_as:
-                expected = f"{leaf.travels_as} {[rows, *leaf.shape]}"
+            if array.shape != (rows, *leaf.shape) or array.dtype != leaf.wire_dtype:
+                expected = f"{leaf.wire_dtype} {[rows, *leaf.shape]}"
                 raise ValueError(f"arrays{leaf.path}: got {array.dtype} {list(array.shape)}, expected {expected}")
-        self._connection.send_rows(rows, self._packer.filler(arrays, True), _deadline(timeout))
+        self._sender.send_rows(rows, self._packer.make_filler(arrays, True), _deadline(timeout))
 
     def send_packed(self, rows: memoryview, *, most: int, timeout: float | None = None) -> int:
         """Send samples that are bytes already, as they travel, one behind the other; gives how many. Raises as `send`.
@@ -240,7 +240,7 @@ class TcpClient:
         def fill(slot: int, first: int, run: int) -> None:
             ring.buffer[slot * size : (slot + run) * size] = rows[first * size : (first + run) * size]
 
-        self._connection.send_rows(count, fill, _deadline(timeout))
+        self._sender.send_rows(count, fill, _deadline(timeout))
         return count
 
     def wait(self, timeout: float | None = None) -> None:
@@ -250,7 +250,7 @@ class TcpClient:
             ConnectionClosedError: the connection ended before that; ``unacked`` says how many samples are open.
             DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on.
         """
-        self._connection.wait(Deadline(timeout))
+        self._sender.wait(Deadline(timeout))
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver what was sent, then end the connection; idempotent, and leaves no thread and no open descriptor.
@@ -259,34 +259,34 @@ class TcpClient:
             timeout: most seconds for what is un-acked.
 
         Raises:
-            DeliveryTimeoutError: samples, or with ``replay_tail`` the last ones sent once more, were un-acked when the
+            DeliveryTimeoutError: samples, or with ``resend_at_close`` the last ones sent once more, were un-acked when the
                 time was up. Closed all the same.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
         """
-        self._connection.close(Deadline(timeout))
+        self._sender.close(Deadline(timeout))
 
     def abandon(self) -> None:
         """Deliver what was sent, for up to 5 s, and close, all without being waited for."""
-        self._connection.abandon()
+        self._sender.abandon()
 
     @property
     def free_rows(self) -> int:
         """Samples that `send_rows` would take without waiting."""
-        return self._connection.free_rows
+        return self._sender.free_rows
 
     @property
     def reconnecting(self) -> bool:
         """Whether the connection is lost, and tried to be opened again."""
-        return self._connection.reconnecting
+        return self._sender.reconnecting
 
     @property
     def failure(self) -> ConnectionClosedError | None:
         """What ended the connection, if it has ended."""
-        return self._connection.failure
+        return self._sender.failure
 
-    def remains(self) -> Remains:
+    def undelivered(self) -> UndeliveredRows:
         """The samples that the server may not have, once the connection was lost for good, and before `close`."""
-        return self._connection.remains()
+        return self._sender.undelivered()
 
     @property
     def in_flight(self) -> int:
@@ -295,12 +295,12 @@ class TcpClient:
 
     def counts(self) -> Counts:
         """What became of the samples since the client was made, as far as is known without waiting."""
-        self._connection.refresh()
-        return self._connection.counts()
+        self._sender.refresh()
+        return self._sender.counts()
 
     def progress(self) -> tuple[int, int]:
         """How many samples were sent, and how many of them are acked as far as was noted: cheaper than `counts`."""
-        return self._connection.progress()
+        return self._sender.progress()
 
     @property
     def blocked_seconds(self) -> float:
@@ -309,12 +309,12 @@ class TcpClient:
 
     def times(self) -> Times:
         """Where the time went, since the client was made."""
-        return self._connection.times()
+        return self._sender.times()
 
     @property
     def closed(self) -> bool:
         """Whether `send` can only fail: closed, or the peer is gone."""
-        return self._connection.closed
+        return self._sender.closed
 
     @property
     def peer(self) -> str:
@@ -325,7 +325,7 @@ class TcpClient:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        close_after(error, self.close, self._peer)
+        close_without_masking(error, self.close, self._peer)
 
     def __repr__(self) -> str:
         return f"<TcpClient {self._peer} {'closed' if self.closed else 'open'}>"
@@ -365,7 +365,7 @@ def _allocate(rows: int, size: int) -> memoryview:
         raise ValueError(f"max_inflight_msgs: {what}; give buffer_bytes for a smaller buffer") from None
 
 
-def close_after(error: BaseException | None, close: Callable[[], None], peer: str) -> None:
+def close_without_masking(error: BaseException | None, close: Callable[[], None], peer: str) -> None:
     """Close at the end of a ``with`` block, without ever masking the exception that ended it."""
     if error is None:
         close()
@@ -376,6 +376,6 @@ def close_after(error: BaseException | None, close: Callable[[], None], peer: st
         _log.warning("%s: while closing after %s: %s", peer, type(error).__name__, problem)
 
 
-def _abandon(thread: IoThread) -> None:
+def _mark_abandoned(thread: IoThread) -> None:
     """May run anywhere, inside any lock: so it takes none, and the thread finds the flag."""
     thread.abandoned = True

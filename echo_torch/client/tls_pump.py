@@ -1,7 +1,7 @@
 """`Pump` for a socket that speaks TLS.
 
 * A row counts as written when it is sealed: it will be sent like that, and no other way. What the socket does not take
-  waits there, at most one seal of it, and `full` stands until it is gone.
+  waits there, at most one seal of it, and `socket_full` stands until it is gone.
 * An interrupt may come between sealing, or opening, and the note of it, inside of OpenSSL's calls too. So what was to
   be sealed is noted before, and counts if anything lies there then that did not before. Of opened acks the buffer
   itself tells, which is all zeros otherwise.
@@ -17,7 +17,7 @@ import ssl
 import time
 
 from echo_torch.errors import ConnectionClosedError
-from echo_torch.metrics.timing import Latencies
+from echo_torch.metrics.timing import LatencyHistogram
 from echo_torch.ring.ring import Ring
 from echo_torch.wire.protocol import check_acks
 from echo_torch.wire.tls_socket import MAX_ENCRYPT_BYTES, TlsSocket
@@ -25,7 +25,7 @@ from echo_torch.wire.tls_socket import MAX_ENCRYPT_BYTES, TlsSocket
 from .pump import Pump
 
 
-def pump_for(sock: socket.socket, ring: Ring, window: int, latencies: Latencies | None = None) -> Pump:
+def make_pump(sock: socket.socket, ring: Ring, window: int, latencies: LatencyHistogram | None = None) -> Pump:
     """The kind of `Pump` that this socket needs."""
     return (TlsPump if isinstance(sock, TlsSocket) else Pump)(sock, ring, window, latencies)
 
@@ -35,45 +35,45 @@ class TlsPump(Pump):
 
     sock: TlsSocket
 
-    def __init__(self, sock: socket.socket, ring: Ring, window: int, latencies: Latencies | None = None) -> None:
+    def __init__(self, sock: socket.socket, ring: Ring, window: int, latencies: LatencyHistogram | None = None) -> None:
         super().__init__(sock, ring, window, latencies)
-        self._sealed_before = 0  # when what `_sent` says was to be sealed
-        self._opening = False
+        self._sealed_before = 0  # when what `_send_results` says was to be sealed
+        self._decrypting = False
 
     def run(self, read_acks: bool, write_bytes: int) -> None:
-        if self._opening or self._sent:  # of a caller who was interrupted
-            self._take_acks()
-            self._settle_seal()
+        if self._decrypting or self._send_results:  # of a caller who was interrupted
+            self._apply_received()
+            self._recover_seal()
         super().run(read_acks, write_bytes)
 
-    def settle(self) -> None:
+    def recover(self) -> None:
         with contextlib.suppress(OSError):
-            self._settle_seal()
-        super().settle()
+            self._recover_seal()
+        super().recover()
 
     def _read_acks(self) -> None:
         sock = self.sock
         sock.receive_encrypted()
-        while sock.has_undecrypted or self._opening:
-            self._opening = True
+        while sock.has_undecrypted or self._decrypting:
+            self._decrypting = True
             try:
-                count = sock.decrypt_into(self._acks)
+                count = sock.decrypt_into(self._ack_buffer)
             except ssl.SSLWantReadError:
-                self._opening = False
+                self._decrypting = False
                 break
             if not count:
                 raise ConnectionClosedError("the peer closed the connection")
-            self._count_acks(count)
+            self._apply_acks(count)
         if sock.at_eof:
             raise ConnectionClosedError("the peer closed the connection")
 
-    def _take_acks(self) -> None:
-        count = len(self._acks.rstrip(b"\0")) if self._opening else 0
+    def _apply_received(self) -> None:
+        count = len(self._ack_buffer.rstrip(b"\0")) if self._decrypting else 0
         if count:
-            self._count_acks(count)
+            self._apply_acks(count)
 
-    def _count_acks(self, count: int) -> None:
-        check_acks(self._acks, count, self.ring.written - self.acked)
+    def _apply_acks(self, count: int) -> None:
+        check_acks(self._ack_buffer, count, self.ring.written - self.acked)
         self.progress_at = time.monotonic()
         acked = self.acked + count
         settled = max(acked, self.ring.acked)
@@ -81,43 +81,43 @@ class TlsPump(Pump):
         # Nothing comes between the next four lines: see the rules of `pump`.
         self.acked = acked
         self.ring.acked = settled
-        self._acks[:count] = zeros
-        self._opening = False
-        self.latencies.acked(acked, self.progress_at)
+        self._ack_buffer[:count] = zeros
+        self._decrypting = False
+        self.latencies.record_acked(acked, self.progress_at)
 
     def _write_rows(self, max_bytes: int) -> None:
         ring = self.ring
         while self._flush():
-            limit = min(ring.ready, self.acked + self.window)  # as `writable` has it
+            limit = min(ring.ready, self.acked + self.window)  # as `has_writable_rows` has it
             if max_bytes <= 0 or ring.written >= limit:
                 return
-            view = ring.written_view(self._partial, limit, min(max_bytes, MAX_ENCRYPT_BYTES))
+            view = ring.unwritten_view(self._partial_bytes, limit, min(max_bytes, MAX_ENCRYPT_BYTES))
             self._sealed_before = self.sock.unflushed_bytes
-            self._sent.append(len(view))
+            self._send_results.append(len(view))
             sealed = self.sock.encrypt(view)
-            self._sent[0] = sealed
-            max_bytes -= self._take_sent()
+            self._send_results[0] = sealed
+            max_bytes -= self._apply_sent()
 
     def _flush(self) -> bool:
         try:
-            self.full = not self.sock.flush()
+            self.socket_full = not self.sock.flush()
         except OSError:
             self._read_acks()  # the peer may have acked before it hung up
             raise
-        return not self.full
+        return not self.socket_full
 
-    def _settle_seal(self) -> None:
+    def _recover_seal(self) -> None:
         """Of what was to be sealed when an interrupt came: all is, or nothing.
 
         Raises:
             ConnectionClosedError: neither, which OpenSSL does only if it is told that it may.
         """
         sealed = self.sock.unflushed_bytes - self._sealed_before
-        if self._sent and not sealed:
-            self._sent.clear()
-        if self._sent and sealed <= self._sent[0]:
+        if self._send_results and not sealed:
+            self._send_results.clear()
+        if self._send_results and sealed <= self._send_results[0]:
             raise ConnectionClosedError("an interrupt left nobody to know how much was written")
-        self._take_sent()
+        self._apply_sent()
 
-    def _set_ack_mark(self) -> None:
+    def _set_low_water_mark(self) -> None:
         """The kernel counts bytes, and not acks."""

@@ -1,6 +1,6 @@
 """Who sleeps in ``poll``, and how other threads make them look up: the I/O thread, and the leader of those who wait.
 
-Of the callers that wait for acks, the `Leader` polls the socket itself, which spares two thread switches. Whoever else
+Of the callers that wait for acks, the `AckPoller` polls the socket itself, which spares two thread switches. Whoever else
 reads the acks that it waits for has to wake it. The others park, and lead when it is their turn.
 """
 
@@ -21,12 +21,12 @@ class WakeUp:
 
     Callable from any thread and after `close`. The lock keeps a wake-up from being written to a descriptor that was
     closed in between and may be somebody else's by now. Whoever kicks has made what it is about visible before. An
-    interrupt inside `kick` may lose that wake-up and those that follow, until the sleeper wakes by itself.
+    interrupt inside `wake` may lose that wake-up and those that follow, until the sleeper wakes by itself.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # held inside `kick` and `close`, as only a signal handler can find
-        self._kicked = False
+        self.lock = threading.RLock()  # held inside `wake` and `close`, as only a signal handler can find
+        self._is_woken = False
         self._writer: socket.socket | None = None
         self.reader: socket.socket
         """The end to poll; there since `open`."""
@@ -37,16 +37,16 @@ class WakeUp:
         self.reader.setblocking(False)
         self._writer.setblocking(False)
 
-    def kick(self, anyway: bool = False) -> None:
+    def wake(self, force: bool = False) -> None:
         """Wake the sleeper, unless that was done and it has not looked since; or anyway."""
-        if self._kicked and not anyway:
+        if self._is_woken and not force:
             return
-        self._kicked = True
+        self._is_woken = True
         with self.lock, contextlib.suppress(OSError):  # closed, or full of wake-ups
             if self._writer is not None:
                 self._writer.send(b"\0")
 
-    def seen(self, readable: bool) -> None:
+    def clear(self, readable: bool) -> None:
         """From now on a kick wakes again; to be called whenever the sleeper wakes, before it looks at anything.
 
         ``readable`` is whether ``poll`` found the reader so. If not, a kick may have been interrupted half-way.
@@ -55,7 +55,7 @@ class WakeUp:
             with contextlib.suppress(OSError):
                 self.reader.recv(64)
         # Only now: the byte of a kick that came in between would have been taken for that of the one before.
-        self._kicked = False
+        self._is_woken = False
 
     def close(self) -> None:
         with self.lock:
@@ -68,13 +68,13 @@ class WakeUp:
             self._writer.close()
 
 
-class Leader:
+class AckPoller:
     """Who polls a socket for acks; at most one thread at a time."""
 
     def __init__(self) -> None:
         self._sock: socket.socket | None = None
         self._lock = threading.RLock()
-        self._thread = 0  # the one that leads; 0 for none
+        self._thread_id = 0  # the one that leads; 0 for none
         self._poller = select.poll()
         self._wake_up = WakeUp()
         self.lock = self._wake_up.lock  # held inside `wake` and `close`, as only a signal handler can find
@@ -84,7 +84,7 @@ class Leader:
         self._wake_up.open()
         self._poller.register(self._wake_up.reader, select.POLLIN)
 
-    def follow(self, sock: socket.socket | None) -> None:
+    def set_socket(self, sock: socket.socket | None) -> None:
         """Poll this socket from the next time on, and no other; None for none."""
         if self._sock is not None:
             self._poller.unregister(self._sock)
@@ -92,7 +92,7 @@ class Leader:
         if sock is not None:
             self._poller.register(sock, select.POLLIN)
 
-    def lead(self, waiter: Waiter, seconds: float) -> bool:
+    def poll_for_acks(self, waiter: Waiter, seconds: float) -> bool:
         """Poll until acks came, `wake` was called, or ``seconds`` passed; False, at once, if somebody else leads.
 
         Reads nothing. ``waiter`` is the caller's own.
@@ -103,10 +103,10 @@ class Leader:
                 False
             ):  # a signal handler that interrupted the leader does not poll
                 return False
-            self._thread = threading.get_ident()
-            if not waiter.opened:  # before anybody knew who leads
+            self._thread_id = threading.get_ident()
+            if not waiter.is_woken:  # before anybody knew who leads
                 self._poll(seconds)
-            self._thread = 0
+            self._thread_id = 0
             lock.release()
             return True
         except BaseException:
@@ -119,12 +119,12 @@ class Leader:
     def _poll(self, seconds: float) -> None:
         # Of descriptors that were closed just now, or are somebody else's since, it can only learn to look again.
         events = dict(self._poller.poll(clamp_timeout(seconds) * 1000))
-        self._wake_up.seen(self._wake_up.reader.fileno() in events)
+        self._wake_up.clear(self._wake_up.reader.fileno() in events)
 
     def wake(self) -> None:
         """Have the leader, if that is another thread, look at the counters."""
-        if self._thread and self._thread != threading.get_ident():
-            self._wake_up.kick(anyway=True)
+        if self._thread_id and self._thread_id != threading.get_ident():
+            self._wake_up.wake(force=True)
 
     def close(self) -> None:
         self.wake()

@@ -17,9 +17,9 @@ import numpy as np
 import optree
 import torch
 
-from echo_torch.samples.leaf import Array, Leaf, tensor_dtype
-from echo_torch.samples.mismatch import batch_error
-from echo_torch.samples.pytree import keys_of
+from echo_torch.samples.leaf import Array, Leaf, torch_dtype
+from echo_torch.samples.mismatch import server_batch_error
+from echo_torch.samples.pytree import key_paths
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support import accelerator
 
@@ -73,9 +73,9 @@ class Unpacker:
         return self._spec.unflatten(tensors)
 
     def _check(self, arrays: Sequence[Any], treespec: Any) -> None:
-        keys, leaves = keys_of(treespec), self._spec.leaves
-        if keys != [leaf.key for leaf in leaves] or not all(map(_holds, leaves, arrays)):
-            raise batch_error(leaves, keys, arrays)
+        keys, leaves = key_paths(treespec), self._spec.leaves
+        if keys != [leaf.key_path for leaf in leaves] or not all(map(_holds, leaves, arrays)):
+            raise server_batch_error(leaves, keys, arrays)
 
 
 def _look(array: Any) -> object:
@@ -86,8 +86,8 @@ def _holds(leaf: Leaf, array: Any) -> bool:
     """Whether an array is one of samples of this leaf. Any dtype of their size will do for bytes."""
     if not isinstance(array, np.ndarray) or not array.ndim or array.shape[1:] != leaf.shape:
         return False
-    bytes_do = leaf.opaque and tensor_dtype(array.dtype) is not None and array.itemsize == leaf.travels_as.itemsize
-    return bytes_do or array.dtype == leaf.travels_as
+    bytes_do = leaf.torch_only and torch_dtype(array.dtype) is not None and array.itemsize == leaf.wire_dtype.itemsize
+    return bytes_do or array.dtype == leaf.wire_dtype
 
 
 class _Shown:

@@ -35,7 +35,7 @@ class PeerCounts(NamedTuple):
     """How many connections to it were lost for good."""
 
     @classmethod
-    def of(cls, counts: Counts, lost: bool) -> PeerCounts:
+    def from_counts(cls, counts: Counts, lost: bool) -> PeerCounts:
         return cls(counts.sent, counts.unacked, counts.reconnects, counts.resent, int(lost))
 
     def plus(self, other: PeerCounts) -> PeerCounts:
@@ -64,10 +64,10 @@ class PeerStats:
 BLOCKED_SHARE = 0.05
 WAITING_SHARE = 0.5
 # It is a warning if `send` was blocked for more than this share.
-TOO_MUCH = 1 / 3
+WARN_BLOCKED_SHARE = 1 / 3
 
 
-def _uncompared(default: Any = 0.0) -> Any:
+def _uncompared_field(default: Any = 0.0) -> Any:
     """A number that is not among those that are compared and saved."""
     return dataclasses.field(default=default, compare=False)
 
@@ -101,41 +101,41 @@ class SinkStats:
     `close` sends."""
     maybe_lost: int = 0
     """How many samples the learner may never get, at the most, now that the connection has ended: the un-acked ones,
-    and the last ``replay_acked`` of the others unless `close` sent them again. 0 before that."""
+    and the last ``resend_acked`` of the others unless `close` sent them again. 0 before that."""
 
-    elapsed_seconds: float = _uncompared()
+    elapsed_seconds: float = _uncompared_field()
     """Seconds since this process first used the sink, or made it."""
-    connected_seconds: float = _uncompared()
+    connected_seconds: float = _uncompared_field()
     """Seconds for which there was a connection, in each process that sent samples: what the next ones are a part of."""
-    check_seconds: float = _uncompared()
+    check_seconds: float = _uncompared_field()
     """Seconds that callers of ``send`` had batches compared with the example."""
-    pack_seconds: float = _uncompared()
+    pack_seconds: float = _uncompared_field()
     """Seconds that they copied samples into the buffer, and wrote those that could be written at once."""
-    blocked_by_learner_seconds: float = _uncompared()
+    blocked_by_learner_seconds: float = _uncompared_field()
     """Of ``blocked_seconds``, those in which the window was full: acks did not come."""
-    blocked_by_network_seconds: float = _uncompared()
+    blocked_by_network_seconds: float = _uncompared_field()
     """In which the socket was full."""
-    blocked_by_device_seconds: float = _uncompared()
+    blocked_by_device_seconds: float = _uncompared_field()
     """In which copies from a device were under way."""
-    learner_seconds: float = _uncompared()
+    learner_seconds: float = _uncompared_field()
     """Seconds for which connections waited for acks with samples left to write, or with `wait` called."""
-    network_seconds: float = _uncompared()
+    network_seconds: float = _uncompared_field()
     """Seconds for which they waited for the socket to take more."""
-    device_seconds: float = _uncompared()
+    device_seconds: float = _uncompared_field()
     """Seconds for which they waited for copies from a device."""
-    ack_p50_seconds: float = _uncompared()
+    ack_p50_seconds: float = _uncompared_field()
     """Seconds from when samples were written to their acks: of half of those that were looked at."""
-    ack_p99_seconds: float = _uncompared()
+    ack_p99_seconds: float = _uncompared_field()
     """The same of 99 in 100, to within a fifth."""
-    sent_per_second: float = _uncompared()
+    sent_per_second: float = _uncompared_field()
     """Samples accepted per second, over the last seconds in which `EchoSink.stats` or `EchoSink.wait` was called."""
-    acked_per_second: float = _uncompared()
+    acked_per_second: float = _uncompared_field()
     """Samples acknowledged per second, over the same time."""
-    loaded_sent: int = _uncompared(0)
+    loaded_sent: int = _uncompared_field(0)
     """How many of ``samples_sent`` are of runs before, and were added by `EchoSink.load_state_dict`."""
-    loaded_acked: int = _uncompared(0)
+    loaded_acked: int = _uncompared_field(0)
     """The same of ``samples_acked``."""
-    peers: tuple[PeerStats, ...] = _uncompared(())
+    peers: tuple[PeerStats, ...] = _uncompared_field(())
     """What each learner was sent."""
 
     @property
@@ -167,12 +167,12 @@ class SinkStats:
             what = max(waiting, key=lambda what: sum(waiting[what]))
             waited = min(1.0, max(waiting[what]) / connected)
             return f"{what}, and was waited for {waited:.0%} of the time; {cost}"
-        return f"training-bound: the sink waits for data, {sent / elapsed:,.0f} samples/s; {cost}"
+        return f"producer-bound: the sink waits for data, {sent / elapsed:,.0f} samples/s; {cost}"
 
     @property
     def blocked_too_long(self) -> bool:
         """Whether `send` was blocked for more than a third of the time, in this run."""
-        return self._blocked > TOO_MUCH * self.connected_seconds > 0
+        return self._blocked > WARN_BLOCKED_SHARE * self.connected_seconds > 0
 
     @property
     def _blocked(self) -> float:
@@ -198,5 +198,5 @@ class SinkStats:
         return numbers
 
 
-COUNTED = [field.name for field in dataclasses.fields(SinkStats) if field.compare]
+SAVED_FIELDS = [field.name for field in dataclasses.fields(SinkStats) if field.compare]
 """Those that are saved."""

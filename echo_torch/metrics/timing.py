@@ -17,18 +17,18 @@ LEARNER, NETWORK, DEVICE, NOTHING = range(4)
 """What holds rows up: acks that do not come, a socket that is full, a copy that is under way; or there are none."""
 
 # Latencies are counted in classes, each by a fifth longer than the one before, from so many seconds on.
-_GROWTH = math.log(1.2)
-_LEAST_S = 1e-6
-_CLASSES = 140  # up to a day
+_LOG_GROWTH = math.log(1.2)
+_FIRST_BUCKET_S = 1e-6
+_BUCKETS = 140  # up to a day
 # How many moments of writing are kept, and seconds between two: the latency of other rows is not known, for counting
 # all of them would cost more than a hundredth of sending.
-_MARKS = 64
-_MARK_S = 0.001
+_MAX_WRITE_TIMES = 64
+_WRITE_TIME_INTERVAL_S = 0.001
 
 
-# What `Times.pack` makes: all seconds, and the latencies.
-_PACKED = struct.Struct(f"=11d{_CLASSES}q")
-TIMES_BYTES = _PACKED.size
+# What `Times.to_bytes` makes: all seconds, and the latencies.
+_TIMES_STRUCT = struct.Struct(f"=11d{_BUCKETS}q")
+TIMES_BYTES = _TIMES_STRUCT.size
 
 _ByCause = tuple[float, float, float, float]
 
@@ -53,15 +53,15 @@ class Times(NamedTuple):
         """Of both."""
         return Times._make(map(_sum, self, other))
 
-    def pack(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """``TIMES_BYTES`` bytes, for another process."""
-        latencies = self.latencies or (0,) * _CLASSES
-        return _PACKED.pack(self.connected, self.checking, self.sending, *self.blocked, *self.waiting, *latencies)
+        latencies = self.latencies or (0,) * _BUCKETS
+        return _TIMES_STRUCT.pack(self.connected, self.checking, self.sending, *self.blocked, *self.waiting, *latencies)
 
     @classmethod
-    def unpack(cls, packed: bytes | memoryview | bytearray) -> Times:
+    def from_bytes(cls, packed: bytes | memoryview | bytearray) -> Times:
         """What was packed."""
-        connected, checking, sending, *numbers = _PACKED.unpack(packed)
+        connected, checking, sending, *numbers = _TIMES_STRUCT.unpack(packed)
         causes = tuple(numbers[:4]), tuple(numbers[4:8])
         return cls(connected, checking, sending, *causes, tuple(numbers[8:]))
 
@@ -72,35 +72,35 @@ def _sum(one: Any, other: Any) -> Any:
     return one + other
 
 
-class Latencies:
+class LatencyHistogram:
     """How long acks took, from when rows were written to when their acks were read; of some of them."""
 
     def __init__(self) -> None:
-        self.counts = [0] * _CLASSES
-        self._marks: deque[tuple[int, float]] = deque()
-        self._next_mark = -math.inf
+        self.counts = [0] * _BUCKETS
+        self._write_times: deque[tuple[int, float]] = deque()
+        self._next_write_time = -math.inf
 
-    def wrote(self, end: int, now: float) -> None:
+    def record_written(self, end: int, now: float) -> None:
         """Rows up to ``end`` are written."""
-        if now >= self._next_mark and len(self._marks) < _MARKS:
-            self._marks.append((end, now))
-            self._next_mark = now + _MARK_S
+        if now >= self._next_write_time and len(self._write_times) < _MAX_WRITE_TIMES:
+            self._write_times.append((end, now))
+            self._next_write_time = now + _WRITE_TIME_INTERVAL_S
 
-    def acked(self, end: int, now: float) -> None:
+    def record_acked(self, end: int, now: float) -> None:
         """Rows up to ``end`` are acked."""
-        marks = self._marks
-        while marks and marks[0][0] <= end:
-            self.counts[_class_of(now - marks.popleft()[1])] += 1
+        write_times = self._write_times
+        while write_times and write_times[0][0] <= end:
+            self.counts[_bucket_of(now - write_times.popleft()[1])] += 1
 
-    def begin_again(self) -> None:
+    def forget_unacked(self) -> None:
         """Over another connection: what was written to the one before is not acked any more."""
-        self._marks.clear()
+        self._write_times.clear()
 
 
-def _class_of(seconds: float) -> int:
-    if seconds <= _LEAST_S:
+def _bucket_of(seconds: float) -> int:
+    if seconds <= _FIRST_BUCKET_S:
         return 0
-    return min(_CLASSES - 1, math.ceil(math.log(seconds / _LEAST_S) / _GROWTH))
+    return min(_BUCKETS - 1, math.ceil(math.log(seconds / _FIRST_BUCKET_S) / _LOG_GROWTH))
 
 
 def quantile(counts: Sequence[int], share: float) -> float:
@@ -109,5 +109,5 @@ def quantile(counts: Sequence[int], share: float) -> float:
     for number, count in enumerate(counts):
         below += count
         if count and below >= enough:
-            return _LEAST_S * math.exp(number * _GROWTH)
+            return _FIRST_BUCKET_S * math.exp(number * _LOG_GROWTH)
     return 0.0

@@ -97,11 +97,11 @@ class Entry:
     @property
     def times(self) -> Times:
         """Where the child's time went."""
-        return Times.unpack(self._bytes[_TIMES_AT:_TEXT_AT])
+        return Times.from_bytes(self._bytes[_TIMES_AT:_TEXT_AT])
 
     def tell_times(self, times: Times) -> None:
         """Not all at once: who reads them meanwhile gets some from before."""
-        self._bytes[_TIMES_AT:_TEXT_AT] = times.pack()
+        self._bytes[_TIMES_AT:_TEXT_AT] = times.to_bytes()
 
     @property
     def peers(self) -> list[PeerCounts]:

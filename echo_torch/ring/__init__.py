@@ -11,9 +11,9 @@ Rules:
 
       released <= acked <= written <= ready <= packed <= reserved <= released + capacity
 
-* The packing lock (``Ring.turn``) orders callers. Its holder moves ``reserved`` and ``packed``, and never waits.
+* The packing lock (``Ring.packing_lock``) orders callers. Its holder moves ``reserved`` and ``packed``, and never waits.
 * The holder of the connection's I/O lock moves ``written`` and ``acked``. Readers need no lock.
 * Ctrl-C may strike after any call, so a run of assignments marked "nothing comes between" must stay in one piece.
-* Events of the device are queried, never waited for. Where rows cannot be staged, `staging` raises `UnstagedError`,
+* Events of the device are queried, never waited for. Where rows cannot be staged, `staging` raises `StagingError`,
   and the batch goes through pageable host memory instead.
 """

@@ -16,7 +16,7 @@ import numpy as np
 
 from echo_torch.samples.leaf import Array, Leaf
 
-from .ring import Fill, Ring
+from .ring import Filler, Ring
 
 # Up to this many bytes per leaf on average, joining leaves and copying the whole is faster than copying one by one.
 JOIN_LEAF_BYTES = 2048
@@ -28,9 +28,9 @@ class Packer:
     def __init__(self, ring: Ring, leaves: Sequence[Leaf]) -> None:
         self._ring = ring
         self._leaves = leaves
-        self._joins = ring.row_bytes <= JOIN_LEAF_BYTES * len(leaves)
+        self._joins_leaves = ring.row_bytes <= JOIN_LEAF_BYTES * len(leaves)
 
-    def filler(self, arrays: Sequence[Array], batched: bool) -> Fill:
+    def make_filler(self, arrays: Sequence[Array], batched: bool) -> Filler:
         """What copies runs of the samples in ``arrays``, which were checked, into rows.
 
         Args:
@@ -38,15 +38,15 @@ class Packer:
             batched: which of the two.
         """
         if batched:
-            return self._batch_filler(arrays)
-        if self._joins:
+            return self._make_batch_filler(arrays)
+        if self._joins_leaves:
             try:
-                return self._row_filler(b"".join(arrays))  # type: ignore[arg-type]  # arrays are buffers
+                return self._make_row_filler(b"".join(arrays))  # type: ignore[arg-type]  # arrays are buffers
             except TypeError:  # an array that is not contiguous
                 pass
-        return self._sample_filler(arrays)
+        return self._make_sample_filler(arrays)
 
-    def _row_filler(self, row: bytes) -> Fill:
+    def _make_row_filler(self, row: bytes) -> Filler:
         ring, size = self._ring, self._ring.row_bytes
 
         def fill(slot: int, first: int, rows: int) -> None:
@@ -54,27 +54,27 @@ class Packer:
 
         return fill
 
-    def _sample_filler(self, arrays: Sequence[Array]) -> Fill:
+    def _make_sample_filler(self, arrays: Sequence[Array]) -> Filler:
         def fill(slot: int, first: int, rows: int) -> None:
-            for target, array in zip(self._targets(), arrays, strict=True):
+            for target, array in zip(self._ring_columns(), arrays, strict=True):
                 target[slot] = array
 
         return fill
 
-    def _batch_filler(self, arrays: Sequence[Array]) -> Fill:
+    def _make_batch_filler(self, arrays: Sequence[Array]) -> Filler:
         def fill(slot: int, first: int, rows: int) -> None:
             run = slice(slot, slot + rows)
             if rows < len(arrays[0]):
                 part = slice(first, first + rows)
-                for target, array in zip(self._targets(), arrays, strict=True):
+                for target, array in zip(self._ring_columns(), arrays, strict=True):
                     target[run] = array[part]
             else:
-                for target, array in zip(self._targets(), arrays, strict=True):
+                for target, array in zip(self._ring_columns(), arrays, strict=True):
                     target[run] = array
 
         return fill
 
-    def _targets(self) -> tuple[Array, ...]:
+    def _ring_columns(self) -> tuple[Array, ...]:
         """The columns of the memory in which the rows are."""
         ring = self._ring
         if ring.columns is None:
@@ -87,6 +87,6 @@ def columns(buffer: memoryview, rows: int, row_bytes: int, leaves: Iterable[Leaf
     """One array ``(rows, *leaf.shape)`` per leaf, all over the same ``rows * row_bytes`` bytes."""
     made = []
     for leaf in leaves:
-        inner = np.empty(leaf.shape, leaf.travels_as).strides if leaf.wire.nbytes else (0,) * len(leaf.shape)
-        made.append(np.ndarray((rows, *leaf.shape), leaf.travels_as, buffer, leaf.offset, (row_bytes, *inner)))
+        inner = np.empty(leaf.shape, leaf.wire_dtype).strides if leaf.wire.nbytes else (0,) * len(leaf.shape)
+        made.append(np.ndarray((rows, *leaf.shape), leaf.wire_dtype, buffer, leaf.offset, (row_bytes, *inner)))
     return tuple(made)

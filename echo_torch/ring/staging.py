@@ -14,7 +14,7 @@ The packed rows are freed only once the event has passed, because a reference is
 
 What is packed and not copied yet is in the ring: so all of it takes no more memory on the device than the ring here,
 ``buffer_bytes``, beside what making leaves contiguous takes for a moment. Where the device has no room for that, or
-memory cannot be pinned, `UnstagedError` says so, and the batch has to come by way of the host.
+memory cannot be pinned, `StagingError` says so, and the batch has to come by way of the host.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from echo_torch.samples.leaf import Leaf
 from echo_torch.support import accelerator
 from echo_torch.support.tracing import profiler_range
 
-from .ring import Fill, Ring
+from .ring import Filler, Ring
 
 # What rows are packed in: the widest of which all leaves are whole numbers. Their size is what leaves are aligned to.
-_UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
-_ALIGNED = 16
+_UNIT_DTYPES = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
+_ALIGNMENT_BYTES = 16
 # Seconds for which a device that had no room is not asked again: it gave back all that it kept in reserve for that.
-FULL_S = 10.0
+OUT_OF_MEMORY_PAUSE_S = 10.0
 
 
-class UnstagedError(Exception):
+class StagingError(Exception):
     """Rows of a batch cannot be staged; those before ``first`` were."""
 
     def __init__(self, why: str, first: int) -> None:
@@ -49,36 +49,36 @@ class UnstagedError(Exception):
 
 
 class DeviceCopy:
-    """Rows that a device copies here, on ``stream``; see `ring.Copy`."""
+    """Rows that a device copies here, on ``stream``; see `ring.PendingCopy`."""
 
     def __init__(self, stream: torch.Stream) -> None:
         self._stream = stream
         self._event: torch.Event | None = None
-        self._kept: list[torch.Tensor] = []
+        self._kept_alive: list[torch.Tensor] = []
 
-    def keep(self, memory: Sequence[torch.Tensor]) -> None:
+    def keep_alive(self, memory: Sequence[torch.Tensor]) -> None:
         """Let nobody have this memory before the copy is done."""
-        self._kept.extend(memory)
+        self._kept_alive.extend(memory)
 
-    def begun(self) -> None:
+    def record_event(self) -> None:
         """All of it is enqueued."""
         self._event = self._stream.record_event()
 
     def done(self) -> bool:
-        return self._event is not None and self._if_over(accelerator.query_from_dedicated_thread(self._event))
+        return self._event is not None and self._free_if_done(accelerator.query_from_dedicated_thread(self._event))
 
-    def over(self) -> bool:
+    def has_stopped(self) -> bool:
         if self._event is None:  # whoever enqueued it was interrupted
-            self.begun()
-        return self._event is not None and self._if_over(self._event.query())
+            self.record_event()
+        return self._event is not None and self._free_if_done(self._event.query())
 
-    def _if_over(self, over: bool) -> bool:
-        if over:
-            self._kept.clear()
-        return over
+    def _free_if_done(self, done: bool) -> bool:
+        if done:
+            self._kept_alive.clear()
+        return done
 
     def abandon(self) -> None:
-        for memory in self._kept:
+        for memory in self._kept_alive:
             if not memory.is_cpu:
                 memory.record_stream(self._stream)
 
@@ -89,20 +89,20 @@ class Stager:
     Args:
         ring: in pageable memory at first.
         leaves: in the order of the wire.
-        move: has the ring go on in other memory, of which the second argument is kept with it.
+        move_ring: has the ring go on in other memory, of which the second argument is kept with it.
     """
 
-    def __init__(self, ring: Ring, leaves: Sequence[Leaf], move: Callable[[memoryview, Any], None]) -> None:
+    def __init__(self, ring: Ring, leaves: Sequence[Leaf], move_ring: Callable[[memoryview, Any], None]) -> None:
         self._ring = ring
         self._leaves = leaves
-        self._move = move
-        self._unit = unit_of(leaf.wire.nbytes for leaf in leaves)
-        self._streams: dict[torch.device, torch.Stream] = {}
+        self._move_ring = move_ring
+        self._unit = widest_common_unit(leaf.wire.nbytes for leaf in leaves)
+        self._copy_streams: dict[torch.device, torch.Stream] = {}
         # Why not, in words: an error would hold what it went through, the batch for one.
-        self._unpinned: str | None = None
-        self._full = (0.0, "")
+        self._pinning_error: str | None = None
+        self._out_of_memory = (0.0, "")
 
-    def filler(self, arrays: Sequence[Any], batched: bool) -> Fill:
+    def make_filler(self, arrays: Sequence[Any], batched: bool) -> Filler:
         """What packs runs of the samples in ``arrays``, which were checked, and begins to copy them into rows.
 
         Args:
@@ -111,67 +111,67 @@ class Stager:
 
         Raises:
             RuntimeError: inside the capture of a graph, or in a process that cannot use the device since it was forked.
-            UnstagedError: no memory, as `Fill` may, too.
+            StagingError: no memory, as `Filler` may, too.
         """
         stacked = arrays if batched else [array[None, ...] for array in arrays]
-        device = device_of(stacked)
+        device = main_device(stacked)
         accelerator.check_usable(device)
-        self._pin()
-        if time.monotonic() < self._full[0]:
-            raise UnstagedError(self._full[1], 0)
-        target, copying, total = self._ring.staged, self._stream(device), len(stacked[0])
+        self._pin_ring()
+        if time.monotonic() < self._out_of_memory[0]:
+            raise StagingError(self._out_of_memory[1], 0)
+        target, copy_stream, total = self._ring.pinned_rows, self._copy_stream(device), len(stacked[0])
 
         def fill(slot: int, first: int, rows: int) -> DeviceCopy:
             part = stacked if rows == total else [array[first : first + rows] for array in stacked]
             try:
                 packed, uploaded = self._pack(part, device)
             except (torch.OutOfMemoryError, accelerator.PinnedMemoryError) as error:
-                self._full = time.monotonic() + FULL_S, str(error)
-                raise UnstagedError(str(error), first) from None
-            copy = DeviceCopy(copying)
-            copy.keep((packed, *uploaded))
-            copying.wait_stream(accelerator.current_stream(device))
-            self._ring.begun = copy
+                self._out_of_memory = time.monotonic() + OUT_OF_MEMORY_PAUSE_S, str(error)
+                raise StagingError(str(error), first) from None
+            copy = DeviceCopy(copy_stream)
+            copy.keep_alive((packed, *uploaded))
+            copy_stream.wait_stream(accelerator.current_stream(device))
+            self._ring.uncommitted_copy = copy
             with profiler_range("echo_torch.copy"):
                 write = functools.partial(target[slot : slot + rows].copy_, packed, non_blocking=True)
-                accelerator.run_on_stream(copying, write)
-            copy.begun()
+                accelerator.run_on_stream(copy_stream, write)
+            copy.record_event()
             return copy
 
         return fill
 
-    def _stream(self, device: torch.device) -> torch.Stream:
+    def _copy_stream(self, device: torch.device) -> torch.Stream:
         """Our own, on which rows of that device are copied."""
-        stream = self._streams.get(device)
+        stream = self._copy_streams.get(device)
         if stream is None:
-            stream = self._streams[device] = accelerator.new_stream(device)
+            stream = self._copy_streams[device] = accelerator.new_stream(device)
         return stream
 
-    def _pin(self) -> None:
+    def _pin_ring(self) -> None:
         """Have the ring in pinned memory, once."""
         ring = self._ring
-        with ring.turn:
-            if ring.staged is None and not ring.stopped and self._unpinned is None:
+        with ring.packing_lock:
+            if ring.pinned_rows is None and not ring.stopped and self._pinning_error is None:
                 try:
                     memory = accelerator.empty_pinned(ring.capacity * ring.row_bytes)
-                    self._move(memory.numpy().data, memory.view(ring.capacity, ring.row_bytes))
+                    self._move_ring(memory.numpy().data, memory.view(ring.capacity, ring.row_bytes))
                 except accelerator.PinnedMemoryError as error:
-                    self._unpinned = str(error)
-        if self._unpinned is not None:
-            raise UnstagedError(self._unpinned, 0)
+                    self._pinning_error = str(error)
+        if self._pinning_error is not None:
+            raise StagingError(self._pinning_error, 0)
 
     def _pack(self, arrays: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """All leaves of some rows, in memory of the device that will hold them; and what of it comes from elsewhere."""
         packed = torch.empty((len(arrays[0]), self._ring.row_bytes), dtype=torch.uint8, device=device)
         arrays = [array for array, leaf in zip(arrays, self._leaves, strict=True) if leaf.wire.nbytes]
-        ours = [array for array in arrays if not isinstance(array, torch.Tensor)]
-        uploaded = [copy_of(ours)] if ours else []
+        numpy_arrays = [array for array in arrays if not isinstance(array, torch.Tensor)]
+        uploaded = [pinned_copy(numpy_arrays)] if numpy_arrays else []
         with profiler_range("echo_torch.pack"):
             accelerator.run_on_current_stream(functools.partial(pack_rows, arrays, uploaded, self._unit, packed))
         return packed, uploaded
 
 
-def device_of(arrays: Iterable[Any]) -> torch.device:
+def main_device(arrays: Iterable[Any]) -> torch.device:
     """The device that most bytes are on, of all that are on any."""
     sizes: dict[torch.device, int] = {}
     for array in arrays:
@@ -180,30 +180,30 @@ def device_of(arrays: Iterable[Any]) -> torch.device:
     return max(sizes, key=sizes.__getitem__)
 
 
-def unit_of(sizes: Iterable[int]) -> torch.dtype:
+def widest_common_unit(sizes: Iterable[int]) -> torch.dtype:
     """The widest dtype that leaves of so many bytes are whole numbers of."""
     common = int(np.gcd.reduce([size for size in sizes if size]))
-    return next(unit for unit in _UNITS if common % unit.itemsize == 0)
+    return next(unit for unit in _UNIT_DTYPES if common % unit.itemsize == 0)
 
 
-def copy_of(arrays: Sequence[Any]) -> torch.Tensor:
+def pinned_copy(arrays: Sequence[Any]) -> torch.Tensor:
     """The bytes of arrays, one behind the other and aligned, in memory from which a device copies them by itself."""
-    places, size = places_of(arrays)
+    offsets, size = aligned_offsets(arrays)
     memory = accelerator.empty_pinned(size)
     whole = memory.numpy()
-    for array, place in zip(arrays, places, strict=True):
-        np.copyto(np.ndarray(array.shape, array.dtype, whole.data, place), array)
+    for array, offset in zip(arrays, offsets, strict=True):
+        np.copyto(np.ndarray(array.shape, array.dtype, whole.data, offset), array)
     return memory
 
 
-def places_of(arrays: Sequence[Any]) -> tuple[list[int], int]:
-    """Where each of some arrays begins in `copy_of` them, in bytes, and where the last one ends."""
-    places, end = [], 0
+def aligned_offsets(arrays: Sequence[Any]) -> tuple[list[int], int]:
+    """Where each of some arrays begins in `pinned_copy` them, in bytes, and where the last one ends."""
+    offsets, end = [], 0
     for array in arrays:
-        begins = -(-end // _ALIGNED) * _ALIGNED
-        places.append(begins)
+        begins = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        offsets.append(begins)
         end = begins + array.nbytes
-    return places, end
+    return offsets, end
 
 
 def pack_rows(arrays: Sequence[Any], uploaded: Sequence[torch.Tensor], unit: torch.dtype, packed: torch.Tensor) -> None:
@@ -211,18 +211,20 @@ def pack_rows(arrays: Sequence[Any], uploaded: Sequence[torch.Tensor], unit: tor
 
     Args:
         arrays: tensors on any device of the kind; in place of arrays of numpy, what ``uploaded`` has of them is taken.
-        uploaded: `copy_of` those, if there are any.
+        uploaded: `pinned_copy` those, if there are any.
         unit: what all of them are whole numbers of.
         packed: on the device that is to pack.
     """
     rows, here = len(packed), packed.device
-    elsewhere: Iterator[torch.Tensor] = iter(())
+    uploaded_leaves: Iterator[torch.Tensor] = iter(())
     if uploaded:
-        there = uploaded[0].to(here, non_blocking=True)
-        ours = [array for array in arrays if not isinstance(array, torch.Tensor)]
-        pairs = zip(places_of(ours)[0], ours, strict=True)
-        elsewhere = iter([there[place : place + array.nbytes].view(rows, -1) for place, array in pairs])
-    tensors = (array if isinstance(array, torch.Tensor) else next(elsewhere) for array in arrays)
+        uploaded_bytes = uploaded[0].to(here, non_blocking=True)
+        numpy_arrays = [array for array in arrays if not isinstance(array, torch.Tensor)]
+        pairs = zip(aligned_offsets(numpy_arrays)[0], numpy_arrays, strict=True)
+        uploaded_leaves = iter(
+            [uploaded_bytes[offset : offset + array.nbytes].view(rows, -1) for offset, array in pairs]
+        )
+    tensors = (array if isinstance(array, torch.Tensor) else next(uploaded_leaves) for array in arrays)
     columns = [
         as_units(tensor if tensor.device == here else tensor.to(here, non_blocking=True), unit) for tensor in tensors
     ]

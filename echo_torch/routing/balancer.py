@@ -151,7 +151,7 @@ class Spread:
         rows, done, stall = match.rows, 0, deadline.within(self._stall_timeout)
         try:
             while True:
-                accepted = self._send_some(match.part(done, rows) if done else match, first, deadline)
+                accepted = self._send_some(match.slice_rows(done, rows) if done else match, first, deadline)
                 done += accepted
                 if done == rows:
                     return

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from echo_torch.client.tcp_client import Client, TcpClient
-from echo_torch.ring.ring import least_buffer, ring_rows
+from echo_torch.ring.ring import min_buffer_bytes, rows_in_buffer
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support.deadline import Deadline
 from echo_torch.wire.connect import Addresses, peer_name
@@ -53,8 +53,8 @@ class Opener:
     connect_timeout: float | None
     stall_timeout: float | None
     reconnect: float
-    replay_acked: int
-    replay_tail: bool
+    resend_acked: int
+    resend_at_close: bool
     tls: TLS | None
 
     def check(self, spec: SampleSpec) -> None:
@@ -62,7 +62,7 @@ class Opener:
         if self.tls is not None and not self._ours:
             raise ValueError("tls: only TcpClient has it; give the client that you have in its place its own")
         if self._ours:
-            ring_rows(spec.payload_size, self.buffer_bytes or BUFFER_BYTES, self.replay_acked)
+            rows_in_buffer(spec.payload_size, self.buffer_bytes or BUFFER_BYTES, self.resend_acked)
         elif len(self.addresses) > 1 and (self.least_inflight or self.failover):
             what = "failover" if self.failover else "route='least_inflight'"
             raise ValueError(f"{what}: got client={self.make_client!r}, expected echo_torch.TcpClient")
@@ -70,7 +70,7 @@ class Opener:
     @property
     def at_risk(self) -> int:
         """How many samples that the server acked it may discard if a connection breaks off."""
-        return self.replay_acked * len(self.addresses) if self._ours else 0
+        return self.resend_acked * len(self.addresses) if self._ours else 0
 
     @property
     def learners(self) -> list[str]:
@@ -128,15 +128,15 @@ class Opener:
         in_worker = get_worker_info() is not None
         default = BUFFER_BYTES
         if in_worker:
-            default = max(WORKER_BUFFER_BYTES, least_buffer(spec.payload_size, self.replay_acked))
+            default = max(WORKER_BUFFER_BYTES, min_buffer_bytes(spec.payload_size, self.resend_acked))
         return {
             "connect_timeout": timeout,
             "stall_timeout": self.stall_timeout,
             "buffer_bytes": default if self.buffer_bytes is None else self.buffer_bytes,
             "reconnect": min(self.reconnect, WORKER_RECONNECT_S) if in_worker else self.reconnect,
-            "replay_acked": self.replay_acked,
-            "replay_tail": self.replay_tail,
-            "linger": 0.0 if self.replay_tail else LINGER_S,
+            "resend_acked": self.resend_acked,
+            "resend_at_close": self.resend_at_close,
+            "linger": 0.0 if self.resend_at_close else LINGER_S,
             "retry_refused": True,
             "tls": self.tls,
         }

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from echo_torch.client.replay import Remains
+from echo_torch.client.resend import UndeliveredRows
 from echo_torch.client.tcp_client import TcpClient
 from echo_torch.metrics.stats import Counts
 from echo_torch.support.deadline import Deadline
@@ -47,7 +47,7 @@ class Peer:
         self.route = route
         self.client = route.client if isinstance(route, RingRoute) else None
         """Ours, which tells more than others."""
-        self.remains: Remains | None = None
+        self.remains: UndeliveredRows | None = None
         """What it left to the others when it was lost."""
         self.settled_at: tuple[int, ...] | None = None
         """How much each of the others must have acked for that to be acked."""
@@ -68,7 +68,7 @@ class Estate:
 
     def __init__(self, peers: Sequence[Peer]) -> None:
         self._peers = peers
-        self._lost: list[tuple[int, Peer, Remains]] = []  # by index, in the order in which they were
+        self._lost: list[tuple[int, Peer, UndeliveredRows]] = []  # by index, in the order in which they were
         self._lock = threading.RLock()
         self._told_stuck = 0
         self.closed = False
@@ -104,19 +104,19 @@ class Estate:
         for index, peer in enumerate(self._peers):
             if peer.remains is None and peer.client is not None and peer.client.failure is not None:
                 self._bury(index, peer, peer.client)
-        return sum(remains.left for _, _, remains in self._lost)
+        return sum(remains.remaining for _, _, remains in self._lost)
 
     def _bury(self, index: int, peer: Peer, client: TcpClient) -> None:
         with self._lock:
             if peer.remains is not None or self.closed:
                 return
-            remains = client.remains()
+            remains = client.undelivered()
             lost = [*self._lost, (index, peer, remains)]
             # Nothing comes between the next two lines: what it left is passed on once.
             self._lost = lost
             peer.remains = remains
         text = "the learner is gone; its share, and %d samples that it may not have, go to the others: %s"
-        _log.warning(text, remains.left, client.failure)
+        _log.warning(text, remains.remaining, client.failure)
 
     def pass_on(self) -> int:
         """Some of it, without waiting; gives how many samples.
@@ -125,7 +125,7 @@ class Estate:
             NobodyLeftError: to take it.
         """
         with self._lock:
-            remains = next((remains for _, _, remains in self._lost if remains.left), None)
+            remains = next((remains for _, _, remains in self._lost if remains.remaining), None)
             if remains is None:  # another caller was faster
                 return 1
             living = [peer for peer in self._peers if not peer.route.closed]
@@ -136,13 +136,13 @@ class Estate:
             if not free_rows or not isinstance(heir.route, RingRoute):
                 return 0
             taken = heir.route.send_packed(remains.view(), free_rows)
-            remains.pass_on(taken)
+            remains.mark_handed_over(taken)
             return taken
 
     def tell_of_stuck(self) -> None:
         """Raise, once, if samples are lost that were not copied from their device in time."""
         with self._lock:
-            stuck, told = sum(remains.stuck for _, _, remains in self._lost), self._told_stuck
+            stuck, told = sum(remains.unrecoverable for _, _, remains in self._lost), self._told_stuck
             self._told_stuck = stuck
         if stuck > told:
             what = f"{stuck - told} samples are lost, which had not been copied from their device by then"
@@ -160,13 +160,13 @@ class Estate:
         counts, remains = peer.route.counts(), peer.remains
         if remains is None:
             return counts
-        moved = remains.passed_on
+        moved = remains.handed_over
         return counts._replace(
             sent=counts.sent - moved,
             unacked=remains.unacked,
             resent=counts.resent + moved,
             maybe_duplicated=counts.maybe_duplicated + moved,
-            maybe_lost=counts.maybe_lost - moved if hopeless else remains.stuck,
+            maybe_lost=counts.maybe_lost - moved if hopeless else remains.unrecoverable,
         )
 
     def progress(self) -> tuple[int, list[int], list[int]]:
@@ -176,14 +176,14 @@ class Estate:
             sent, acked = [count for count, _ in each], [count for _, count in each]
             if self._lost:
                 self._add_passed_on(sent, acked)
-            return sum(sent) - sum(remains.passed_on for _, _, remains in self._lost), sent, acked
+            return sum(sent) - sum(remains.handed_over for _, _, remains in self._lost), sent, acked
 
     def _add_passed_on(self, sent: list[int], acked: list[int]) -> None:
         """Count what was passed on as acked as soon as it is, by those who have it now."""
-        if any(remains.left for _, _, remains in self._lost):
+        if any(remains.remaining for _, _, remains in self._lost):
             return
         living = tuple(0 if peer.remains is not None else count for count, peer in zip(sent, self._peers, strict=True))
         for index, peer, remains in reversed(self._lost):  # who was lost later may have had it in between
             peer.settled_at = peer.settled_at or living
             if all(map(int.__ge__, acked, peer.settled_at)):
-                acked[index] = sent[index] - remains.stuck
+                acked[index] = sent[index] - remains.unrecoverable

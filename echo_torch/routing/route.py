@@ -57,7 +57,7 @@ class RingRoute:
         return self.client.counts()
 
     def peers(self) -> list[PeerCounts]:
-        return [PeerCounts.of(self.counts(), self._lost if self._closing else self.closed)]
+        return [PeerCounts.from_counts(self.counts(), self._lost if self._closing else self.closed)]
 
     def send_packed(self, rows: memoryview, most: int) -> int:
         """At the most so many samples that are packed already, without waiting; gives how many were accepted."""
@@ -117,7 +117,7 @@ class RowRoute:
         return Times(connected=connected, sending=self._sending, blocked=(self._sending, 0.0, 0.0, 0.0))
 
     def peers(self) -> list[PeerCounts]:
-        return [PeerCounts.of(self.counts(), self._lost)]
+        return [PeerCounts.from_counts(self.counts(), self._lost)]
 
     @property
     def closed(self) -> bool:
@@ -144,7 +144,7 @@ class RowRoute:
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         try:
             with self._turn:
-                arrays = self._spec.on_host(match)
+                arrays = self._spec.to_host(match)
                 for done in range(match.rows):
                     if deadline.expired and done:
                         raise DeliveryTimeoutError(f"{self._peer}: send() not done within {timeout:g} s")

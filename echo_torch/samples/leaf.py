@@ -21,10 +21,10 @@ from echo_torch.wire.protocol import WireLeaf
 Array = npt.NDArray[Any]
 DType = torch.dtype | np.dtype[Any]
 # Where a leaf or container is: for each step, whether it is a mapping's, and its key or index.
-Key = tuple[tuple[bool, Hashable], ...]
+KeyPath = tuple[tuple[bool, Hashable], ...]
 
-# What `as_array` gives for a value of a wrong dtype: an array of a dtype that no leaf has, so that the caller sees it.
-_NOT_SENT = np.array(None, dtype=object)
+# What `to_wire_array` gives for a value of a wrong dtype: an array of a dtype that no leaf has, so that the caller sees it.
+_WRONG_DTYPE = np.array(None, dtype=object)
 ARRAY_TYPES = (torch.Tensor, np.ndarray, np.generic, bool, int, float, complex)
 _SCALAR_DTYPES: dict[type, torch.dtype] = {
     bool: torch.bool,
@@ -35,7 +35,7 @@ _SCALAR_DTYPES: dict[type, torch.dtype] = {
 _UNSIGNED: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
-def _dtype_pairs() -> dict[torch.dtype, np.dtype[Any]]:
+def _make_wire_dtypes() -> dict[torch.dtype, np.dtype[Any]]:
     """How each dense torch dtype travels."""
     pairs: dict[torch.dtype, np.dtype[Any]] = {}
     names = ["bfloat16", "complex32", *(name for name in dir(torch) if name.startswith("float8_"))]
@@ -48,10 +48,10 @@ def _dtype_pairs() -> dict[torch.dtype, np.dtype[Any]]:
     return pairs
 
 
-_TRAVELS_AS = _dtype_pairs()
-_TORCH_OF = {dtype: tensor for tensor, dtype in _TRAVELS_AS.items() if str(tensor) == f"torch.{dtype}"}
+_WIRE_DTYPES = _make_wire_dtypes()
+_TORCH_DTYPES = {dtype: tensor for tensor, dtype in _WIRE_DTYPES.items() if str(tensor) == f"torch.{dtype}"}
 
-OPAQUE = _TRAVELS_AS.keys() - _TORCH_OF.values()
+TORCH_ONLY_DTYPES = _WIRE_DTYPES.keys() - _TORCH_DTYPES.values()
 
 
 class Leaf(NamedTuple):
@@ -59,34 +59,34 @@ class Leaf(NamedTuple):
 
     path: str
     """As one would index the sample: ``['obs']['camera']``; empty if the sample is this one array."""
-    key: Key
+    key_path: KeyPath
     """The path, alike for containers that are interchangeable."""
     shape: tuple[int, ...]
     dtype: DType
     """The dtype of the values; a torch dtype where torch has it."""
-    travels_as: np.dtype[Any]
+    wire_dtype: np.dtype[Any]
     """The numpy dtype of the bytes on the wire and at the learner."""
     offset: int
     """Where the leaf starts in a sample's payload, in bytes."""
-    opaque: bool
+    torch_only: bool
     """Whether numpy lacks the dtype, so that only its bytes travel."""
 
     @property
     def wire(self) -> WireLeaf:
-        return WireLeaf(self.travels_as.itemsize, self.shape)
+        return WireLeaf(self.wire_dtype.itemsize, self.shape)
 
     def __str__(self) -> str:
         return f"{self.path}: {self.dtype} {list(self.shape)}" if self.path else f"{self.dtype} {list(self.shape)}"
 
 
-class Unreadable:
+class UnreadableLeaf:
     """Takes the place of a leaf whose values cannot be had, so that it is refused where its path is known."""
 
     def __init__(self, why: str) -> None:
         self.why = why
 
 
-def as_array(value: Any, leaf: Leaf, root: str) -> Array:
+def to_wire_array(value: Any, leaf: Leaf, root: str) -> Array:
     """``value`` as a numpy array in which it travels, without a copy where that is possible.
 
     Its shape is not looked at. A value of another dtype than the leaf's never comes out in the dtype of the leaf.
@@ -99,44 +99,46 @@ def as_array(value: Any, leaf: Leaf, root: str) -> Array:
             if not value.is_cpu and value.device.type == accelerator.device_type():
                 accelerator.check_usable(value.device)
             try:
-                return on_host(value, leaf)
+                return to_host(value, leaf)
             except Exception as error:  # a subclass of Tensor may raise anything
-                dtypes_of(value, root + leaf.path)
-                raise _without_values(value, root + leaf.path, error) from None
+                checked_dtypes(value, root + leaf.path)
+                raise _unreadable_error(value, root + leaf.path, error) from None
     elif isinstance(value, np.ndarray):
-        if not leaf.opaque and not isinstance(value, MaskedArray):
+        if not leaf.torch_only and not isinstance(value, MaskedArray):
             return value
-    elif not leaf.opaque and isinstance(value, ARRAY_TYPES):
+    elif not leaf.torch_only and isinstance(value, ARRAY_TYPES):
         try:
-            return np.asarray(value, dtypes_of(value, root + leaf.path)[1])
+            return np.asarray(value, checked_dtypes(value, root + leaf.path)[1])
         except OverflowError as error:
             raise TypeError(f"{root}{leaf.path}: got {value}, expected {leaf.dtype}: {error}") from None
-    dtypes_of(value, root + leaf.path)
-    return np.broadcast_to(_NOT_SENT, shape_of(value))
+    checked_dtypes(value, root + leaf.path)
+    return np.broadcast_to(_WRONG_DTYPE, shape_of(value))
 
 
-def on_host(tensor: torch.Tensor, leaf: Leaf) -> Array:
+def to_host(tensor: torch.Tensor, leaf: Leaf) -> Array:
     """A tensor of the leaf's dtype as a numpy array in which it travels; waits for its device if that is another."""
-    if not leaf.opaque:
+    if not leaf.torch_only:
         return tensor.numpy(force=True)
-    return tensor.detach().resolve_conj().resolve_neg().view(_TORCH_OF[leaf.travels_as]).numpy(force=True)
+    return tensor.detach().resolve_conj().resolve_neg().view(_TORCH_DTYPES[leaf.wire_dtype]).numpy(force=True)
 
 
-def dtypes_of(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
+def checked_dtypes(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
     """The dtype of a leaf's values, and the one in which they travel.
 
     Raises:
         TypeError: no dense array of numbers.
     """
     if isinstance(value, torch.Tensor):
-        if value.layout is not torch.strided or value.is_nested or value.is_meta or value.dtype not in _TRAVELS_AS:
-            raise TypeError(f"{path}: got {_kind(value)}, expected a dense tensor that holds values; {_densely(value)}")
+        if value.layout is not torch.strided or value.is_nested or value.is_meta or value.dtype not in _WIRE_DTYPES:
+            raise TypeError(
+                f"{path}: got {_describe_tensor(value)}, expected a dense tensor that holds values; {_how_to_densify(value)}"
+            )
         _check_readable(value, path)
-        return value.dtype, _TRAVELS_AS[value.dtype]
+        return value.dtype, _WIRE_DTYPES[value.dtype]
     if type(value) in _SCALAR_DTYPES:
         dtype = _SCALAR_DTYPES[type(value)]
-        return dtype, _TRAVELS_AS[dtype]
-    if isinstance(value, Unreadable):
+        return dtype, _WIRE_DTYPES[dtype]
+    if isinstance(value, UnreadableLeaf):
         raise TypeError(f"{path}: {value.why}")
     if not isinstance(value, (np.ndarray, np.generic)):
         remedy = "encode it as numbers, or leave it out with select="
@@ -145,12 +147,12 @@ def dtypes_of(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
         raise TypeError(f"{path}: got a masked array, expected values everywhere; send .filled(x)")
     if value.dtype.hasobject or value.dtype.kind in "SU":
         raise TypeError(f"{path}: got numpy dtype {value.dtype}, expected numbers; encode it, or leave it out")
-    return _TORCH_OF.get(value.dtype, value.dtype), value.dtype
+    return _TORCH_DTYPES.get(value.dtype, value.dtype), value.dtype
 
 
-def tensor_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
     """The dtype of tensors of the same values; None if PyTorch lacks it."""
-    return _TORCH_OF.get(dtype)
+    return _TORCH_DTYPES.get(dtype)
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -162,18 +164,20 @@ def _check_readable(tensor: torch.Tensor, path: str) -> None:
     try:
         some = tensor.detach()
         some = (some[:0] if some.ndim else some).resolve_conj().resolve_neg()
-        some.view(_TORCH_OF[_TRAVELS_AS[tensor.dtype]]).numpy(force=True)
+        some.view(_TORCH_DTYPES[_WIRE_DTYPES[tensor.dtype]]).numpy(force=True)
     except Exception as error:  # a subclass of Tensor may raise anything
-        raise _without_values(tensor, path, error) from None
+        raise _unreadable_error(tensor, path, error) from None
 
 
-def _without_values(tensor: torch.Tensor, path: str, error: Exception) -> TypeError:
+def _unreadable_error(tensor: torch.Tensor, path: str, error: Exception) -> TypeError:
     remedy = "send a plain torch.Tensor: not a fake or wrapped one, and outside of torch.func transforms"
     why = " ".join(str(error).split())
-    return TypeError(f"{path}: got {_kind(tensor)}, expected a dense tensor that holds values; {remedy} ({why})")
+    return TypeError(
+        f"{path}: got {_describe_tensor(tensor)}, expected a dense tensor that holds values; {remedy} ({why})"
+    )
 
 
-def _densely(tensor: torch.Tensor) -> str:
+def _how_to_densify(tensor: torch.Tensor) -> str:
     if tensor.is_nested:
         return "pad it to one length: torch.nested.to_padded_tensor(x, 0.0, output_size)"
     if tensor.is_quantized:
@@ -185,7 +189,7 @@ def _densely(tensor: torch.Tensor) -> str:
     return "send its bytes with .view(torch.uint8)"
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _describe_tensor(tensor: torch.Tensor) -> str:
     nested = "nested " if tensor.is_nested else ""
     layout = "" if tensor.layout is torch.strided else f"{tensor.layout} "
     return f"{nested}{layout}{tensor.dtype} {type(tensor).__name__} on {tensor.device}"
@@ -197,9 +201,9 @@ def how_to_cast(value: Any, dtype: DType) -> str:
         return f"convert with np.asarray(x, '{dtype}')"
     if isinstance(value, torch.Tensor):
         return f"convert with .to({dtype})"
-    if dtype in OPAQUE:
+    if dtype in TORCH_ONLY_DTYPES:
         return f"send a tensor of {dtype}"
-    name = "bool_" if dtype is torch.bool else _TRAVELS_AS[dtype].name
+    name = "bool_" if dtype is torch.bool else _WIRE_DTYPES[dtype].name
     return f"convert with .astype('{name}')" if isinstance(value, np.ndarray) else f"convert with np.{name}(x)"
 
 

@@ -19,17 +19,17 @@ from typing import Any
 from echo_torch.errors import SpecMismatchError
 from echo_torch.wire.protocol import WireLeaf
 
-from .leaf import Key, Leaf, dtypes_of, how_to_cast, how_to_expand, shape_of
-from .pytree import keys_of, nodes_of, path_of
+from .leaf import KeyPath, Leaf, checked_dtypes, how_to_cast, how_to_expand, shape_of
+from .pytree import describe_containers, format_key_path, key_paths
 
 # How many wrong leaves an error names.
 _MAX_NAMED = 8
 
 
-def server_error(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf], peer: str) -> SpecMismatchError:
+def server_spec_error(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf], peer: str) -> SpecMismatchError:
     """The error for a server that expects other arrays: names both sides, leaf by leaf."""
     what = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(leaves)}"
-    return SpecMismatchError(_listing(what, _shortened(_server_differences(leaves, theirs))))
+    return SpecMismatchError(_format_message(what, _truncate(_server_differences(leaves, theirs))))
 
 
 def _server_differences(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf]) -> Iterator[str]:
@@ -41,7 +41,7 @@ def _server_differences(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf]) -> I
             yield f"leaf {index}: server expects {expected}, example has {example}"
 
 
-def batch_error(leaves: Sequence[Leaf], keys: Sequence[Key], arrays: Sequence[Any]) -> SpecMismatchError:
+def server_batch_error(leaves: Sequence[Leaf], keys: Sequence[KeyPath], arrays: Sequence[Any]) -> SpecMismatchError:
     """The error for a server that gives other batches than of samples like the example.
 
     Args:
@@ -51,22 +51,26 @@ def batch_error(leaves: Sequence[Leaf], keys: Sequence[Key], arrays: Sequence[An
     """
     problems = []
     for index, (key, array, leaf) in enumerate(itertools.zip_longest(keys, arrays, leaves)):
-        theirs = "nothing" if key is None else _named(key, getattr(array, "dtype", type(array)), shape_of(array)[1:])
-        ours = _named(leaf.key, leaf.travels_as, leaf.shape) if leaf else "nothing"
+        theirs = (
+            "nothing" if key is None else _describe_leaf(key, getattr(array, "dtype", type(array)), shape_of(array)[1:])
+        )
+        ours = _describe_leaf(leaf.key_path, leaf.wire_dtype, leaf.shape) if leaf else "nothing"
         if theirs != ours:
-            values = f", for {leaf.dtype}" if leaf and leaf.opaque else ""
+            values = f", for {leaf.dtype}" if leaf and leaf.torch_only else ""
             problems.append(f"leaf {index}: the server has {theirs}, the example {ours}{values}")
-        elif leaf and key != leaf.key:
-            problems.append(f"leaf {index}: {path_of(key)} is in a dict of the one and in a list or tuple of the other")
+        elif leaf and key != leaf.key_path:
+            problems.append(
+                f"leaf {index}: {format_key_path(key)} is in a dict of the one and in a list or tuple of the other"
+            )
     what = "Server spec mismatch: the server was not made for samples like the example"
     remedy = "make it with echo.Server(numpy_example(example), ...), of the example that the senders have, too"
-    return SpecMismatchError(_listing(what, _shortened(problems), [remedy]))
+    return SpecMismatchError(_format_message(what, _truncate(problems), [remedy]))
 
 
-def _named(key: Key, dtype: object, shape: Sequence[int]) -> str:
+def _describe_leaf(key: KeyPath, dtype: object, shape: Sequence[int]) -> str:
     """A leaf of a server's batches."""
-    path = path_of(key)
-    return f"{path}: {dtype} {_stacked(shape)}" if path else f"{dtype} {_stacked(shape)}"
+    path = format_key_path(key)
+    return f"{path}: {dtype} {_format_batch_shape(shape)}" if path else f"{dtype} {_format_batch_shape(shape)}"
 
 
 def structure_error(root: str, leaves: Sequence[Leaf], example: Any, batch: Any) -> SpecMismatchError:
@@ -78,59 +82,65 @@ def structure_error(root: str, leaves: Sequence[Leaf], example: Any, batch: Any)
         example: its treespec.
         batch: the treespec of the batch.
     """
-    keys = keys_of(batch)
-    ours, theirs = nodes_of(example), nodes_of(batch)
+    keys = key_paths(batch)
+    ours, theirs = describe_containers(example), describe_containers(batch)
     what = f"{root} has not the structure of the example"
     remedies = ["send what the example holds (select= picks it), or give an example of what is sent"]
-    if _lists_for_leaves(leaves, keys, ours, theirs):
+    if _has_list_for_leaf(leaves, keys, ours, theirs):
         remedies.insert(0, "numbers in a list become one leaf with torch.tensor(x)")
     if batch.type in (list, tuple) and batch.num_children and all(child == example for child in batch.children()):
         remedies.insert(0, "stack a list of samples into one batch with torch.utils.data.default_collate(samples)")
-    problems = [*_missing(root, leaves, keys, theirs), *_unexpected(root, leaves, keys, ours, theirs)]
-    return SpecMismatchError(_listing(what, problems, remedies))
+    problems = [*_missing_leaves(root, leaves, keys, theirs), *_unexpected_nodes(root, leaves, keys, ours, theirs)]
+    return SpecMismatchError(_format_message(what, problems, remedies))
 
 
-def _lists_for_leaves(
-    leaves: Sequence[Leaf], keys: Sequence[Key], ours: Mapping[Key, str], theirs: Mapping[Key, str]
+def _has_list_for_leaf(
+    leaves: Sequence[Leaf], keys: Sequence[KeyPath], ours: Mapping[KeyPath, str], theirs: Mapping[KeyPath, str]
 ) -> bool:
     """Whether one side has a list where the other has a leaf, as a tokenizer makes them of single samples."""
-    met = [theirs.get(leaf.key, "") for leaf in leaves] + [ours.get(key, "") for key in keys]
+    met = [theirs.get(leaf.key_path, "") for leaf in leaves] + [ours.get(key, "") for key in keys]
     return any(node.startswith("list ") for node in met)
 
 
-def _missing(root: str, leaves: Sequence[Leaf], keys: Sequence[Key], theirs: Mapping[Key, str]) -> list[str]:
+def _missing_leaves(
+    root: str, leaves: Sequence[Leaf], keys: Sequence[KeyPath], theirs: Mapping[KeyPath, str]
+) -> list[str]:
     """What there is in place of the example's leaves that a structure has not."""
     found = set(keys)
     problems = []
     for leaf in leaves:
-        if leaf.key in found:
+        if leaf.key_path in found:
             continue
-        if leaf.key in theirs:
+        if leaf.key_path in theirs:
             shape = _expected_shape(leaf, None)
-            problems.append(f"{root}{leaf.path}: got {theirs[leaf.key]}, expected {leaf.dtype} {shape}")
+            problems.append(f"{root}{leaf.path}: got {theirs[leaf.key_path]}, expected {leaf.dtype} {shape}")
         else:
             problems.append(f"{root}{leaf}: missing")
-    return _shortened(problems)
+    return _truncate(problems)
 
 
-def _unexpected(
-    root: str, leaves: Sequence[Leaf], keys: Sequence[Key], ours: Mapping[Key, str], theirs: Mapping[Key, str]
+def _unexpected_nodes(
+    root: str,
+    leaves: Sequence[Leaf],
+    keys: Sequence[KeyPath],
+    ours: Mapping[KeyPath, str],
+    theirs: Mapping[KeyPath, str],
 ) -> list[str]:
     """What a structure has that the example has not: whole containers rather than all that is in them."""
-    wanted = {leaf.key for leaf in leaves}
+    wanted = {leaf.key_path for leaf in leaves}
     problems: dict[str, None] = {}
     for key in keys:
         # The outermost container that the example has not: naming it says all.
         top = next((key[:n] for n in range(len(key)) if key[:n] not in ours), key)
         if key in wanted or top in wanted:
             continue
-        got = f"{root}{path_of(top)}: unexpected {theirs.get(top, '')}".rstrip()
+        got = f"{root}{format_key_path(top)}: unexpected {theirs.get(top, '')}".rstrip()
         if top in ours and ours[top] != "None":
-            got = f"{root}{path_of(top)}: unexpected leaf, expected {ours[top]}"
-        elif ours.get(top[:-1]) != theirs.get(top[:-1]) and path_of(top) in map(path_of, wanted):
+            got = f"{root}{format_key_path(top)}: unexpected leaf, expected {ours[top]}"
+        elif ours.get(top[:-1]) != theirs.get(top[:-1]) and format_key_path(top) in map(format_key_path, wanted):
             got = f"{got}; in {theirs[top[:-1]]}, expected {ours[top[:-1]]}"
         problems[got] = None
-    return _shortened(list(problems))
+    return _truncate(list(problems))
 
 
 def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batched: bool | None) -> SpecMismatchError:
@@ -157,7 +167,7 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
             sizes.setdefault(shape[0], root + leaf.path)
     for value, shape, leaf in zip(values, shapes, leaves, strict=True):
         path = root + leaf.path
-        dtype = dtypes_of(value, path)[0]
+        dtype = checked_dtypes(value, path)[0]
         remedies = [how_to_cast(value, leaf.dtype)] if dtype != leaf.dtype else []
         if len(shape) != len(leaf.shape) + stacked or shape[int(stacked) :] != leaf.shape:
             misshapen = True
@@ -166,15 +176,17 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
             expected = _expected_shape(leaf, True if stacked and shape == leaf.shape else batched)
             got = f"{path}: got {dtype} {list(shape)}, expected {leaf.dtype} {expected}"
             problems.append(f"{got}; {', and '.join(remedies)}")
-    problems = _shortened(problems)
+    problems = _truncate(problems)
     if len(sizes) > 1:
         found = ", ".join(f"{size} at {path}" for size, path in sizes.items())
         problems.append(f"leaves differ in the number of samples: {found}; send as many of each")
     what = f"{root} does not match the example"
-    return SpecMismatchError(_listing(what, problems, _whether_example_is_batch(leaves, shapes) if misshapen else ()))
+    return SpecMismatchError(
+        _format_message(what, problems, _hint_if_example_is_batch(leaves, shapes) if misshapen else ())
+    )
 
 
-def _whether_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int, ...]]) -> list[str]:
+def _hint_if_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int, ...]]) -> list[str]:
     """A remedy, if the shapes of a batch are what they would be if the example were a batch itself."""
     pairs = list(zip(shapes, (leaf.shape for leaf in leaves), strict=True))
     ours = {example[:1] for _, example in pairs}
@@ -191,13 +203,13 @@ def _whether_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int
 
 
 def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
-    single, stacked = f"{list(leaf.shape)}", _stacked(leaf.shape)
+    single, stacked = f"{list(leaf.shape)}", _format_batch_shape(leaf.shape)
     if batched is None:
         return f"{single} or {stacked}"
     return stacked if batched else single
 
 
-def _stacked(shape: Sequence[int]) -> str:
+def _format_batch_shape(shape: Sequence[int]) -> str:
     return "[" + ", ".join(["B", *map(str, shape)]) + "]"
 
 
@@ -211,17 +223,17 @@ def _how_to_reshape(
         size = f", B = {sizes[0]} here" if len(sizes) == 1 else ""
         return f"a batch needs it once per sample: {how_to_expand(value, leaf)}{size}"
     if stacked and len(shape) and _without_ones(shape[1:]) == _without_ones(leaf.shape):
-        return _reshaped(leaf, shape[0])
+        return _reshape_call(leaf, shape[0])
     if extra == stacked:
         return _how_to_resize(leaf, shape, extra)
     if stacked and not extra:
         return f"{_how_to_resize(leaf, shape, extra)}, and repeat it once per sample"
     if extra > 1 and shape[extra:] == leaf.shape:
-        return f"make one batch dimension of the first {extra}: {_reshaped(leaf, math.prod(shape[:extra]))}"
+        return f"make one batch dimension of the first {extra}: {_reshape_call(leaf, math.prod(shape[:extra]))}"
     return "reshape it; or is the example not one sample?"
 
 
-def _reshaped(leaf: Leaf, rows: int) -> str:
+def _reshape_call(leaf: Leaf, rows: int) -> str:
     if math.prod(leaf.shape):  # else torch cannot infer the -1
         rows = -1
     return f"x.reshape({', '.join(map(str, (rows, *leaf.shape)))})"
@@ -241,13 +253,13 @@ def _how_to_resize(leaf: Leaf, shape: tuple[int, ...], skip: int) -> str:
     return f"{permute}pad or crop all samples to one length: {', '.join(differ)}"
 
 
-def _shortened(problems: Iterable[str]) -> list[str]:
+def _truncate(problems: Iterable[str]) -> list[str]:
     rest = iter(problems)
     named = list(itertools.islice(rest, _MAX_NAMED))
     more = sum(1 for _ in rest)
     return [*named, f"... and {more} more"] if more else named
 
 
-def _listing(what: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> str:
+def _format_message(what: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> str:
     lines = [*problems, *remedies]
     return f"{what}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{what}:", *lines])

@@ -21,9 +21,16 @@ import torch
 from echo_torch.support import accelerator
 from echo_torch.wire.protocol import WireLeaf
 
-from .leaf import OPAQUE, Array, Leaf, as_array, dtypes_of, on_host, shape_of
-from .mismatch import leaves_error, server_error, structure_error
-from .pytree import flatten, flatten_telling, is_plain, keys_of, path_of, tensors_may_be_hollow
+from .leaf import TORCH_ONLY_DTYPES, Array, Leaf, checked_dtypes, shape_of, to_host, to_wire_array
+from .mismatch import leaves_error, server_spec_error, structure_error
+from .pytree import (
+    flatten,
+    flatten_with_opened,
+    format_key_path,
+    has_only_builtin_containers,
+    in_transform_or_fake_mode,
+    key_paths,
+)
 
 # How many structures of batches are remembered; a loader yields one or two, and a fresh one each time is no leak.
 _MAX_STRUCTURES = 64
@@ -52,7 +59,7 @@ class Match(NamedTuple):
     shards: Any = None
     """Which of several learners the samples are for, ``(rows,)``, or all of them; None if that is open."""
 
-    def part(self, first: int, end: int) -> Match:
+    def slice_rows(self, first: int, end: int) -> Match:
         """Its samples from ``first`` up to ``end``, or to the last."""
         arrays = self.arrays if self.batched else [array[None, ...] for array in self.arrays]
         shards = self.shards[first:end] if isinstance(self.shards, np.ndarray) else self.shards
@@ -70,7 +77,7 @@ class Match(NamedTuple):
         """The same without its last ``count`` samples, of which there are as many at least."""
         if count > self.rows:
             raise ValueError(f"skip_last: got {count}, expected at most the {self.rows} samples of the batch")
-        return self.part(0, self.rows - count)
+        return self.slice_rows(0, self.rows - count)
 
 
 class SampleSpec:
@@ -90,32 +97,36 @@ class SampleSpec:
         flat, self.treespec = flatten(example)
         offset = 0
         leaves = []
-        for leaf, key in zip(flat, keys_of(self.treespec), strict=True):
-            path = path_of(key)
-            dtype, travels_as = dtypes_of(leaf, f"example{path}")
+        for leaf, key in zip(flat, key_paths(self.treespec), strict=True):
+            path = format_key_path(key)
+            dtype, wire_dtype = checked_dtypes(leaf, f"example{path}")
             shape = shape_of(leaf)
-            leaves.append(Leaf(path, key, shape, dtype, travels_as, offset, dtype in OPAQUE))
+            leaves.append(Leaf(path, key, shape, dtype, wire_dtype, offset, dtype in TORCH_ONLY_DTYPES))
             offset += leaves[-1].wire.nbytes
         self.leaves = tuple(leaves)
         self.payload_size = offset
         if offset == 0:
             raise ValueError(f"a sample has no bytes: {self.describe()}; the example needs a leaf that is not empty")
-        self._dtypes = [leaf.travels_as for leaf in leaves]
-        self._any_opaque = any(leaf.opaque for leaf in leaves)
-        self._in_order = tuple(range(len(leaves)))
-        self._last_met = (self.treespec, self._in_order) if is_plain(self.treespec) else None
+        self._dtypes = [leaf.wire_dtype for leaf in leaves]
+        self._any_torch_only = any(leaf.torch_only for leaf in leaves)
+        self._identity_order = tuple(range(len(leaves)))
+        self._last_structure = (
+            (self.treespec, self._identity_order) if has_only_builtin_containers(self.treespec) else None
+        )
         self._misses = 0  # how many in a row had another structure than the one before
         self._orders: dict[Any, tuple[int, ...]] = {}
-        self._shapes_for: tuple[int, list[tuple[int, ...]]] = (-1, [])
+        self._cached_shapes: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was learnt, which may hold types that do not pickle."""
         return {
             **self.__dict__,
-            "_last_met": (self.treespec, self._in_order) if is_plain(self.treespec) else None,
+            "_last_structure": (self.treespec, self._identity_order)
+            if has_only_builtin_containers(self.treespec)
+            else None,
             "_misses": 0,
             "_orders": {},
-            "_shapes_for": (-1, []),
+            "_cached_shapes": (-1, []),
         }
 
     def describe(self) -> str:
@@ -124,7 +135,7 @@ class SampleSpec:
 
     def numpy_sample(self) -> Any:
         """The example's structure with zeroed numpy arrays, as ``echo.Server`` and clients take it."""
-        return optree.tree_unflatten(self.treespec, [np.zeros(leaf.shape, leaf.travels_as) for leaf in self.leaves])
+        return optree.tree_unflatten(self.treespec, [np.zeros(leaf.shape, leaf.wire_dtype) for leaf in self.leaves])
 
     def unflatten(self, arrays: Iterable[Any]) -> Any:
         """A sample of the example's structure from leaves in wire order."""
@@ -138,14 +149,16 @@ class SampleSpec:
         """
         same_length = len(theirs) == len(self.leaves)
         if not same_length or any(got != leaf.wire for got, leaf in zip(theirs, self.leaves, strict=True)):
-            raise server_error(self.leaves, theirs, peer)
+            raise server_spec_error(self.leaves, theirs, peer)
 
-    def numpy_leaves(self, sample: Any) -> list[Array] | None:
+    def try_numpy_leaves(self, sample: Any) -> list[Array] | None:
         """The leaves of one sample that is all numpy and in the structure met last; None to have it `match`-ed."""
-        leaves = self._flat_like_last(sample)
-        if leaves is None or self._any_opaque or not _NUMPY_TYPES.issuperset(map(type, leaves)):
+        leaves = self._try_flatten_as_last(sample)
+        if leaves is None or self._any_torch_only or not _NUMPY_TYPES.issuperset(map(type, leaves)):
             return None
-        return leaves if self._are_right(leaves, self._shapes(1, False), on_device=False) else None
+        return (
+            leaves if self._shapes_and_dtypes_match(leaves, self._expected_shapes(1, False), on_device=False) else None
+        )
 
     def match(self, batch: Any, batched: bool | None = None) -> Match:
         """Check ``batch`` against the example, leaf by leaf.
@@ -159,20 +172,20 @@ class SampleSpec:
             TypeError: a leaf is no dense array of numbers.
         """
         leaves = self.leaves
-        arrays = self._as_they_are(batch)
+        arrays = self._try_fast_arrays(batch)
         if arrays is None:
-            arrays = self._values(self._in_wire_order(batch))
+            arrays = self._to_arrays(self._leaves_in_wire_order(batch))
             on_device = torch.Tensor in set(map(type, arrays))
         else:  # tensors all of them, or none
             on_device = type(arrays[0]) is torch.Tensor
         first = arrays[0]
         stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
         rows = len(first) if stacked and first.ndim else 1
-        if not self._are_right(arrays, self._shapes(rows, stacked), on_device):
-            raise leaves_error(self.root, leaves, self._in_wire_order(batch), batched)
+        if not self._shapes_and_dtypes_match(arrays, self._expected_shapes(rows, stacked), on_device):
+            raise leaves_error(self.root, leaves, self._leaves_in_wire_order(batch), batched)
         return Match(arrays, rows, stacked, on_device)
 
-    def on_host(self, match: Match) -> list[Array]:
+    def to_host(self, match: Match) -> list[Array]:
         """The arrays of a match, after waiting for those that are on a device.
 
         Raises:
@@ -182,22 +195,22 @@ class SampleSpec:
         for array, leaf in zip(match.arrays, self.leaves, strict=True):
             if isinstance(array, torch.Tensor):
                 accelerator.check_usable(array.device)
-                array = on_host(array, leaf)
+                array = to_host(array, leaf)
             arrays.append(array)
         return arrays
 
-    def _as_they_are(self, batch: Any) -> list[Any] | None:
+    def _try_fast_arrays(self, batch: Any) -> list[Any] | None:
         """The arrays of a batch of the structure met last, all of it plain tensors or all of it arrays; or None.
 
         This is what a training loop sends again and again; whatever else there is takes the long way.
         """
-        flat = self._flat_like_last(batch)
-        if flat is None or tensors_may_be_hollow():
+        flat = self._try_flatten_as_last(batch)
+        if flat is None or in_transform_or_fake_mode():
             return None
         types = set(map(type, flat))
         if types == _TENSORS and accelerator.is_on_accelerator(flat[0]):
-            return self._as_they_are_on_device(flat)
-        if self._any_opaque:
+            return self._try_fast_device_tensors(flat)
+        if self._any_torch_only:
             return None
         if types == _TENSORS:
             try:
@@ -206,25 +219,25 @@ class SampleSpec:
                 return None
         return flat if types == _ARRAYS else None
 
-    def _as_they_are_on_device(self, flat: list[Any]) -> list[Any] | None:
+    def _try_fast_device_tensors(self, flat: list[Any]) -> list[Any] | None:
         """Those of tensors that are all on a device, or None."""
         pairs = zip(flat, self.leaves, strict=True)
         if not all(tensor.dtype is leaf.dtype and accelerator.is_on_accelerator(tensor) for tensor, leaf in pairs):
             return None
         return [tensor.detach() for tensor in flat]
 
-    def _values(self, flat: list[Any]) -> list[Any]:
+    def _to_arrays(self, flat: list[Any]) -> list[Any]:
         """An array for each leaf, or the tensor that stays on its device."""
-        hollow = tensors_may_be_hollow()
+        in_transform = in_transform_or_fake_mode()
         values = []
         for value, leaf in zip(flat, self.leaves, strict=True):
-            stays = not hollow and accelerator.is_on_accelerator(value) and value.dtype is leaf.dtype
-            values.append(value.detach() if stays else as_array(value, leaf, self.root))
+            stays = not in_transform and accelerator.is_on_accelerator(value) and value.dtype is leaf.dtype
+            values.append(value.detach() if stays else to_wire_array(value, leaf, self.root))
         return values
 
-    def _flat_like_last(self, tree: Any) -> list[Any] | None:
+    def _try_flatten_as_last(self, tree: Any) -> list[Any] | None:
         """The leaves in wire order, some of them maybe containers, if they are found where they were last; or None."""
-        last = self._last_met
+        last = self._last_structure
         if last is None or self._misses >= _MAX_MISSES:
             return None
         treespec, order = last
@@ -234,9 +247,9 @@ class SampleSpec:
             self._misses += 1
             return None
         self._misses = 0
-        return flat if order == self._in_order else [flat[i] for i in order]
+        return flat if order == self._identity_order else [flat[i] for i in order]
 
-    def _are_right(self, arrays: list[Any], shapes: list[tuple[int, ...]], on_device: bool) -> bool:
+    def _shapes_and_dtypes_match(self, arrays: list[Any], shapes: list[tuple[int, ...]], on_device: bool) -> bool:
         if [array.shape for array in arrays] != shapes:
             return False
         if not on_device:
@@ -245,39 +258,39 @@ class SampleSpec:
         pairs = zip(arrays, self._dtypes, strict=True)
         return all(isinstance(array, torch.Tensor) or array.dtype == dtype for array, dtype in pairs)
 
-    def _in_wire_order(self, batch: Any) -> list[Any]:
+    def _leaves_in_wire_order(self, batch: Any) -> list[Any]:
         """The leaves of a batch of any structure that has the example's."""
-        flat, treespec, opened = flatten_telling(batch)
-        last = self._last_met
+        flat, treespec, opened = flatten_with_opened(batch)
+        last = self._last_structure
         known = last is not None and treespec == last[0]
         if known and not opened:
             self._misses = 0
         order = self._orders.get(treespec)
         if order is None:
-            order = self._learn(treespec)
+            order = self._learn_order(treespec)
         if not known:
-            self._last_met = (treespec, order) if is_plain(treespec) else None
-        return flat if order == self._in_order else [flat[i] for i in order]
+            self._last_structure = (treespec, order) if has_only_builtin_containers(treespec) else None
+        return flat if order == self._identity_order else [flat[i] for i in order]
 
-    def _shapes(self, rows: int, batched: bool) -> list[tuple[int, ...]]:
+    def _expected_shapes(self, rows: int, batched: bool) -> list[tuple[int, ...]]:
         """The shapes that the arrays of a batch must have."""
         wanted = rows if batched else -2
-        known, shapes = self._shapes_for
+        known, shapes = self._cached_shapes
         if known != wanted:
             shapes = [(rows, *leaf.shape) if batched else leaf.shape for leaf in self.leaves]
-            self._shapes_for = (wanted, shapes)
+            self._cached_shapes = (wanted, shapes)
         return shapes
 
-    def _learn(self, treespec: Any) -> tuple[int, ...]:
+    def _learn_order(self, treespec: Any) -> tuple[int, ...]:
         """Where each leaf of the example is found among the leaves of a structure not seen before."""
-        keys = keys_of(treespec)
+        keys = key_paths(treespec)
         found = dict(zip(keys, range(len(keys)), strict=True))
-        if found.keys() != {leaf.key for leaf in self.leaves}:
+        if found.keys() != {leaf.key_path for leaf in self.leaves}:
             raise structure_error(self.root, self.leaves, self.treespec, treespec)
         if len(self._orders) >= _MAX_STRUCTURES:
             self._orders.clear()
-        order = tuple(found[leaf.key] for leaf in self.leaves)
-        if is_plain(treespec):
+        order = tuple(found[leaf.key_path] for leaf in self.leaves)
+        if has_only_builtin_containers(treespec):
             self._orders[treespec] = order
         return order
 
@@ -299,17 +312,17 @@ def numpy_example(example: Any) -> Any:
     return SampleSpec(example).numpy_sample()
 
 
-def example_of(batch: Any) -> Any:
+def example_from_batch(batch: Any) -> Any:
     """An example of one sample of ``batch``, leaves ``(B, *shape)``; raises ValueError for one without a B."""
     leaves, treespec = flatten(batch)
     for leaf, accessor in zip(leaves, treespec.accessors(), strict=True):
-        dtypes_of(leaf, accessor.codify("batch"))
+        checked_dtypes(leaf, accessor.codify("batch"))
         if np.ndim(leaf) == 0:
             raise ValueError(f"{accessor.codify('batch')}: got a scalar, expected [B, ...]")
-    return optree.tree_unflatten(treespec, map(_one_of, leaves))
+    return optree.tree_unflatten(treespec, map(_leaf_example, leaves))
 
 
-def _one_of(leaf: Any) -> Any:
+def _leaf_example(leaf: Any) -> Any:
     """An example of one item of a stacked leaf, which may have none."""
     if isinstance(leaf, torch.Tensor):
         return torch.empty(leaf.shape[1:], dtype=leaf.dtype, device="cpu")  # whatever the default device is
@@ -319,6 +332,6 @@ def _one_of(leaf: Any) -> Any:
 def check_numpy(data_sample: Any) -> None:
     """Raise TypeError unless every leaf is a numpy array, as the stock client demands of its ``data_sample``."""
     leaves, treespec = flatten(data_sample)
-    for leaf, key in zip(leaves, keys_of(treespec), strict=True):
+    for leaf, key in zip(leaves, key_paths(treespec), strict=True):
         if not isinstance(leaf, np.ndarray):
-            raise TypeError(f"data_sample{path_of(key)}: got {type(leaf).__name__}, expected a numpy array")
+            raise TypeError(f"data_sample{format_key_path(key)}: got {type(leaf).__name__}, expected a numpy array")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from echo_torch.metrics.stats import COUNTED, Counts, PeerCounts, PeerStats, SinkStats
+from echo_torch.metrics.stats import SAVED_FIELDS, Counts, PeerCounts, PeerStats, SinkStats
 from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
 from echo_torch.processes.parent import Children
 from echo_torch.routing.route import Route
@@ -19,7 +19,7 @@ from echo_torch.support.validation import check_count, check_seconds
 _log = logging.getLogger(__name__)
 
 # Those that go on from another run.
-_LASTING = [name for name in COUNTED if name != "in_flight"]
+_LASTING = [name for name in SAVED_FIELDS if name != "in_flight"]
 # Seconds of which rates are, at the most, and how many moments are kept for that.
 RATE_S = 10.0
 MOMENTS = 8
@@ -82,12 +82,12 @@ class Account:
     def state_dict(self, route: Route | None) -> dict[str, Any]:
         """What of `stats` another run can go on from."""
         stats = self.stats(route)
-        return {name: getattr(stats, name) for name in COUNTED}
+        return {name: getattr(stats, name) for name in SAVED_FIELDS}
 
     def load_state_dict(self, state: Mapping[str, Any], route: Route | None) -> None:
         """Go on from there; nothing is changed if ``state`` is none."""
         loaded: dict[str, Any] = {}
-        for name in COUNTED:
+        for name in SAVED_FIELDS:
             check = check_seconds if name == "blocked_seconds" else _check_number
             loaded[name] = check(f"state[{name!r}]", state.get(name))  # type: ignore[arg-type]
         loaded["maybe_lost"] += loaded.pop("in_flight")

@@ -71,7 +71,7 @@ class Line:
 
     def __init__(self, server: Learner) -> None:
         self.server = server
-        self.sink = sink_to(server, buffer_bytes=272 * 20, max_inflight_msgs=4, replay_tail=False)
+        self.sink = sink_to(server, buffer_bytes=272 * 20, max_inflight_msgs=4, resend_at_close=False)
         self._before = arrived(server, 0)
 
     def arrived(self, count: int | None = None) -> Counter[int]:
@@ -139,7 +139,7 @@ def test_outputs_are_sent_detached_or_what_select_makes_of_both() -> None:
     loader = DataLoader(Digits(24), 8)
     with (
         Learner(numpy_example(example), 32) as server,
-        EchoSink("127.0.0.1", server.port, example, replay_tail=False) as sink,
+        EchoSink("127.0.0.1", server.port, example, resend_at_close=False) as sink,
     ):
         for handler in (SinkHandler(sink, send="output"), SinkHandler(sink, send="output", select=select)):
             engine = Engine(step)
@@ -365,7 +365,7 @@ def test_an_error_that_another_handler_swallows_stays_swallowed_and_the_run_goes
 
 def test_two_handlers_on_one_engine_send_to_two_servers_and_let_an_error_out(line: Line) -> None:
     training = Training(EPOCH + 3, raising(BrokenError()))
-    with learner() as second, sink_to(second, replay_tail=False) as sink:
+    with learner() as second, sink_to(second, resend_at_close=False) as sink:
         SinkHandler(sink, every_n_batches=2).attach(training.engine)
         SinkHandler(line.sink).attach(training.engine)
         with pytest.raises(BrokenError):
@@ -452,7 +452,7 @@ def test_checkpoints_amid_an_epoch_and_a_resumed_run(line: Line, tmp_path: Path)
 
     assert line.arrived() == numbers_of(first.record[2::3])
 
-    with sink_to(line.server, replay_tail=False) as sink:
+    with sink_to(line.server, resend_at_close=False) as sink:
         resumed = SinkHandler(sink, every_n_batches=3)
         resumed.attach(second.engine)
         saved = torch.load(next(tmp_path.iterdir()), weights_only=True)

@@ -78,7 +78,7 @@ def receiving(server: dict[str, Any] | None = None, **options: Any) -> Iterator[
     """A learner with the options ``server``, and a sink for it that sends nothing twice, and has not connected."""
     with contextlib.ExitStack() as stack:
         received = stack.enter_context(learner(**(server or {})))
-        yield received, stack.enter_context(contextlib.closing(sink_to(received, replay_tail=False, **options)))
+        yield received, stack.enter_context(contextlib.closing(sink_to(received, resend_at_close=False, **options)))
 
 
 def check(received: Learner, sink: EchoSink, batches: list[Item]) -> None:
@@ -347,7 +347,7 @@ def test_a_resumed_fit_goes_on_with_the_counts(tmp_path: Path) -> None:
             model, loader(SAMPLES)
         )
         check(received, sink, model.trained)
-        again = sink_to(received, replay_tail=False)
+        again = sink_to(received, resend_at_close=False)
         with contextlib.closing(again):
             callback, resumed = SinkCallback(again, stages=stages), Model()
             running = trainer(tmp_path, callback, checkpoints(tmp_path), max_epochs=3)

@@ -303,7 +303,7 @@ def test_an_error_waits_for_a_stalled_learner_for_a_bounded_time(
 def test_an_error_of_another_sink_is_an_error_as_any() -> None:
     """A stall that ends the training for one sink does not make those of others close with samples un-acked."""
     with learner(busy=0.2) as server:
-        sink = sink_to(server, replay_tail=False)
+        sink = sink_to(server, resend_at_close=False)
         callback = SinkCallback(sink, close=True)
         callback.setup()
         for batch in batches(STALLING):
@@ -345,7 +345,7 @@ def test_ctrl_c_in_a_loop_delivers_what_was_trained_on() -> None:
         from echo_torch import EchoSink
         from echo_torch.callbacks.loop import SinkCallback
 
-        with EchoSink("127.0.0.1", int(sys.argv[1]), Digits(1)[0], replay_tail=False) as sink:
+        with EchoSink("127.0.0.1", int(sys.argv[1]), Digits(1)[0], resend_at_close=False) as sink:
             with SinkCallback(sink) as callback:
                 for batch in DataLoader(Digits(20), 4):
                     callback.on_batch_end(batch)
@@ -566,7 +566,7 @@ def test_padding_is_not_sent() -> None:
     with learner() as server:
         for rank in range(2):
             sampler = DistributedSampler(Digits(13), 2, rank, shuffle=False)
-            with sink_to(server, replay_tail=False) as sink, SinkCallback(sink) as callback:
+            with sink_to(server, resend_at_close=False) as sink, SinkCallback(sink) as callback:
                 loader = batches(13, 3, sampler=sampler)
                 for index, batch in enumerate(loader):
                     callback.on_batch_end(batch, padding=padding(loader, index))
@@ -605,7 +605,7 @@ def test_the_first_batch_may_take_as_long_as_connecting() -> None:
         line.hear_all(sum(leaf.nbytes for leaf in sample.values()))
 
     with Peer(greets_late) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, Digits(1)[0], replay_tail=False)
+        sink = EchoSink("127.0.0.1", peer.port, Digits(1)[0], resend_at_close=False)
         callback = SinkCallback(sink, flush_timeout=SHORT_S, on_stall="raise")
         callback.on_batch_end(Digits(1)[0])
         sink.wait(LONG_S)

@@ -231,7 +231,7 @@ def learner_for(model: Any, on: Any = "step", **options: Any) -> Learner:
 
 
 def sink_for(model: Any, server: Learner, on: Any = "step", **options: Any) -> EchoSink:
-    return EchoSink("127.0.0.1", server.port, example(model, on), replay_tail=False, **options)
+    return EchoSink("127.0.0.1", server.port, example(model, on), resend_at_close=False, **options)
 
 
 def stacked(samples: list[Tree], like: Tree) -> Tree:

@@ -160,7 +160,7 @@ def hook_for(sink: EchoSink, **policy: Any) -> SinkHook:
 def full_for(learner: Learner) -> EchoSink:
     """A sink with room for a batch and a half, that does not wait for ever at its end."""
     row = 8 + 64 * 4 + 8
-    return sink_to(learner, max_inflight_msgs=2, buffer_bytes=(BATCH + BATCH // 2) * row, replay_acked=0)
+    return sink_to(learner, max_inflight_msgs=2, buffer_bytes=(BATCH + BATCH // 2) * row, resend_acked=0)
 
 
 # The trainer.
@@ -170,7 +170,7 @@ def full_for(learner: Learner) -> EchoSink:
 def test_what_is_trained_on_arrives(how: dict[str, Any]) -> None:
     """Frame by frame and no padding, after each collection."""
     in_flight = []
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         run = Run(**how)
         hook_for(sink).register(run.trainer)
         run.trainer.register_op("post_steps", lambda: in_flight.append(sink.stats().in_flight))
@@ -195,7 +195,7 @@ def test_all_of_a_batch_is_sent_by_default() -> None:
     probe.shutdown()
     passed: list[Any] = []
     with Learner(numpy_example(example), 3 * BATCH) as server:
-        with EchoSink("127.0.0.1", server.port, example, replay_tail=False) as sink:
+        with EchoSink("127.0.0.1", server.port, example, resend_at_close=False) as sink:
             run.trainer.register_op("batch_process", rewarded)
             SinkHook(sink).register(run.trainer)
             run.trainer.register_op("batch_process", passed.append)
@@ -217,7 +217,7 @@ def test_two_hooks_send_side_by_side() -> None:
         return digits_of(batch[batch["id"] % 2 == 0])
 
     with learner() as one, learner() as other:
-        with sink_to(one, replay_tail=False) as sink, sink_to(other, replay_tail=False) as second:
+        with sink_to(one, resend_at_close=False) as sink, sink_to(other, resend_at_close=False) as second:
             run = Run()
             hook_for(sink).register(run.trainer)
             SinkHook(second, select=even).register(run.trainer, "second")
@@ -250,7 +250,7 @@ def test_an_error_comes_out_and_what_was_collected_arrives(how: str) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     run = Run(during=fail)
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         hook = hook_for(sink)
         hook.register(run.trainer)
         with pytest.raises(ZeroDivisionError if how == "error" else KeyboardInterrupt), hook:
@@ -263,7 +263,7 @@ def test_an_error_comes_out_and_what_was_collected_arrives(how: str) -> None:
 
 def test_training_that_is_stopped_early_has_sent_what_it_trained_on() -> None:
     run = Run(during=lambda batches: run.trainer.request_stop() if batches == 2 else None)
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         hook_for(sink).register(run.trainer)
         run.trainer.train()
         assert sink.stats().in_flight == 0
@@ -306,7 +306,7 @@ def test_a_learner_that_stalls(on_stall: Any, tmp_path: Path, caplog: pytest.Log
 def test_a_sink_is_closed_at_the_end_if_asked_to() -> None:
     """Once, even if that was in vain and the hook is used as a context manager as well."""
     with learner() as server:
-        sink = sink_to(server, replay_tail=False)
+        sink = sink_to(server, resend_at_close=False)
         run = Run()
         hook_for(sink, close=True).register(run.trainer)
         run.trainer.train()
@@ -347,14 +347,14 @@ def test_a_resumed_training_goes_on_counting(unified: bool, tmp_path: Path) -> N
     where = tmp_path / "checkpoint"
     options = {"checkpoint": Checkpoint()} if unified else {}
     with learner() as server:
-        with sink_to(server, replay_tail=False) as sink:
+        with sink_to(server, resend_at_close=False) as sink:
             run = Run(save_trainer_file=where, **options)
             hook_for(sink).register(run.trainer)
             run.trainer.train()
             before = sink.state_dict()
         assert before["acked_through"] == 2
         assert before["samples_acked"] == 3 * BATCH
-        with sink_to(server, replay_tail=False) as sink:
+        with sink_to(server, resend_at_close=False) as sink:
             again = Run(first=100, frames=5 * BATCH, **({"checkpoint": Checkpoint()} if unified else {}))
             hook = hook_for(sink)
             hook.register(again.trainer)
@@ -372,7 +372,7 @@ def test_a_resumed_training_goes_on_counting(unified: bool, tmp_path: Path) -> N
 
 def test_a_hook_of_a_collector_sends_what_is_collected() -> None:
     env = Digits()
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         hook = SinkCollectorHook(sink, select=digits_of)
         collector = collector_of(env, total_frames=2 * BATCH, post_collect_hook=hook)
         for _ in collector:

@@ -518,8 +518,8 @@ def made_by(code: str) -> Any:
 def assert_same(got: Any, expected: Any) -> None:
     """Whether two trees of numpy arrays have the same leaves, in the same order and at the same paths."""
     ours, theirs = SampleSpec(got).leaves, SampleSpec(expected).leaves
-    assert [(leaf.key, leaf.shape, leaf.travels_as) for leaf in ours] == [
-        (leaf.key, leaf.shape, leaf.travels_as) for leaf in theirs
+    assert [(leaf.key_path, leaf.shape, leaf.wire_dtype) for leaf in ours] == [
+        (leaf.key_path, leaf.shape, leaf.wire_dtype) for leaf in theirs
     ]
 
 

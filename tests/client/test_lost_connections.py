@@ -31,8 +31,8 @@ from echo_torch import (
     TcpClient,
 )
 from echo_torch.client import io_thread, reconnect
-from echo_torch.client.connection import Link
-from echo_torch.client.replay import Tail
+from echo_torch.client.connection import Connection
+from echo_torch.client.resend import ResendTail
 from echo_torch.ring.ring import Ring
 
 SAMPLE = {"id": np.zeros((), np.int64)}
@@ -122,9 +122,9 @@ def ends_within(seconds: float) -> Iterator[None]:
 
 @pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["FIN", "RST"])
 @pytest.mark.parametrize("more_bytes", [0, 3])
-@pytest.mark.parametrize(("replay", "acked"), [(0, 0), (0, 4), (2, 0), (2, 1), (2, 4), (8, 4), (8, 6)])
+@pytest.mark.parametrize(("resend_acked", "acked"), [(0, 0), (0, 4), (2, 0), (2, 1), (2, 4), (8, 4), (8, 6)])
 def test_the_last_acked_and_all_unacked_are_sent_again_in_order(
-    replay: int, acked: int, more_bytes: int, end: Script
+    resend_acked: int, acked: int, more_bytes: int, end: Script
 ) -> None:
     """And what was written of a payload by half is written whole."""
     heard = threading.Event()
@@ -137,14 +137,14 @@ def test_the_last_acked_and_all_unacked_are_sent_again_in_order(
         end(line)
 
     with peer_of(first, acks_all) as peer:
-        with connect(peer, buffer_bytes=100 * SIZE, replay_acked=replay) as client:
+        with connect(peer, buffer_bytes=100 * SIZE, resend_acked=resend_acked) as client:
             send(client, *range(7))
             eventually(lambda: client.in_flight == 7 - acked)
             heard.set()
             client.wait(SOON_S)
             counts = client.counts()
         again = numbers(peer.lines[1])
-    first_again = max(0, acked - replay)
+    first_again = max(0, acked - resend_acked)
     assert again == list(range(first_again, 7))
     assert (counts.sent, counts.unacked, counts.reconnects, counts.maybe_lost) == (7, 0, 1, 0)
     assert counts.resent == counts.maybe_duplicated == 7 - first_again
@@ -161,7 +161,7 @@ def test_acks_of_what_was_acked_before_settle_nothing_new() -> None:
         line.ack(2)
         line.hear_all(ack_every=SIZE)
 
-    with peer_of(hears(10, acked=6), second) as peer, connect(peer, replay_acked=8) as client:
+    with peer_of(hears(10, acked=6), second) as peer, connect(peer, resend_acked=8) as client:
         send(client, *range(10))
         eventually(lambda: client.in_flight == 2)
         with pytest.raises(DeliveryTimeoutError) as caught:
@@ -175,7 +175,7 @@ def test_acks_of_what_was_acked_before_settle_nothing_new() -> None:
 def test_a_second_cut_in_the_middle_of_the_first_ones_repetition_loses_nothing() -> None:
     """The rows that the second connection acked may still be in that one's queue."""
     with peer_of(hears(10, acked=10), hears(5, acked=5), hears(3), acks_all) as peer:
-        with connect(peer, replay_acked=8) as client:
+        with connect(peer, resend_acked=8) as client:
             send(client, *range(10))
             client.wait(SOON_S)
             eventually(lambda: len(peer.lines) == 4 and len(peer.lines[3].received) == 8 * SIZE)
@@ -216,7 +216,7 @@ def test_what_is_sent_again_counts_against_the_window() -> None:
                 unacked -= 1
 
     with peer_of(hears(4, acked=1), counting) as peer:
-        with connect(peer, 4, buffer_bytes=100 * SIZE, replay_acked=8) as client:
+        with connect(peer, 4, buffer_bytes=100 * SIZE, resend_acked=8) as client:
             send(client, *range(30))
             client.wait(SOON_S)
         assert numbers(peer.lines[1]) == list(range(30))
@@ -233,7 +233,7 @@ def test_an_idle_connection_that_dies_is_opened_again_and_its_tail_sent_again() 
         assert go.wait(SOON_S)
         line.hang_up()
 
-    with peer_of(first, acks_all) as peer, connect(peer, replay_acked=8) as client:
+    with peer_of(first, acks_all) as peer, connect(peer, resend_acked=8) as client:
         send(client, *range(20))
         client.wait(SOON_S)
         go.set()
@@ -254,7 +254,7 @@ def test_a_cut_in_the_repeated_tail_of_close() -> None:
         line.hang_up()
 
     with peer_of(first, acks_all) as peer:
-        client = connect(peer, replay_acked=8, replay_tail=True)
+        client = connect(peer, resend_acked=8, resend_at_close=True)
         send(client, *range(10))
         client.close(SOON_S)
         counts = client.counts()
@@ -285,7 +285,7 @@ def test_many_cuts_at_any_byte(options: dict[str, Any]) -> None:
         (line.hang_up if chance.integers(2) else line.reset)()
 
     with peer_of(*[cut] * 150, acks_all) as peer:
-        client = connect(peer, **options, replay_acked=3, replay_tail=True)
+        client = connect(peer, **options, resend_acked=3, resend_at_close=True)
         sent = 0
         while len(seen) < 150:
             client.send(sample(sent), timeout=SOON_S)
@@ -303,7 +303,7 @@ def test_many_cuts_at_any_byte(options: dict[str, Any]) -> None:
 
 def test_send_blocks_at_the_window_although_more_rows_are_kept() -> None:
     with peer_of(silent) as peer:
-        client = connect(peer, 4, replay_acked=8)
+        client = connect(peer, 4, resend_acked=8)
         send(client, 0, 1, 2, 3)
         with pytest.raises(DeliveryTimeoutError, match="4 samples un-acked"):
             client.send(sample(4), timeout=0)
@@ -316,7 +316,7 @@ def test_send_blocks_at_the_window_although_more_rows_are_kept() -> None:
 
 def test_each_reconnect_is_one_warning_with_cause_and_counts(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with peer_of(hears(10, acked=6), acks_all) as peer, connect(peer, replay_acked=2) as client:
+    with peer_of(hears(10, acked=6), acks_all) as peer, connect(peer, resend_acked=2) as client:
         send(client, *range(10))
         client.wait(SOON_S)
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -333,10 +333,10 @@ def test_a_loss_that_is_kept_keeps_no_memory() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ring = Ring(memoryview(bytearray(8)), 8)
-        link = Link(ours, "peer", ring, 1, Tail(ring, False), None)
-        with link.lock:
-            link.lose(error_while_another_is_handled())
-        error: BaseException | None = link.failure
+        connection = Connection(ours, "peer", ring, 1, ResendTail(ring, False), None)
+        with connection.io_lock:
+            connection.mark_lost(error_while_another_is_handled())
+        error: BaseException | None = connection.failure
         assert error is not None
         while error is not None:
             assert error.__traceback__ is None
@@ -371,7 +371,7 @@ def test_a_timeout_says_that_the_connection_is_lost() -> None:
 @pytest.mark.parametrize("call", ["send", "wait", "close"])
 def test_when_the_time_is_up_who_waits_is_told(call: str, descriptors: None) -> None:
     with peer_of(hears(3, acked=1)) as peer:
-        client = connect(peer, 4, replay_acked=8, reconnect=SHORT_S)
+        client = connect(peer, 4, resend_acked=8, reconnect=SHORT_S)
         peer.refuse()
         send(client, 0, 1, 2)
         calls = {"send": lambda: send(client, *range(3, 100)), "wait": client.wait, "close": client.close}
@@ -414,7 +414,7 @@ def test_progress_renews_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
         line.ack()
         line.hang_up()
 
-    with peer_of(*[one_more] * 12, acks_all) as peer, connect(peer, replay_acked=0, reconnect=RENEWED_S) as client:
+    with peer_of(*[one_more] * 12, acks_all) as peer, connect(peer, resend_acked=0, reconnect=RENEWED_S) as client:
         send(client, *range(20))
         client.wait(SOON_S)
         assert client.counts().reconnects == 12
@@ -502,7 +502,7 @@ def test_a_stall_is_no_reason_to_reconnect() -> None:
 
 def test_connections_that_come_and_go_without_an_ack_are_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a balancer that ends idle connections to a server that hangs: nobody would ever be told."""
-    monkeypatch.setattr(reconnect, "PAUSES_S", (0.001, 0.02))
+    monkeypatch.setattr(reconnect, "BACKOFF_S", (0.001, 0.02))
 
     def hangs(line: Line) -> None:
         line.greet(SAMPLE)
@@ -565,7 +565,7 @@ def test_close_gives_up_at_its_timeout(descriptors: None) -> None:
 
 def test_close_waits_for_the_connection_to_come_back() -> None:
     with peer_of(hears(3), acks_all) as peer:
-        client = connect(peer, replay_tail=True)
+        client = connect(peer, resend_at_close=True)
         peer.refuse()
         send(client, 0, 1, 2)
         threading.Timer(SHORT_S, peer.listen).start()
@@ -578,9 +578,9 @@ def test_close_does_not_wait_long_for_nothing_but_the_tail(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A learner that ended first: all was acked."""
-    monkeypatch.setattr(io_thread, "TAIL_REDIAL_S", SHORT_S)
+    monkeypatch.setattr(io_thread, "TAIL_RECONNECT_S", SHORT_S)
     with peer_of(hears(3, acked=3)) as peer:
-        client = connect(peer, reconnect=60.0, replay_tail=True)
+        client = connect(peer, reconnect=60.0, resend_at_close=True)
         peer.refuse()
         send(client, 0, 1, 2)
         client.wait(SOON_S)
@@ -607,7 +607,7 @@ def test_a_loss_that_nobody_waits_for_is_logged(reconnect: float, caplog: pytest
         assert len(caplog.messages) == 1
 
 
-class Troublesome(logging.Handler):
+class CallingHandler(logging.Handler):
     """Calls something for every record: to raise, or to call the client that logs."""
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -648,7 +648,7 @@ def test_a_logging_handler_cannot_stop_the_thread(call: str, descriptors: None) 
             client.send(sample(9))
         client.wait()
 
-    handler = Troublesome(act)
+    handler = CallingHandler(act)
     with handling(handler), peer_of(hears(3), acks_all) as peer:
         client = connect(peer, 4)
         send(client, 0, 1, 2)
@@ -665,9 +665,9 @@ def test_a_logging_handler_cannot_stop_the_thread(call: str, descriptors: None) 
 
 def test_a_logging_handler_may_close() -> None:
     """The thread then delivers what is there, and ends."""
-    handler = Troublesome(lambda: client.close())
+    handler = CallingHandler(lambda: client.close())
     with handling(handler), peer_of(hears(3), acks_all) as peer:
-        client = connect(peer, replay_tail=True, replay_acked=2)
+        client = connect(peer, resend_at_close=True, resend_acked=2)
         send(client, 0, 1, 2)
         threads_end()
         assert numbers(peer.lines[1]) == [0, 1, 2, 1, 2]
@@ -694,7 +694,7 @@ def test_a_client_dropped_without_a_connection_ends_and_says_so(
 
 def test_a_client_dropped_without_a_connection_delivers_when_there_is_one() -> None:
     with peer_of(hears(3), acks_all) as peer:
-        client = connect(peer, replay_tail=True, replay_acked=2)
+        client = connect(peer, resend_at_close=True, resend_acked=2)
         peer.refuse()
         send(client, 0, 1, 2)
         del client
@@ -762,7 +762,7 @@ def test_a_sink_reconnects_by_default_and_counts() -> None:
 
 def test_a_sink_without_a_tail_lingers_and_says_how_many_may_be_lost() -> None:
     with peer_of(acks_all) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, SAMPLE, replay_tail=False).connect()
+        sink = EchoSink("127.0.0.1", peer.port, SAMPLE, resend_at_close=False).connect()
         sink.send({"id": np.arange(300)})
         sink.wait(SOON_S)
         began = time.monotonic()

@@ -26,7 +26,7 @@ from echo_torch import (
     SpecMismatchError,
     TcpClient,
 )
-from echo_torch.client.replay import Tail
+from echo_torch.client.resend import ResendTail
 
 SAMPLE = {"id": np.zeros((), np.int64), "x": np.zeros(3, np.float32)}
 SIZE = 20
@@ -253,7 +253,7 @@ def test_wrong_greetings_raise_value_errors(
         ({"connect_timeout": -1}, ValueError),
         ({"connect_timeout": "1"}, TypeError),
         ({"stall_timeout": float("nan")}, ValueError),
-        ({"replay_acked": -1}, ValueError),
+        ({"resend_acked": -1}, ValueError),
         ({"buffer_bytes": SIZE}, ValueError),
         ({"port": 0}, ValueError),
         ({"port": "80"}, TypeError),
@@ -538,8 +538,8 @@ def test_a_window_larger_than_the_buffer_is_the_buffer() -> None:
         assert numbers(peer.lines[0].received) == list(range(1000))
 
 
-@pytest.mark.parametrize("leader_leaves", [False, True], ids=["all stay", "the first ones give up"])
-def test_all_who_wait_return_soon_after_the_last_ack(leader_leaves: bool) -> None:
+@pytest.mark.parametrize("poller_leaves", [False, True], ids=["all stay", "the first ones give up"])
+def test_all_who_wait_return_soon_after_the_last_ack(poller_leaves: bool) -> None:
     """Only one of them polls: when it is done, or gives up, another takes over, and the last ack reaches all."""
     rows, waiters = 60, 12
     ended: list[float] = []
@@ -569,7 +569,7 @@ def test_all_who_wait_return_soon_after_the_last_ack(leader_leaves: bool) -> Non
             with pytest.raises(DeliveryTimeoutError):
                 client.wait(0.2)
 
-        with running(*[give_up] * 3 * leader_leaves), running(*[wait] * waiters) as outcomes:
+        with running(*[give_up] * 3 * poller_leaves), running(*[wait] * waiters) as outcomes:
             go.open()
         assert outcomes == [None] * waiters
         assert client.in_flight == 0
@@ -695,7 +695,7 @@ def test_two_closes_at_once_both_end_when_the_tail_is_acked(descriptors: None) -
         line.hear_all()
 
     with Peer(late) as peer:
-        client = connect(peer, replay_acked=2, replay_tail=True)
+        client = connect(peer, resend_acked=2, resend_at_close=True)
         for number in range(3):
             client.send(sample(number))
 
@@ -725,7 +725,7 @@ def test_close_says_that_only_the_tail_may_be_lost(caplog: pytest.LogCaptureFixt
         line.hang_up()
 
     with Peer(leave) as peer:
-        client = connect(peer, replay_acked=2, replay_tail=True)
+        client = connect(peer, resend_acked=2, resend_at_close=True)
         for number in range(3):
             client.send(sample(number))
         client.close()
@@ -740,24 +740,24 @@ def test_close_ends_when_the_peer_leaves_just_before_the_tail_is_packed(
 ) -> None:
     """With everything acked: nothing is left to wait for, and no row is packed any more."""
     closing = Gate()
-    pack = Tail.pack
+    pack = ResendTail.pack
 
     def leave(line: Line) -> None:
         acks_all_but_the_tail(line)
         closing.wait()
         line.hang_up()
 
-    def pack_late(tail: Tail) -> int:
+    def pack_late(tail: ResendTail) -> int:
         closing.open()
         threads_end()
         return pack(tail)
 
     with Peer(leave) as peer:
-        client = connect(peer, replay_acked=2, replay_tail=True)
+        client = connect(peer, resend_acked=2, resend_at_close=True)
         for number in range(3):
             client.send(sample(number))
         client.wait(SOON_S)
-        monkeypatch.setattr(Tail, "pack", pack_late)
+        monkeypatch.setattr(ResendTail, "pack", pack_late)
         client.close()
         assert client.counts().maybe_lost == 2
     assert "up to 2 that were acked last may be lost" in caplog.text

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from echo_torch.client.wakeup import Leader, WakeUp
+from echo_torch.client.wakeup import AckPoller, WakeUp
 from echo_torch.ring.ring import Ring
 from echo_torch.support.interrupts import owned_by_this_thread
 
@@ -37,7 +37,7 @@ def readable(wake_up: WakeUp) -> bool:
     return bool(poller.poll(0))
 
 
-class KicksWhileRead:
+class WakesWhileRead:
     """A reader in the middle of whose ``recv`` another thread kicks: before the bytes are taken, or after."""
 
     def __init__(self, wake_up: WakeUp, before: bool) -> None:
@@ -47,14 +47,14 @@ class KicksWhileRead:
 
     def recv(self, size: int) -> bytes:
         if self._before:
-            self._kick()
+            self._wake()
         data = self._reader.recv(size)
         if not self._before:
-            self._kick()
+            self._wake()
         return data
 
-    def _kick(self) -> None:
-        thread = threading.Thread(target=self._wake_up.kick)
+    def _wake(self) -> None:
+        thread = threading.Thread(target=self._wake_up.wake)
         thread.start()
         thread.join(SOON_S)
 
@@ -62,35 +62,35 @@ class KicksWhileRead:
         return getattr(self._reader, name)
 
 
-def test_a_kick_makes_the_reader_readable_until_it_was_seen(wake_up: WakeUp) -> None:
+def test_wake_makes_the_reader_readable_until_it_is_cleared(wake_up: WakeUp) -> None:
     for _ in range(3):
         assert not readable(wake_up)
-        wake_up.kick()
-        wake_up.kick()
+        wake_up.wake()
+        wake_up.wake()
         assert readable(wake_up)
-        wake_up.seen(True)
+        wake_up.clear(True)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the bytes are taken", "after"])
-def test_a_kick_while_one_is_seen_swallows_none_of_those_after_it(wake_up: WakeUp, before: bool) -> None:
+def test_a_wake_during_clear_swallows_no_later_one(wake_up: WakeUp, before: bool) -> None:
     """The sleeper looks at everything once it has seen: so that kick itself may be taken for seen, but no later one."""
-    wake_up.kick()
+    wake_up.wake()
     reader = wake_up.reader
-    wake_up.reader = KicksWhileRead(wake_up, before)  # type: ignore[assignment]
-    wake_up.seen(True)
+    wake_up.reader = WakesWhileRead(wake_up, before)  # type: ignore[assignment]
+    wake_up.clear(True)
     wake_up.reader = reader
-    wake_up.kick()
+    wake_up.wake()
     assert readable(wake_up)
 
 
 @pytest.mark.parametrize("line", range(4))
-def test_a_kick_that_is_interrupted_swallows_none_after_the_sleeper_woke_by_itself(wake_up: WakeUp, line: int) -> None:
+def test_an_interrupted_wake_swallows_none_after_the_sleeper_woke_by_itself(wake_up: WakeUp, line: int) -> None:
     """Struck before its ``line``-th line, it may have said that it kicked without having done so."""
     lines = 0
 
     def strike(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal lines
-        if frame.f_code is not WakeUp.kick.__code__:
+        if frame.f_code is not WakeUp.wake.__code__:
             return None
         if event == "line":
             lines += 1
@@ -102,16 +102,16 @@ def test_a_kick_that_is_interrupted_swallows_none_after_the_sleeper_woke_by_itse
     sys.settrace(strike)
     try:
         with pytest.raises(KeyboardInterrupt):
-            wake_up.kick()
+            wake_up.wake()
     finally:
         sys.settrace(before)
     assert not owned_by_this_thread(wake_up.lock)
-    wake_up.seen(readable(wake_up))
-    wake_up.kick()
+    wake_up.clear(readable(wake_up))
+    wake_up.wake()
     assert readable(wake_up)
 
 
-def test_no_kick_of_many_is_lost() -> None:
+def test_no_wake_of_many_is_lost() -> None:
     """The sleeper must see each thing that was posted before a kick, with threads switched all the time."""
     wake_up = WakeUp()
     wake_up.open()
@@ -124,7 +124,7 @@ def test_no_kick_of_many_is_lost() -> None:
         poller.register(wake_up.reader, select.POLLIN)
         looked = 0
         while looked >= 0:
-            wake_up.seen(bool(poller.poll(SOON_S * 1000)))
+            wake_up.clear(bool(poller.poll(SOON_S * 1000)))
             while looked != posted:
                 looked = posted
                 seen.release()
@@ -137,18 +137,18 @@ def test_no_kick_of_many_is_lost() -> None:
         while time.monotonic() < end:
             posted += 1
             for _ in range(5):
-                wake_up.kick()
+                wake_up.wake()
             assert seen.acquire(timeout=SOON_S / 2), "a kick was lost"
     finally:
         sys.setswitchinterval(interval)
         posted = -1
-        wake_up.kick()
+        wake_up.wake()
         sleeper.join(2 * SOON_S)
         wake_up.close()
     assert not sleeper.is_alive()
 
 
-def test_kicks_after_close_reach_nobody() -> None:
+def test_wakes_after_close_reach_nobody() -> None:
     """The descriptors are somebody else's by then."""
     wake_up = WakeUp()
     wake_up.open()
@@ -156,10 +156,10 @@ def test_kicks_after_close_reach_nobody() -> None:
     pairs = [socket.socketpair() for _ in range(4)]
     try:
         for _ in range(3):
-            wake_up.kick()
+            wake_up.wake()
         assert not select.select([sock for pair in pairs for sock in pair], [], [], 0)[0]
-        wake_up.seen(True)
-        wake_up.kick()
+        wake_up.clear(True)
+        wake_up.wake()
         wake_up.close()
     finally:
         for pair in pairs:
@@ -189,20 +189,20 @@ def test_the_lock_tells_the_thread_that_is_inside() -> None:
 
 
 @pytest.fixture
-def leader() -> Iterator[Leader]:
+def ack_poller() -> Iterator[AckPoller]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        leader = Leader()
-        leader.open()
-        leader.follow(ours)
-        yield leader
-        leader.close()
+        ack_poller = AckPoller()
+        ack_poller.open()
+        ack_poller.set_socket(ours)
+        yield ack_poller
+        ack_poller.close()
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1e-9, -0.01])
-def test_who_leads_for_no_time_or_for_time_that_is_over_polls_once(leader: Leader, seconds: float) -> None:
+def test_polling_for_no_time_or_a_time_that_has_passed_polls_once(ack_poller: AckPoller, seconds: float) -> None:
     """The time may be over by when it is looked at; ``poll`` would take less than none for ever."""
-    waiter = Ring(memoryview(bytearray(8)), 8).enlist(1)
+    waiter = Ring(memoryview(bytearray(8)), 8).add_waiter(1)
     began = time.monotonic()
-    assert leader.lead(waiter, seconds)
+    assert ack_poller.poll_for_acks(waiter, seconds)
     assert time.monotonic() - began < 10.0

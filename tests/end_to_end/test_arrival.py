@@ -73,7 +73,7 @@ class Bench:
 
     def sink(self, **options: Any) -> EchoSink:
         """One that sends nothing twice: the tests wait for what they sent before they close it."""
-        return EchoSink(*self.address, EXAMPLE, replay_tail=False, **options)
+        return EchoSink(*self.address, EXAMPLE, resend_at_close=False, **options)
 
     def received(self, rows: int) -> Any:
         """Everything, after ``rows`` samples more have arrived."""
@@ -155,7 +155,7 @@ def test_ragged_batches_arrive(bench: Bench) -> None:
         bench.check(join(batches))
 
 
-@pytest.mark.parametrize("extra", [{"replay_acked": 0}, {"replay_acked": 8}, {"max_inflight_msgs": 1}], ids=repr)
+@pytest.mark.parametrize("extra", [{"resend_acked": 0}, {"resend_acked": 8}, {"max_inflight_msgs": 1}], ids=repr)
 def test_batches_larger_than_the_ring_arrive(bench: Bench, extra: dict[str, Any]) -> None:
     """They go through in pieces, many times around."""
     batches = [bench.batch(rows) for rows in (320, 1, 95)]
@@ -326,7 +326,7 @@ def test_a_plain_dataloader_needs_no_more_than_its_first_sample(make: Callable[[
     dataset = Samples(make)
     with (
         Learner(numpy_example(dataset[0])) as learner,
-        EchoSink("127.0.0.1", learner.port, dataset[0], replay_tail=False) as sink,
+        EchoSink("127.0.0.1", learner.port, dataset[0], resend_at_close=False) as sink,
     ):
         for batch in DataLoader(dataset, batch_size=20):
             sink.send(batch)

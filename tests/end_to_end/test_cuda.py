@@ -40,7 +40,7 @@ def receiving(example: Any, **options: Any) -> Iterator[tuple[Learner, EchoSink]
     """A server for samples like ``example``, and a sink for it that sends nothing twice."""
     with (
         Learner(numpy_example(example), BATCH) as learner,
-        EchoSink("127.0.0.1", learner.port, example, replay_tail=False, **options) as sink,
+        EchoSink("127.0.0.1", learner.port, example, resend_at_close=False, **options) as sink,
     ):
         yield learner, sink
 
@@ -338,7 +338,7 @@ sys.path.insert(0, os.path.dirname({path!r}))
 from echo_torch import EchoSink
 from test_cuda import BATCH, _one, numbered
 torch.cuda.set_device(1)
-with EchoSink("127.0.0.1", int(sys.argv[1]), _one(), replay_tail=False) as sink:
+with EchoSink("127.0.0.1", int(sys.argv[1]), _one(), resend_at_close=False) as sink:
     sink.send(numbered(torch.arange(BATCH, device="cuda")))
     sink.wait()
 print(torch._C._cuda_hasPrimaryContext(0))
@@ -351,7 +351,7 @@ sys.path.insert(0, os.path.dirname({path!r}))
 from echo_torch import EchoSink
 from test_cuda import BATCH, _one, numbered
 batch = numbered(torch.arange(BATCH, device="cuda"))
-sink = EchoSink("127.0.0.1", {port}, _one(), replay_tail=False)
+sink = EchoSink("127.0.0.1", {port}, _one(), resend_at_close=False)
 sink.send(batch)
 sink.wait()
 for how in ("cuda", "cpu"):

@@ -268,7 +268,7 @@ def client_for(port: int, example: Any, window: int = 32, **options: Any) -> Tcp
 
 
 def sink_for(port: int, example: Any, window: int = 1024, **options: Any) -> EchoSink:
-    return EchoSink("127.0.0.1", port, example, max_inflight_msgs=window, replay_tail=False, **options)
+    return EchoSink("127.0.0.1", port, example, max_inflight_msgs=window, resend_at_close=False, **options)
 
 
 BOTH = pytest.mark.parametrize("make", [client_for, sink_for], ids=["TcpClient", "EchoSink"])
@@ -496,7 +496,7 @@ def test_what_is_dropped_gives_up_in_time_and_says_what_is_left(
 def test_a_server_process_that_is_stopped_is_waited_for() -> None:
     """By those who connect until their deadline, by those who send or wait until theirs; and then it goes on."""
     with Learner(SAMPLE) as learner:
-        client = client_for(learner.port, SAMPLE, reconnect=60.0, replay_acked=0)
+        client = client_for(learner.port, SAMPLE, reconnect=60.0, resend_acked=0)
         learner.freeze()
         with pytest.raises(TimeoutError, match=f"{client.peer}: handshake not complete within 0.2 s; got 0 bytes"):
             client_for(learner.port, SAMPLE, connect_timeout=0.2)

@@ -624,8 +624,8 @@ def act_out(play: Play, reconnect: float) -> tuple[Stage, Counts, bool]:
             stall_timeout=BRIEF_S,
             buffer_bytes=len(payload(0, play.length)) * rows,
             reconnect=reconnect,
-            replay_acked=play.replay,
-            replay_tail=play.tail,
+            resend_acked=play.replay,
+            resend_at_close=play.tail,
         )
         stage.client_came.set()
         try:

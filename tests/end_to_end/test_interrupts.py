@@ -25,7 +25,7 @@ from peers import Line, Peer, Script
 from terminator import server_context
 
 from echo_torch import TLS, ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
-from echo_torch.client.replay import Tail
+from echo_torch.client.resend import ResendTail
 from echo_torch.wire.tls_socket import GREETING_WAIT_S
 
 SOON_S = 30.0
@@ -202,7 +202,7 @@ def test_interrupted_batches_of_a_sink(interrupts: Interrupts) -> None:
     rows = 100
     with Peer(checker) as peer:
         example = {"x": torch.zeros(4, dtype=torch.int64)}
-        with EchoSink("127.0.0.1", peer.port, example, buffer_bytes=64 * 32, replay_tail=False) as sink:
+        with EchoSink("127.0.0.1", peer.port, example, buffer_bytes=64 * 32, resend_at_close=False) as sink:
 
             def send(number: int) -> None:
                 first = number * rows
@@ -316,21 +316,21 @@ def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descri
 
 def test_close_that_is_interrupted_leaves_the_rest_to_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here before the tail; a second `close` waits for it."""
-    pack = Tail.pack
+    pack = ResendTail.pack
 
-    def strike(tail: Tail) -> int:
+    def strike(tail: ResendTail) -> int:
         if threading.current_thread() is threading.main_thread():
             raise KeyboardInterrupt
         return pack(tail)
 
     checker = Checker(4)
     with Peer(checker) as peer:
-        client = TcpClient("127.0.0.1", peer.port, checker.sample, replay_tail=True, replay_acked=2)
+        client = TcpClient("127.0.0.1", peer.port, checker.sample, resend_at_close=True, resend_acked=2)
         for number in range(5):
             client.send({"x": np.full(4, number, np.int64)})
         client.wait(SOON_S)
         with monkeypatch.context() as patch:
-            patch.setattr(Tail, "pack", strike)
+            patch.setattr(ResendTail, "pack", strike)
             with pytest.raises(KeyboardInterrupt):
                 client.close()
         client.close(SOON_S)
@@ -358,7 +358,7 @@ def test_interrupted_connecting_leaves_nothing(
             made.close(SOON_S)
 
         def sink(number: int) -> None:
-            made = EchoSink("127.0.0.1", peer.port, checker.sample, replay_tail=False, tls=tls)
+            made = EchoSink("127.0.0.1", peer.port, checker.sample, resend_at_close=False, tls=tls)
             try:
                 interrupts.arm(longest_s)
                 made.send({"x": np.full(4, number, np.int64)})
@@ -443,8 +443,8 @@ def test_interrupted_looks_at_what_a_lost_connection_left(interrupts: Interrupts
         client = TcpClient("127.0.0.1", peer.port, sample)
         client.send({"x": np.ones((), np.int64)})
         eventually(lambda: client.closed)
-        storm(interrupts, 1000, 20e-6, lambda number: client.remains())
-        assert client.remains().left == 1
+        storm(interrupts, 1000, 20e-6, lambda number: client.undelivered())
+        assert client.undelivered().remaining == 1
         with running(client.close) as outcomes:
             pass
         assert isinstance(outcomes[0], ConnectionClosedError)

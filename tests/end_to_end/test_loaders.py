@@ -37,7 +37,7 @@ from training import STALLING, DigitLearner, Digits, Item, arrived, came, digit,
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.processes import child as child_module
-from echo_torch.ring.ring import SERVER_QUEUE
+from echo_torch.ring.ring import SERVER_QUEUE_SAMPLES
 from echo_torch.workers import Sent, SinkCollate, SinkDataset
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -192,9 +192,9 @@ def test_every_sample_of_every_epoch_arrives(
     expected = Counter(range(first, first + COUNT * EPOCHS))
     got = came(server, expected)
     repeated = got.total() - expected.total()
-    assert repeated <= SERVER_QUEUE * exits
+    assert repeated <= SERVER_QUEUE_SAMPLES * exits
     assert (stats.samples_acked, stats.maybe_lost) == (COUNT * EPOCHS, 0)
-    assert repeated <= stats.maybe_duplicated <= SERVER_QUEUE * exits
+    assert repeated <= stats.maybe_duplicated <= SERVER_QUEUE_SAMPLES * exits
     record_property(
         "loaders",
         {
@@ -366,7 +366,7 @@ def test_a_worker_has_a_smaller_buffer() -> None:
     with Peer(silent) as peer:
         sink = EchoSink("127.0.0.1", peer.port, sample, reconnect=0)
         batches = iter(loader(Flood(sink), [sample], 1))
-        assert next(batches) == sink.stats().in_flight == (16 << 20) // (1 << 16) - SERVER_QUEUE
+        assert next(batches) == sink.stats().in_flight == (16 << 20) // (1 << 16) - SERVER_QUEUE_SAMPLES
         go.open()
         with pytest.raises(ConnectionClosedError, match="248 samples un-acked"):
             sink.wait()
@@ -535,7 +535,7 @@ def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner,
         assert lost > 0
         sink.wait()
         assert sink.stats().in_flight == lost
-        assert lost <= sink.stats().maybe_lost <= lost + SERVER_QUEUE
+        assert lost <= sink.stats().maybe_lost <= lost + SERVER_QUEUE_SAMPLES
         assert "exited unexpectedly" in str(failure(batches))
         del batches
         sent = sink.stats().samples_sent
@@ -546,7 +546,9 @@ def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner,
         def came_of_them() -> int:
             return sum(first <= number < first + TOO_MANY for number in arrived(fast, 1))
 
-        eventually(lambda: came_of_them() >= sent - lost - SERVER_QUEUE)  # of the dead worker's, those in the queue
+        eventually(
+            lambda: came_of_them() >= sent - lost - SERVER_QUEUE_SAMPLES
+        )  # of the dead worker's, those in the queue
         assert came_of_them() <= sent
 
 
@@ -619,7 +621,7 @@ def test_workers_of_later_epochs_do_not_wait_for_a_learner_that_is_gone_and_find
 
     with Peer(acking) as peer:
         peer.refuse()
-        sink = EchoSink("127.0.0.1", peer.port, digit(0), on_error="warn", connect_timeout=2.0, replay_tail=False)
+        sink = EchoSink("127.0.0.1", peer.port, digit(0), on_error="warn", connect_timeout=2.0, resend_at_close=False)
         took = []
         for _ in range(2):
             began = time.monotonic()
@@ -726,7 +728,7 @@ def check_arrived(server: DigitLearner, program: Program) -> None:
     assert len(program.workers()) == 2
     eventually(lambda: not sent - arrived(server, 1))
     got = arrived(server, 1)
-    assert got.total() - len(got) <= 2 * SERVER_QUEUE
+    assert got.total() - len(got) <= 2 * SERVER_QUEUE_SAMPLES
 
 
 @pytest.mark.parametrize(

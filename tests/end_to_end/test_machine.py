@@ -67,7 +67,7 @@ class Stage:
             assert time.monotonic() < deadline, f"lost: {sorted(self.needed - arrived.keys())}"
             for index, learner in enumerate(self.learners):
                 # With the tail, or the server may discard some of them, and have no full batch.
-                with TcpClient("127.0.0.1", learner.port, EXAMPLE, BATCH_SIZE, replay_tail=True) as client:
+                with TcpClient("127.0.0.1", learner.port, EXAMPLE, BATCH_SIZE, resend_at_close=True) as client:
                     batch = numbered.fillers(BATCH_SIZE, SIZE)
                     client.send_rows([batch["check"], batch["id"]], timeout=LONG_S)
                     client.wait(LONG_S)
@@ -114,8 +114,8 @@ class Machine(RuleBasedStateMachine):
             window,
             buffer_bytes=rows * SIZE,
             reconnect=reconnect,
-            replay_acked=REPLAY,
-            replay_tail=tail,
+            resend_acked=REPLAY,
+            resend_at_close=tail,
         )
 
     @precondition(lambda self: self.client is not None)

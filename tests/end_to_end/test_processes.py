@@ -133,7 +133,7 @@ def test_interpreter_exit_with_one_peer_that_stalls_delivers_to_all_others() -> 
             import logging
             logging.basicConfig(stream=sys.stdout)
             def sink(port):
-                return EchoSink("127.0.0.1", port, SAMPLE, max_inflight_msgs=1, replay_acked=3).connect()
+                return EchoSink("127.0.0.1", port, SAMPLE, max_inflight_msgs=1, resend_acked=3).connect()
             sinks = [sink(port), sink({healthy.port}), sink(port), sink({healthy.port}), sink({healthy.port})]
             for sink in sinks:
                 sink.send({{"id": np.arange(200)}})
@@ -150,7 +150,7 @@ def test_sys_exit_in_a_thread_harms_nothing() -> None:
         run(
             """
             client = TcpClient("127.0.0.1", port, SAMPLE)
-            sink = EchoSink("127.0.0.1", port, SAMPLE, replay_tail=False)
+            sink = EchoSink("127.0.0.1", port, SAMPLE, resend_at_close=False)
             def work(sender):
                 sender.send(sample(0))
                 sys.exit(3)
@@ -232,7 +232,7 @@ def test_fork_while_threads_send_never_hangs_the_child() -> None:
         out = run(
             """
             client = TcpClient("127.0.0.1", port, SAMPLE, 8)
-            sink = EchoSink("127.0.0.1", port, SAMPLE, replay_tail=False).connect()
+            sink = EchoSink("127.0.0.1", port, SAMPLE, resend_at_close=False).connect()
             stop = threading.Event()
             sent = [0, 0]
             def work(index, send):
@@ -296,7 +296,7 @@ def test_forks_among_large_samples_tear_none() -> None:
             def big(number):
                 return {"x": np.full(1 << 19, number)}
             client = TcpClient("127.0.0.1", port, big(0), 2)
-            sink = EchoSink("127.0.0.1", port, big(0), replay_tail=False).connect()
+            sink = EchoSink("127.0.0.1", port, big(0), resend_at_close=False).connect()
             def work(send, first):
                 for number in range(first, first + 5):
                     send(big(number))

@@ -140,7 +140,7 @@ def deliver(case: Case, cuts: int, make_sink: Callable[..., Any], seed: int) -> 
         Cutter(learner.port, most_bytes=case.most * case.size, most_acks=case.most, seed=seed) as cutter,
     ):
         memory, descriptors = resident_bytes(), open_descriptors()
-        options = {"buffer_bytes": case.buffer_bytes, "replay_acked": case.replay}
+        options = {"buffer_bytes": case.buffer_bytes, "resend_acked": case.replay}
         with make_sink("127.0.0.1", cutter.port, example, max_inflight_msgs=case.window, **options) as sink:
             try:
                 cutter.cut_at_random(cuts)

@@ -24,7 +24,7 @@ def work(sink: EchoSink, number: int, how: str, port: int) -> None:
 
 
 def sink_for(port: int) -> EchoSink:
-    return EchoSink("127.0.0.1", port, EXAMPLE, max_inflight_msgs=4, replay_tail=False)
+    return EchoSink("127.0.0.1", port, EXAMPLE, max_inflight_msgs=4, resend_at_close=False)
 
 
 def main(method: str, port: int, how: str) -> None:

@@ -140,7 +140,7 @@ class ReportingSink(SinkCallback):
 
 
 def sink_for(port: int) -> EchoSink:
-    return EchoSink("127.0.0.1", port, Digits(1)[0], replay_tail=False)
+    return EchoSink("127.0.0.1", port, Digits(1)[0], resend_at_close=False)
 
 
 def main(directory: Path, *ports: int) -> None:

@@ -105,7 +105,7 @@ def test_every_dtype_comes_as_it_was_sent(copy: bool) -> None:
     example = optree.tree_map(lambda leaf: leaf[0], batch)
     with serving(example, rows, transport=echo.TcpTransport(port=0)) as server:
         server.start()
-        with EchoSink("127.0.0.1", server.port, example, replay_tail=False) as sink:
+        with EchoSink("127.0.0.1", server.port, example, resend_at_close=False) as sink:
             sink.send(batch)
             sink.wait(ANSWER_S)
             (got,) = itertools.islice(EchoDataset(server, example, copy=copy), 1)

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from peers import Line, Peer
 
 from echo_torch import DeliveryTimeoutError, EchoSink
-from echo_torch.metrics.stats import COUNTED, SinkStats
-from echo_torch.metrics.timing import Latencies, Times, quantile
+from echo_torch.metrics.stats import SAVED_FIELDS, SinkStats
+from echo_torch.metrics.timing import LatencyHistogram, Times, quantile
 from echo_torch.session import totals
 
 EXAMPLE = torch.zeros(1 << 15, dtype=torch.uint8)
@@ -32,22 +32,22 @@ BATCH = torch.zeros((16, SIZE), dtype=torch.uint8)
 
 
 @contextmanager
-def sending(script: Callable[[Line], None], **options: Any) -> Iterator[tuple[Peer, EchoSink]]:
+def connected_sink(script: Callable[[Line], None], **options: Any) -> Iterator[tuple[Peer, EchoSink]]:
     with Peer(script, receive_buffer=64 * 1024) as peer:
         options = {"buffer_bytes": 2 << 20, **options}
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False, **options).connect()
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False, **options).connect()
         try:
             yield peer, sink
         finally:
             sink.close(SOON_S)
 
 
-def listens(line: Line) -> None:
+def acks_everything(line: Line) -> None:
     line.greet(EXAMPLE.numpy())
     line.hear_all(SIZE)
 
 
-def slow(line: Line) -> None:
+def acks_slowly(line: Line) -> None:
     """Acks less than 200 samples a second, of 5 batches."""
     line.greet(EXAMPLE.numpy())
     for _ in range(5 * len(BATCH)):
@@ -61,7 +61,7 @@ def slow(line: Line) -> None:
 
 
 def test_a_slow_learner() -> None:
-    with sending(slow, max_inflight_msgs=4) as (_, sink):
+    with connected_sink(acks_slowly, max_inflight_msgs=4) as (_, sink):
         for _ in range(5):
             sink.send(BATCH)
         sink.wait(SOON_S)
@@ -77,7 +77,7 @@ def test_a_slow_learner() -> None:
         assert f"acks {rate:,.0f} samples/s" in stats.bottleneck
 
 
-def test_a_throttled_link() -> None:
+def test_a_throttled_connection() -> None:
     """It takes some MB/s, acks each sample at once, and the window would let all of them through."""
 
     def throttled(line: Line) -> None:
@@ -88,7 +88,7 @@ def test_a_throttled_link() -> None:
             time.sleep(0.002)
         line.hear_all()
 
-    with sending(throttled, max_inflight_msgs=10_000, buffer_bytes=32 << 20) as (_, sink):
+    with connected_sink(throttled, max_inflight_msgs=10_000, buffer_bytes=32 << 20) as (_, sink):
         for _ in range(25):  # more than the kernel's buffers hold
             sink.send(BATCH)
         sink.wait(SOON_S)
@@ -100,14 +100,14 @@ def test_a_throttled_link() -> None:
         assert stats.network_seconds > stats.learner_seconds
 
 
-def test_a_slow_trainer() -> None:
-    with sending(listens) as (_, sink):
+def test_a_slow_producer() -> None:
+    with connected_sink(acks_everything) as (_, sink):
         for _ in range(20):
             sink.send(BATCH[:1])
             time.sleep(0.01)
         sink.wait(SOON_S)
         stats = sink.stats()
-        assert re.match(r"training-bound: the sink waits for data, \d+ samples/s; send took", stats.bottleneck)
+        assert re.match(r"producer-bound: the sink waits for data, \d+ samples/s; send took", stats.bottleneck)
         share = (stats.check_seconds + stats.pack_seconds + stats.blocked_seconds) / stats.connected_seconds
         assert f"send took {share:.1%} of the time" in stats.bottleneck
         assert 0 < stats.check_seconds < stats.elapsed_seconds
@@ -117,7 +117,7 @@ def test_a_slow_trainer() -> None:
 def test_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
     device = FakeDevice()
     device.install(monkeypatch)
-    with sending(listens) as (_, sink):
+    with connected_sink(acks_everything) as (_, sink):
         sink.send(device.put(BATCH))
         time.sleep(0.8)  # most of the time, however busy the machine is
         device.run()
@@ -129,7 +129,7 @@ def test_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slow_learner_of_a_worker() -> None:
     """Whose times count; while the connection of the process that made it, which sends nothing, does not."""
-    with sending(slow, max_inflight_msgs=4) as (_, sink):
+    with connected_sink(acks_slowly, max_inflight_msgs=4) as (_, sink):
         worker = multiprocessing.get_context("fork").Process(target=send_all, args=(sink,))
         worker.start()
         worker.join()
@@ -153,14 +153,16 @@ def send_all(sink: EchoSink) -> None:
 @pytest.mark.parametrize(("seconds", "cost"), [(4.0, "100.0% of the time"), (10.0, "the time of 2.5 threads")])
 def test_no_more_than_all_of_the_time_is_taken(seconds: float, cost: str) -> None:
     stats = SinkStats(8, 8, 8, 8, 0, 0, seconds, blocked_by_learner_seconds=seconds)
-    told = dataclasses.replace(stats, elapsed_seconds=8.0, connected_seconds=4.0).bottleneck
-    assert told == f"learner-bound: the server acks 1 samples/s, and was waited for 100% of the time; send took {cost}"
+    verdict = dataclasses.replace(stats, elapsed_seconds=8.0, connected_seconds=4.0).bottleneck
+    assert (
+        verdict == f"learner-bound: the server acks 1 samples/s, and was waited for 100% of the time; send took {cost}"
+    )
 
 
 def test_what_runs_before_did_is_not_in_the_verdict() -> None:
-    state = {"acked_through": 7, **dict.fromkeys(COUNTED, 0)}
+    state = {"acked_through": 7, **dict.fromkeys(SAVED_FIELDS, 0)}
     state |= {"samples_sent": 10**9, "samples_acked": 10**9, "bytes_acked": SIZE * 10**9, "blocked_seconds": 1e6}
-    with sending(listens) as (_, sink):
+    with connected_sink(acks_everything) as (_, sink):
         sink.load_state_dict(state)
         assert sink.stats().bottleneck == "idle: nothing was sent"
         for _ in range(3):
@@ -181,7 +183,10 @@ def test_there_is_no_connection_after_its_end() -> None:
         line.hear(SIZE)
         line.hang_up()
 
-    with sending(dies, reconnect=0.0, on_error="warn") as (_, lost), sending(listens) as (_, closed):
+    with (
+        connected_sink(dies, reconnect=0.0, on_error="warn") as (_, lost),
+        connected_sink(acks_everything) as (_, closed),
+    ):
         lost.send(BATCH)
         lost.wait(SOON_S)
         closed.send(BATCH)
@@ -205,7 +210,7 @@ def test_a_verdict_is_logged_when_it_is_waited_but_not_each_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "echo_torch.session.totals")
-    with sending(listens) as (_, sink):
+    with connected_sink(acks_everything) as (_, sink):
         sink.send(BATCH[:1])
         sink.wait(SOON_S)
         assert not caplog.messages
@@ -213,9 +218,9 @@ def test_a_verdict_is_logged_when_it_is_waited_but_not_each_time(
         time.sleep(0.2)
         sink.wait(SOON_S)
         sink.wait(SOON_S)
-        (said,) = caplog.records
-        assert said.levelno == logging.INFO
-        assert said.getMessage().startswith(f"{sink.peer}: training-bound: the sink waits for data, ")
+        (logged,) = caplog.records
+        assert logged.levelno == logging.INFO
+        assert logged.getMessage().startswith(f"{sink.peer}: producer-bound: the sink waits for data, ")
 
 
 def test_send_that_is_blocked_for_too_long_is_a_warning(
@@ -229,14 +234,14 @@ def test_send_that_is_blocked_for_too_long_is_a_warning(
         line.hear_all(SIZE)
 
     monkeypatch.setattr(totals, "VERDICT_S", 0.2)
-    with sending(late, max_inflight_msgs=4) as (_, sink):
+    with connected_sink(late, max_inflight_msgs=4) as (_, sink):
         with pytest.raises(DeliveryTimeoutError):
             sink.send(BATCH.repeat(10, 1), timeout=0.4)  # more than the buffer holds
         gate.open()
         sink.wait(SOON_S)
-        (said,) = [record for record in caplog.records if record.name == "echo_torch.session.totals"]
-        assert said.levelno == logging.WARNING
-        assert said.getMessage().startswith(f"{sink.peer}: learner-bound: ")
+        (logged,) = [record for record in caplog.records if record.name == "echo_torch.session.totals"]
+        assert logged.levelno == logging.WARNING
+        assert logged.getMessage().startswith(f"{sink.peer}: learner-bound: ")
 
 
 # Numbers.
@@ -244,7 +249,7 @@ def test_send_that_is_blocked_for_too_long_is_a_warning(
 
 def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(totals, "RATE_S", 0.2)
-    with sending(listens) as (_, sink):
+    with connected_sink(acks_everything) as (_, sink):
         sink.send(BATCH)
         sink.wait(SOON_S)
         assert sink.stats().sent_per_second > 0
@@ -256,7 +261,7 @@ def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rates_are_not_of_the_moment_since_somebody_else_looked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(totals, "RATE_S", 0.2)
-    with sending(listens) as (_, sink):
+    with connected_sink(acks_everything) as (_, sink):
         sink.send(BATCH)
         sink.wait(SOON_S)
         time.sleep(0.3)
@@ -267,11 +272,11 @@ def test_rates_are_not_of_the_moment_since_somebody_else_looked(monkeypatch: pyt
 
 def test_numbers_by_name_for_those_who_draw_them() -> None:
     stats = SinkStats(3, 30, 2, 20, 1, 0, 0.5)
-    told = stats.as_dict("echo/")
-    assert told["echo/samples_sent"] == 3
-    assert told["echo/blocked_seconds"] == 0.5
-    assert len(told) == len(SinkStats.__dataclass_fields__) - 1  # without the learners, of which there is one
-    assert all(isinstance(value, (int, float)) for value in told.values())
+    numbers = stats.as_dict("echo/")
+    assert numbers["echo/samples_sent"] == 3
+    assert numbers["echo/blocked_seconds"] == 0.5
+    assert len(numbers) == len(SinkStats.__dataclass_fields__) - 1  # without the learners, of which there is one
+    assert all(isinstance(value, (int, float)) for value in numbers.values())
 
 
 def test_what_came_since() -> None:
@@ -284,30 +289,30 @@ def test_what_came_since() -> None:
 
 @given(st.lists(st.floats(1e-7, 1e4), min_size=1), st.floats(0.01, 1.0))
 def test_quantiles_of_latencies_are_right_to_within_a_fifth(latencies: list[float], share: float) -> None:
-    found = Latencies()
+    histogram = LatencyHistogram()
     for number, seconds in enumerate(latencies):
-        found.wrote(number, float(number))
-        found.acked(number, number + seconds)
+        histogram.record_written(number, float(number))
+        histogram.record_acked(number, number + seconds)
     exact = max(1e-6, float(np.quantile(latencies, share, method="inverted_cdf")))
-    assert exact / 1.0001 <= quantile(found.counts, share) <= exact * 1.2001
+    assert exact / 1.0001 <= quantile(histogram.counts, share) <= exact * 1.2001
     assert quantile([0] * 10, share) == 0
 
 
 def test_times_of_several_processes_add_up() -> None:
     one = Times(1.0, 2.0, 3.0, (1.0, 2.0, 3.0, 4.0), (0.5, 0.0, 0.0, 0.25), tuple(range(140)))
-    assert Times.unpack(one.pack()) == one
-    assert Times.unpack(Times().pack()).plus(one) == one.plus(Times()) == one
+    assert Times.from_bytes(one.to_bytes()) == one
+    assert Times.from_bytes(Times().to_bytes()).plus(one) == one.plus(Times()) == one
     twice = Times(2.0, 4.0, 6.0, (2.0, 4.0, 6.0, 8.0), (1.0, 0.0, 0.0, 0.5), tuple(range(0, 280, 2)))
     assert one.plus(one) == twice
 
 
 def test_an_ack_is_of_all_rows_written_before_it() -> None:
-    found = Latencies()
+    histogram = LatencyHistogram()
     for number in range(1, 1000):  # more than are kept
-        found.wrote(number, float(number))
-    found.acked(5, 10.0)
-    assert sum(found.counts) == 5
-    found.begin_again()
-    found.acked(999, 10.0)
-    assert sum(found.counts) == 5
-    assert math.isclose(quantile(found.counts, 1.0), 9.0, rel_tol=0.21)
+        histogram.record_written(number, float(number))
+    histogram.record_acked(5, 10.0)
+    assert sum(histogram.counts) == 5
+    histogram.forget_unacked()
+    histogram.record_acked(999, 10.0)
+    assert sum(histogram.counts) == 5
+    assert math.isclose(quantile(histogram.counts, 1.0), 9.0, rel_tol=0.21)

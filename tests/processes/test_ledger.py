@@ -694,7 +694,7 @@ def numbers(peer: Peer) -> list[int]:
 
 
 def sink_to(peer: Peer, **options: Any) -> EchoSink:
-    return EchoSink("127.0.0.1", peer.port, SAMPLE, replay_tail=False, **options)
+    return EchoSink("127.0.0.1", peer.port, SAMPLE, resend_at_close=False, **options)
 
 
 def test_a_sink_that_comes_many_times_into_a_process_leaves_nothing_there(home: Path) -> None:

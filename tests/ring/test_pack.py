@@ -61,7 +61,7 @@ def pack(leaves: Sequence[Array], arrays: Sequence[Array], rows: int, slot: int,
     """The rows of a ring after ``run`` rows of a batch, from ``first`` on, were put at ``slot``."""
     spec = SampleSpec(list(leaves))
     ring = np.full(rows * spec.payload_size, UNTOUCHED, np.uint8)
-    Packer(Ring(ring.data, spec.payload_size), spec.leaves).filler(arrays, True)(slot, first, run)
+    Packer(Ring(ring.data, spec.payload_size), spec.leaves).make_filler(arrays, True)(slot, first, run)
     return [row.tobytes() for row in ring.reshape(rows, -1)]
 
 
@@ -108,7 +108,7 @@ def pack_one(leaves: Sequence[Array], arrays: Sequence[Array], slot: int) -> byt
     """A row after a single sample was put there; nothing else is touched."""
     spec = SampleSpec(list(leaves))
     ring = np.full(4 * spec.payload_size, UNTOUCHED, np.uint8)
-    Packer(Ring(ring.data, spec.payload_size), spec.leaves).filler(arrays, False)(slot, 0, 1)
+    Packer(Ring(ring.data, spec.payload_size), spec.leaves).make_filler(arrays, False)(slot, 0, 1)
     rows = ring.reshape(4, -1)
     assert (np.delete(rows, slot, 0) == UNTOUCHED).all()
     return rows[slot].tobytes()
@@ -142,7 +142,7 @@ def test_runs_that_wrap_around_the_ring() -> None:
     spec = SampleSpec(torch.zeros(3, dtype=torch.int16))
     ring = np.full(5 * 6, UNTOUCHED, np.uint8)
     batch = np.arange(12, dtype=np.int16).reshape(4, 3)
-    fill = Packer(Ring(ring.data, 6), spec.leaves).filler([batch], True)
+    fill = Packer(Ring(ring.data, 6), spec.leaves).make_filler([batch], True)
     fill(3, 0, 2)
     fill(0, 2, 2)
     rows = [row.tobytes() for row in ring.reshape(5, 6)]
@@ -160,7 +160,7 @@ def test_the_caller_may_change_the_batch_afterwards() -> None:
     ring = np.zeros(2 * 16, np.uint8)
     arrays = [np.array([1, 2]), np.array([0.5, 1.5])]
     before = [payload(arrays, row) for row in range(2)]
-    Packer(Ring(ring.data, 16), spec.leaves).filler(arrays, True)(0, 0, 2)
+    Packer(Ring(ring.data, 16), spec.leaves).make_filler(arrays, True)(0, 0, 2)
     for array in arrays:
         array[...] = -1
     assert [row.tobytes() for row in ring.reshape(2, 16)] == before

@@ -28,19 +28,19 @@ from peers import Line, Peer, Scripts
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.client import connection, pump
-from echo_torch.client.flow import Pace
+from echo_torch.client.flow import AckBatching
 from echo_torch.client.io_thread import HEARTBEAT_S
 from echo_torch.ring import ring, staging
 from echo_torch.ring.ring import Ring
-from echo_torch.ring.staging import DeviceCopy, device_of, pack_rows, unit_of
+from echo_torch.ring.staging import DeviceCopy, main_device, pack_rows, widest_common_unit
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support import accelerator
 
 ROWS = 8
 EXAMPLE = {"a": torch.zeros(3, dtype=torch.int32), "b": torch.zeros((), dtype=torch.uint8)}
 SIZE = 13
-BRIEF_S = 0.2
-SLOWLY = "samples on a device are copied while send() waits, which is slow"
+SHORT_S = 0.2
+SLOW_WARNING = "samples on a device are copied while send() waits, which is slow"
 
 
 def batch(first: int, rows: int = ROWS) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def batch(first: int, rows: int = ROWS) -> dict[str, torch.Tensor]:
     return {"a": (numbers[:, None] * 0x01010101 + torch.arange(3)).int(), "b": numbers.to(torch.uint8)}
 
 
-def on(device: FakeDevice, first: int, rows: int = ROWS) -> dict[str, torch.Tensor]:
+def batch_on(device: FakeDevice, first: int, rows: int = ROWS) -> dict[str, torch.Tensor]:
     return {name: device.put(leaf) for name, leaf in batch(first, rows).items()}
 
 
@@ -69,22 +69,22 @@ def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def listens(line: Line) -> None:
+def acks_everything(line: Line) -> None:
     line.greet(SampleSpec(EXAMPLE).numpy_sample())
     line.hear_all(SIZE)
 
 
 @contextmanager
-def sending(script: Callable[[Line], None] = listens, **options: Any) -> Iterator[tuple[Peer, EchoSink]]:
+def connected_sink(script: Callable[[Line], None] = acks_everything, **options: Any) -> Iterator[tuple[Peer, EchoSink]]:
     with Peer(script) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False, **options).connect()
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False, **options).connect()
         try:
             yield peer, sink
         finally:
             sink.close(SOON_S)
 
 
-def heard(peer: Peer, number: int = 0) -> list[bytes]:
+def received_samples(peer: Peer, number: int = 0) -> list[bytes]:
     """The samples that a connection received so far."""
     received = bytes(peer.lines[number].received)
     return [received[at : at + SIZE] for at in range(0, len(received), SIZE)]
@@ -108,30 +108,30 @@ def produce_send_overwrite(device: FakeDevice, sink: EchoSink, batches: int = 3)
     return sent
 
 
-def late(device: FakeDevice) -> list[bytes]:
+def send_before_device_runs(device: FakeDevice) -> list[bytes]:
     """What arrives, and what should, of a device that does nothing until all is sent, and then our own stream first."""
-    with sending() as (peer, sink):
+    with connected_sink() as (peer, sink):
         expected = produce_send_overwrite(device, sink)
         gc.collect()
         device.run()
         sink.wait(SOON_S)
-        return [got == want for got, want in zip(heard(peer), expected, strict=True)]
+        return [got == want for got, want in zip(received_samples(peer), expected, strict=True)]
 
 
-def early(device: FakeDevice) -> list[bool]:
+def wait_before_device_runs(device: FakeDevice) -> list[bool]:
     """The same if what was written before the device did anything is what counts: nothing must be."""
-    with sending() as (peer, sink):
+    with connected_sink() as (peer, sink):
         expected = produce_send_overwrite(device, sink, batches=1)
         with pytest.raises(DeliveryTimeoutError, match=f"{ROWS} samples un-acked"):
-            sink.wait(BRIEF_S)
-        assert not heard(peer)
+            sink.wait(SHORT_S)
+        assert not received_samples(peer)
         device.run()
         sink.wait(SOON_S)
-        return [got == want for got, want in zip(heard(peer), expected, strict=True)]
+        return [got == want for got, want in zip(received_samples(peer), expected, strict=True)]
 
 
 @contextmanager
-def computing(device: FakeDevice) -> Iterator[None]:
+def device_running(device: FakeDevice) -> Iterator[None]:
     """The device does what it is given, a while later."""
     stop = threading.Event()
 
@@ -149,34 +149,34 @@ def computing(device: FakeDevice) -> Iterator[None]:
         device.run()
 
 
-def round_and_round(device: FakeDevice) -> list[bool]:
+def send_more_than_the_ring_holds(device: FakeDevice) -> list[bool]:
     """The same for a ring that has room for one and a half batches: rows are used again, while the device is late."""
-    with sending(buffer_bytes=20 * SIZE) as (peer, sink), computing(device):
+    with connected_sink(buffer_bytes=20 * SIZE) as (peer, sink), device_running(device):
         expected = produce_send_overwrite(device, sink, batches=10)
         sink.wait(SOON_S)
-        return [got == want for got, want in zip(heard(peer), expected, strict=True)]
+        return [got == want for got, want in zip(received_samples(peer), expected, strict=True)]
 
 
 class Interrupted(BaseException):
     """Stands for Ctrl-C."""
 
 
-def break_off(device: FakeDevice, sink: EchoSink, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt_send(device: FakeDevice, sink: EchoSink, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a send interrupted when its copy is enqueued."""
     record = FakeStream.record_event
 
-    def breaks_off(stream: FakeStream) -> FakeEvent:
+    def interrupts(stream: FakeStream) -> FakeEvent:
         if stream is not device.current:
             monkeypatch.setattr(FakeStream, "record_event", record)
             raise Interrupted
         return record(stream)
 
-    monkeypatch.setattr(FakeStream, "record_event", breaks_off)
+    monkeypatch.setattr(FakeStream, "record_event", interrupts)
     with pytest.raises(Interrupted):
-        sink.send(on(device, 100))
+        sink.send(batch_on(device, 100))
 
 
-def interrupted(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def send_after_an_interrupt(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """A send is broken off when its copy is enqueued, and others follow, the first of them from the CPU."""
     gate = Gate()
 
@@ -187,9 +187,9 @@ def interrupted(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> list[boo
         line.ack()
         line.hear_all(SIZE)
 
-    with sending(acks_late, max_inflight_msgs=1) as (peer, sink):
-        break_off(device, sink, monkeypatch)
-        later = threading.Timer(BRIEF_S, device.run)
+    with connected_sink(acks_late, max_inflight_msgs=1) as (peer, sink):
+        interrupt_send(device, sink, monkeypatch)
+        later = threading.Timer(SHORT_S, device.run)
         later.start()
         sink.send(batch(0))
         later.join()  # all but one of the samples from the CPU lie in the ring now
@@ -197,54 +197,56 @@ def interrupted(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> list[boo
         expected = rows_of(batch(0)) + produce_send_overwrite(device, sink)
         device.run()
         sink.wait(SOON_S)
-        return [got == want for got, want in zip(heard(peer), expected, strict=True)]
+        return [got == want for got, want in zip(received_samples(peer), expected, strict=True)]
 
 
 def test_a_late_device(device: FakeDevice) -> None:
-    assert all(late(device))
+    assert all(send_before_device_runs(device))
     assert not device.freed_too_soon
 
 
 def test_nothing_is_written_before_it_is_there(device: FakeDevice) -> None:
-    assert all(early(device))
+    assert all(wait_before_device_runs(device))
 
 
 def test_rows_are_used_again(device: FakeDevice) -> None:
-    assert all(round_and_round(device))
+    assert all(send_more_than_the_ring_holds(device))
 
 
 def test_a_send_that_is_interrupted_leaves_nothing(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(interrupted(device, monkeypatch))
+    assert all(send_after_an_interrupt(device, monkeypatch))
 
 
-def test_the_tail_is_not_what_an_interrupted_send_left(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a block is left by Ctrl-C: `close` repeats the last samples in the rows that the copy goes to."""
-    with Peer(listens) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
-        sink.send(batch(0))
-        break_off(device, sink, monkeypatch)
-        with computing(device):
-            sink.close(SOON_S)
-        assert heard(peer) == 2 * rows_of(batch(0))
-
-
-def test_what_an_interrupted_send_left_holds_nobody_up_for_ever(
+def test_the_resend_tail_is_not_what_an_interrupted_send_left(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Peer(listens) as peer:
+    """As a block is left by Ctrl-C: `close` repeats the last samples in the rows that the copy goes to."""
+    with Peer(acks_everything) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
         sink.send(batch(0))
-        break_off(device, sink, monkeypatch)
+        interrupt_send(device, sink, monkeypatch)
+        with device_running(device):
+            sink.close(SOON_S)
+        assert received_samples(peer) == 2 * rows_of(batch(0))
+
+
+def test_a_copy_left_by_an_interrupted_send_blocks_nobody_for_ever(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Peer(acks_everything) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
+        sink.send(batch(0))
+        interrupt_send(device, sink, monkeypatch)
         with pytest.raises(DeliveryTimeoutError, match=r"send\(\) not done within 0.2 s"):
-            sink.send(batch(ROWS), timeout=BRIEF_S)
+            sink.send(batch(ROWS), timeout=SHORT_S)
         with pytest.raises(DeliveryTimeoutError, match=r"close\(\) not done within 0.2 s"):
-            sink.close(BRIEF_S)
+            sink.close(SHORT_S)
         threads_end()
-        assert heard(peer) == rows_of(batch(0))
+        assert received_samples(peer) == rows_of(batch(0))
     device.run()
 
 
-def _no_wait(stream: FakeStream, other: FakeStream) -> None:
+def _does_not_wait(stream: FakeStream, other: FakeStream) -> None:
     """For a copy that does not wait for the kernel that packs."""
 
 
@@ -255,7 +257,7 @@ def _passed_at_once(stream: FakeStream) -> FakeEvent:
     return event
 
 
-def _all_is_free(ring: Ring, want: int) -> tuple[int, int]:
+def _ignores_unreleased_rows(ring: Ring, want: int) -> tuple[int, int]:
     """For rows that are used again although they are not released."""
     place = ring.reserved % ring.capacity
     return place, min(want, ring.capacity - place)
@@ -264,8 +266,8 @@ def _all_is_free(ring: Ring, want: int) -> tuple[int, int]:
 def test_a_copy_that_does_not_wait_for_the_packing_would_be_seen(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeStream, "wait_stream", _no_wait)
-    assert not any(late(device))
+    monkeypatch.setattr(FakeStream, "wait_stream", _does_not_wait)
+    assert not any(send_before_device_runs(device))
 
 
 def test_a_packing_that_does_not_follow_the_caller_would_be_seen(
@@ -274,7 +276,7 @@ def test_a_packing_that_does_not_follow_the_caller_would_be_seen(
     other = FakeStream(device)
     monkeypatch.setattr(accelerator, "run_on_current_stream", lambda work: other.enqueue(work))
     monkeypatch.setattr(accelerator, "current_stream", lambda _: other)
-    assert not any(late(device))
+    assert not any(send_before_device_runs(device))
 
 
 def test_an_event_that_does_not_follow_the_copy_would_be_seen(
@@ -290,23 +292,23 @@ def test_an_event_that_does_not_follow_the_copy_would_be_seen(
 
     monkeypatch.setattr(FakeStream, "wait_stream", wait_for)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        early(device)
+        wait_before_device_runs(device)
 
 
 def test_rows_used_again_too_soon_would_be_seen(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ring, "free_run", _all_is_free)
+    monkeypatch.setattr(Ring, "next_free_run", _ignores_unreleased_rows)
     with pytest.raises((AssertionError, ValueError, ConnectionClosedError, DeliveryTimeoutError)):
-        assert all(round_and_round(device))
+        assert all(send_more_than_the_ring_holds(device))
 
 
 def test_what_an_interrupted_send_left_would_be_seen(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ring, "settled", lambda ring: True)
-    assert not all(interrupted(device, monkeypatch))
+    monkeypatch.setattr(Ring, "clear_uncommitted_copy", lambda ring: True)
+    assert not all(send_after_an_interrupt(device, monkeypatch))
 
 
 def test_packed_rows_freed_too_soon_would_be_seen(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeviceCopy, "keep", lambda copy, memory: None)
-    late(device)
+    monkeypatch.setattr(DeviceCopy, "keep_alive", lambda copy, memory: None)
+    send_before_device_runs(device)
     assert device.freed_too_soon
 
 
@@ -315,99 +317,99 @@ def test_packed_rows_freed_too_soon_would_be_seen(device: FakeDevice, monkeypatc
 
 def test_batches_from_the_cpu_in_between(device: FakeDevice) -> None:
     """Rows that were in flight before the ring was pinned, and those that are ready before others on the device are."""
-    with sending() as (peer, sink):
+    with connected_sink() as (peer, sink):
         expected = []
         for number in range(0, 60 * ROWS, 2 * ROWS):
-            sink.send(batch(number) if number < 10 * ROWS else on(device, number))
+            sink.send(batch(number) if number < 10 * ROWS else batch_on(device, number))
             sink.send(batch(number + ROWS))
             expected += rows_of(batch(number, 2 * ROWS))
         device.run()
         sink.wait(SOON_S)
-        assert heard(peer) == expected
+        assert received_samples(peer) == expected
 
 
 def test_a_batch_that_is_larger_than_the_ring(device: FakeDevice) -> None:
-    with sending(buffer_bytes=20 * SIZE) as (peer, sink), computing(device):
-        sink.send(on(device, 0, 100))
+    with connected_sink(buffer_bytes=20 * SIZE) as (peer, sink), device_running(device):
+        sink.send(batch_on(device, 0, 100))
         sink.wait(SOON_S)
-        assert heard(peer) == rows_of(batch(0, 100))
+        assert received_samples(peer) == rows_of(batch(0, 100))
 
 
 def test_single_samples(device: FakeDevice) -> None:
-    with sending() as (peer, sink), computing(device):
+    with connected_sink() as (peer, sink), device_running(device):
         for number in range(5):
             sink.send({name: device.put(leaf[0]) for name, leaf in batch(number).items()})
         sink.wait(SOON_S)
-        assert heard(peer) == rows_of(batch(0, 5))
+        assert received_samples(peer) == rows_of(batch(0, 5))
 
 
 @pytest.mark.parametrize("elsewhere", ["tensor", "numpy", "view"])
 def test_leaves_on_the_cpu_beside_those_on_the_device(device: FakeDevice, elsewhere: str) -> None:
     """They may be overwritten as well."""
-    with sending() as (peer, sink):
-        mixed: dict[str, Any] = on(device, 0)
+    with connected_sink() as (peer, sink):
+        mixed: dict[str, Any] = batch_on(device, 0)
         own = batch(0)["a"]
         mixed["a"] = {"tensor": own, "numpy": own.numpy(), "view": own.repeat(1, 2)[:, :3]}[elsewhere]
         sink.send(mixed)
         mixed["a"][...] = 7
         device.run()
         sink.wait(SOON_S)
-        assert heard(peer) == rows_of(batch(0))
+        assert received_samples(peer) == rows_of(batch(0))
 
 
 def test_what_is_left_out_at_the_end(device: FakeDevice) -> None:
-    with sending() as (peer, sink), computing(device):
-        sink.send(on(device, 0), skip_last=3)
+    with connected_sink() as (peer, sink), device_running(device):
+        sink.send(batch_on(device, 0), skip_last=3)
         sink.wait(SOON_S)
-        assert heard(peer) == rows_of(batch(0, ROWS - 3))
+        assert received_samples(peer) == rows_of(batch(0, ROWS - 3))
 
 
 def test_another_client_gets_arrays(device: FakeDevice) -> None:
     """It takes samples of numpy, so these are waited for."""
-    with Peer(listens) as peer, EchoSink("127.0.0.1", peer.port, EXAMPLE, client=echo.TcpClient) as sink:
-        sink.send(on(device, 0))
+    with Peer(acks_everything) as peer, EchoSink("127.0.0.1", peer.port, EXAMPLE, client=echo.TcpClient) as sink:
+        sink.send(batch_on(device, 0))
         sink.wait(SOON_S)
-        assert heard(peer) == rows_of(batch(0))
+        assert received_samples(peer) == rows_of(batch(0))
 
 
 def test_a_wrong_batch_names_its_leaf_and_sends_nothing(device: FakeDevice) -> None:
-    with sending() as (peer, sink), computing(device):
-        wrong = on(device, 0)
+    with connected_sink() as (peer, sink), device_running(device):
+        wrong = batch_on(device, 0)
         wrong["a"] = device.put(wrong["a"].long())
         with pytest.raises(SpecMismatchError, match=r"batch\['a'\]: got torch.int64 \[8, 3\], expected torch.int32"):
             sink.send(wrong)
         wrong["a"] = device.put(batch(0)["a"][:, :2])
         with pytest.raises(SpecMismatchError, match=r"batch\['a'\]: got torch.int32 \[8, 2\]"):
             sink.send(wrong)
-        sink.send(on(device, 0))
+        sink.send(batch_on(device, 0))
         sink.wait(SOON_S)
-        assert heard(peer) == rows_of(batch(0))
+        assert received_samples(peer) == rows_of(batch(0))
 
 
 def test_threads_that_each_have_a_stream(device: FakeDevice) -> None:
-    with sending(buffer_bytes=20 * SIZE) as (peer, sink), computing(device):
+    with connected_sink(buffer_bytes=20 * SIZE) as (peer, sink), device_running(device):
 
         def send(first: int) -> None:
             for number in range(first, first + 10 * ROWS, ROWS):
-                sink.send(on(device, number))
+                sink.send(batch_on(device, number))
 
         with running(lambda: send(0), lambda: send(1000)) as outcomes:
             pass
         assert outcomes == [None, None]
         sink.wait(SOON_S)
-        got = heard(peer)
+        got = received_samples(peer)
         for first in (0, 1000):
             rows = rows_of(batch(first, 10 * ROWS))
             assert [row for row in got if row in rows] == rows
         assert len(got) == 20 * ROWS
 
 
-def test_a_copy_that_begins_while_the_thread_lies_down_wakes_it(
+def test_a_copy_that_begins_while_the_thread_goes_to_sleep_wakes_it(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After it has looked and found none under way, and before it sleeps: no ack will come to wake it."""
-    asked, lies_down, sent = set(), Gate(), Gate()
-    query, nap = FakeEvent.query, Pace.nap
+    asked, about_to_sleep, sent = set(), Gate(), Gate()
+    query, poll_interval = FakeEvent.query, AckBatching.poll_interval
 
     def noted(event: FakeEvent) -> bool:
         passed = query(event)
@@ -415,21 +417,21 @@ def test_a_copy_that_begins_while_the_thread_lies_down_wakes_it(
             asked.add(passed)
         return passed
 
-    def held_up(pace: Pace, acked: int) -> float:
+    def held_up(ack_batching: AckBatching, acked: int) -> float:
         if True in asked:
-            lies_down.open()
+            about_to_sleep.open()
             sent.wait()
-        return nap(pace, acked)
+        return poll_interval(ack_batching, acked)
 
-    with sending() as (_, sink):
+    with connected_sink() as (_, sink):
         monkeypatch.setattr(FakeEvent, "query", noted)
-        monkeypatch.setattr(Pace, "nap", held_up)
-        sink.send(on(device, 0))
+        monkeypatch.setattr(AckBatching, "poll_interval", held_up)
+        sink.send(batch_on(device, 0))
         eventually(lambda: asked == {False})
         device.run()
-        lies_down.wait()
+        about_to_sleep.wait()
         eventually(lambda: sink.stats().samples_acked == ROWS)
-        sink.send(on(device, ROWS))
+        sink.send(batch_on(device, ROWS))
         device.run()
         sent.open()
         sink.wait(HEARTBEAT_S / 2)
@@ -439,8 +441,8 @@ def test_a_copy_that_begins_while_the_thread_lies_down_wakes_it(
 
 
 def test_waiting_for_a_device_that_hangs_ends(device: FakeDevice) -> None:
-    with sending(stall_timeout=BRIEF_S) as (_, sink):
-        sink.send(on(device, 0))
+    with connected_sink(stall_timeout=SHORT_S) as (_, sink):
+        sink.send(batch_on(device, 0))
         with pytest.raises(DeliveryTimeoutError, match=r"nothing was acked for 0.2 s \(stall_timeout\); 8 samples"):
             sink.wait()
         device.run()
@@ -450,15 +452,15 @@ def test_waiting_for_a_device_that_hangs_ends(device: FakeDevice) -> None:
 def test_a_device_that_is_slow_does_not_hang(device: FakeDevice, clock: Clock) -> None:
     """Something is acked now and then, though the last batch was enqueued long ago."""
     batches = 6
-    with sending(stall_timeout=SOON_S) as (_, sink):
+    with connected_sink(stall_timeout=SOON_S) as (_, sink):
         for number in range(batches):
-            sink.send(on(device, number * ROWS))
+            sink.send(batch_on(device, number * ROWS))
         (copying,) = (stream for stream in device.streams if stream is not device.current)
         of_one = len(copying.ops) // batches
         for left in reversed(range(batches)):
             clock.advance(0.8 * SOON_S)
             with pytest.raises(DeliveryTimeoutError, match=r"wait\(\) not done within 0.2 s"):
-                sink.wait(BRIEF_S)
+                sink.wait(SHORT_S)
             while len(copying.ops) > left * of_one:
                 for stream in device.streams:
                     device.step(stream)
@@ -467,11 +469,11 @@ def test_a_device_that_is_slow_does_not_hang(device: FakeDevice, clock: Clock) -
 
 
 def test_closing_while_a_device_hangs_ends(device: FakeDevice) -> None:
-    with Peer(listens) as peer:
+    with Peer(acks_everything) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
-        sink.send(on(device, 0))
+        sink.send(batch_on(device, 0))
         with pytest.raises(DeliveryTimeoutError, match="8 samples un-acked"):
-            sink.close(BRIEF_S)
+            sink.close(SHORT_S)
         threads_end()
         device.run()
 
@@ -483,10 +485,10 @@ def _fails(event: FakeEvent) -> bool:
 def test_a_copy_that_fails_ends_the_connection_in_clear_words(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Peer(listens) as peer:
+    with Peer(acks_everything) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
         monkeypatch.setattr(FakeEvent, "query", _fails)
-        sink.send(on(device, 0))
+        sink.send(batch_on(device, 0))
         says_why = "samples could not be copied from their device: an illegal memory access was encountered"
         with pytest.raises(ConnectionClosedError, match=says_why) as caught:
             sink.wait(SOON_S)
@@ -508,20 +510,20 @@ def test_a_device_without_room_for_packing(
             raise torch.OutOfMemoryError("out of memory")
         return empty(size, **options)
 
-    monkeypatch.setattr(staging, "FULL_S", 0.2)
-    with sending(buffer_bytes=20 * SIZE) as (peer, sink), computing(device):
+    monkeypatch.setattr(staging, "OUT_OF_MEMORY_PAUSE_S", 0.2)
+    with connected_sink(buffer_bytes=20 * SIZE) as (peer, sink), device_running(device):
         monkeypatch.setattr(staging.torch, "empty", runs_out)
-        sink.send(on(device, 0, 40))
+        sink.send(batch_on(device, 0, 40))
         asked = len(made)
-        sink.send(on(device, 40))
+        sink.send(batch_on(device, 40))
         assert len(made) == asked == 2
         sink.wait(SOON_S)
         time.sleep(0.2)
-        sink.send(on(device, 40 + ROWS))
+        sink.send(batch_on(device, 40 + ROWS))
         assert len(made) > asked
         sink.wait(SOON_S)
-        assert heard(peer) == rows_of(batch(0, 40 + 2 * ROWS))
-    assert caplog.messages.count(f"{sink.peer}: {SLOWLY}: out of memory") == 1
+        assert received_samples(peer) == rows_of(batch(0, 40 + 2 * ROWS))
+    assert caplog.messages.count(f"{sink.peer}: {SLOW_WARNING}: out of memory") == 1
 
 
 def test_without_pinned_memory_it_is_slower_and_right(
@@ -531,13 +533,13 @@ def test_without_pinned_memory_it_is_slower_and_right(
         raise accelerator.PinnedMemoryError("out of pinned memory")
 
     monkeypatch.setattr(accelerator, "empty_pinned", none_left)
-    with sending(buffer_bytes=20 * SIZE) as (peer, sink):
+    with connected_sink(buffer_bytes=20 * SIZE) as (peer, sink):
         for first in range(0, 10 * ROWS, ROWS):
-            sink.send(on(device, first))
+            sink.send(batch_on(device, first))
         sink.send({name: leaf[0] for name, leaf in batch(10 * ROWS).items()})
         sink.wait(SOON_S)
-        assert heard(peer) == rows_of(batch(0, 10 * ROWS + 1))
-    assert caplog.messages.count(f"{sink.peer}: {SLOWLY}: out of pinned memory") == 1
+        assert received_samples(peer) == rows_of(batch(0, 10 * ROWS + 1))
+    assert caplog.messages.count(f"{sink.peer}: {SLOW_WARNING}: out of pinned memory") == 1
 
 
 def test_pinned_memory_is_taken_once_and_given_back(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,17 +552,17 @@ def test_pinned_memory_is_taken_once_and_given_back(device: FakeDevice, monkeypa
         return memory
 
     monkeypatch.setattr(accelerator, "empty_pinned", noted)
-    with Peer(listens) as peer:
+    with Peer(acks_everything) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, buffer_bytes=20 * SIZE).connect()
-        with computing(device):
+        with device_running(device):
             for number in range(0, 10 * ROWS, ROWS):
-                sink.send(on(device, number))
+                sink.send(batch_on(device, number))
                 sink.send(batch(number))
             assert [memory() is not None for memory in taken] == [True]
             sink.close(SOON_S)
         assert [memory() for memory in taken] == [None]
         with pytest.raises(ConnectionClosedError):
-            sink.send(on(device, 0))
+            sink.send(batch_on(device, 0))
         with pytest.raises(ConnectionClosedError):
             sink.send(batch(0))
 
@@ -574,9 +576,9 @@ def test_packed_rows_are_kept_no_longer_than_needed(device: FakeDevice, monkeypa
         packed.append(weakref.ref(memory))
         return memory
 
-    with sending() as (_, sink):
+    with connected_sink() as (_, sink):
         monkeypatch.setattr(staging.torch, "empty", noted)
-        sink.send(on(device, 0))
+        sink.send(batch_on(device, 0))
         assert [memory() is None for memory in packed] == [False]
         device.run()
         sink.wait(SOON_S)
@@ -593,15 +595,15 @@ def test_a_connection_that_is_cut_while_the_device_is_late(device: FakeDevice) -
         cut.wait()
         line.reset()
 
-    with Peer(Scripts(leaves, listens)) as peer:
-        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, replay_tail=False).connect()
+    with Peer(Scripts(leaves, acks_everything)) as peer:
+        sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False).connect()
         sink.send(batch(0))
-        sink.send(on(device, ROWS))
+        sink.send(batch_on(device, ROWS))
         cut.open()
         eventually(lambda: sink.stats().reconnects == 1)
         device.run()
         sink.wait(SOON_S)
-        assert heard(peer, 1) == rows_of(batch(0, 2 * ROWS))
+        assert received_samples(peer, 1) == rows_of(batch(0, 2 * ROWS))
         sink.close(SOON_S)
 
 
@@ -660,7 +662,7 @@ def test_packed_rows_are_the_payloads(data: st.DataObject) -> None:
         tensors.append(LAYOUTS[layout](whole.view(rows, *shape)))
     sizes = [tensor[0].nbytes for tensor in tensors]
     packed = torch.zeros((rows, sum(sizes)), dtype=torch.uint8)
-    pack_rows(tensors, [], unit_of(sizes), packed)
+    pack_rows(tensors, [], widest_common_unit(sizes), packed)
     for row in range(rows):
         want = b"".join(
             tensor[row].detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors
@@ -671,7 +673,7 @@ def test_packed_rows_are_the_payloads(data: st.DataObject) -> None:
 def test_lazy_conjugates_and_negations_are_packed_as_what_they_stand_for() -> None:
     values = torch.randn(2, 3, dtype=torch.complex64)
     packed = torch.zeros((2, 36), dtype=torch.uint8)
-    pack_rows([values.conj(), values.conj().imag], [], unit_of([24, 12]), packed)
+    pack_rows([values.conj(), values.conj().imag], [], widest_common_unit([24, 12]), packed)
     want = torch.cat([values.resolve_conj().conj_physical().view(torch.uint8), (-values.imag).view(torch.uint8)], 1)
     assert torch.equal(packed, want)
 
@@ -687,21 +689,21 @@ def test_lazy_conjugates_and_negations_are_packed_as_what_they_stand_for() -> No
     ],
 )
 def test_rows_are_packed_in_the_widest_unit(sizes: list[int], unit: torch.dtype) -> None:
-    assert unit_of(sizes) is unit
+    assert widest_common_unit(sizes) is unit
 
 
 def test_the_device_with_most_bytes_packs() -> None:
     small, large = torch.zeros(4, device="cpu"), torch.zeros(4, dtype=torch.float64, device="meta")
-    assert device_of([small, large, small.numpy(), small]) == torch.device("cpu")
-    assert device_of([small, large, np.zeros(100)]) == torch.device("meta")
+    assert main_device([small, large, small.numpy(), small]) == torch.device("cpu")
+    assert main_device([small, large, np.zeros(100)]) == torch.device("meta")
 
 
 # In the trace of a profiler, and in what is compiled.
 
 
 def test_a_profiler_shows_what_send_does(device: FakeDevice) -> None:
-    with sending() as (_, sink), torch.profiler.profile() as profile:
-        sink.send(on(device, 0))
+    with connected_sink() as (_, sink), torch.profiler.profile() as profile:
+        sink.send(batch_on(device, 0))
         device.run()
         sink.wait(SOON_S)
     names = {event.key for event in profile.key_averages()}
@@ -710,7 +712,7 @@ def test_a_profiler_shows_what_send_does(device: FakeDevice) -> None:
 
 def test_a_compiled_function_may_send() -> None:
     """What it sends is what was computed, not what was traced; as a part of one graph it cannot be."""
-    with sending() as (peer, sink):
+    with connected_sink() as (peer, sink):
 
         def step(numbers: torch.Tensor) -> torch.Tensor:
             doubled = numbers * 2
@@ -722,7 +724,7 @@ def test_a_compiled_function_may_send() -> None:
         assert [int(compiled(numbers)) for numbers in inputs] == [30, 42, 54]
         sink.wait(SOON_S)
         expected = [{"a": 2 * numbers, "b": (2 * numbers[:, 0]).to(torch.uint8)} for numbers in inputs]
-        assert heard(peer) == [row for sent in expected for row in rows_of(sent)]
+        assert received_samples(peer) == [row for sent in expected for row in rows_of(sent)]
         torch.compiler.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported, match="it sends to another process"):
             torch.compile(step, backend="eager", fullgraph=True)(inputs[0])
@@ -739,14 +741,14 @@ def test_only_one_thread_asks_for_copies(device: FakeDevice, monkeypatch: pytest
         return query(event)
 
     monkeypatch.setattr(FakeEvent, "query", noted)
-    with sending() as (_, sink):
+    with connected_sink() as (_, sink):
         for number in range(10):
-            sink.send(on(device, number))
+            sink.send(batch_on(device, number))
             sink.stats()
             sink.send(batch(number))
         asked_by.clear()  # of what the streams ask each other
         sink.stats()
-        with computing(device):
+        with device_running(device):
             sink.wait(SOON_S)
         assert {name for name in asked_by if name.startswith("echo_torch") or name == "MainThread"} == {
             f"echo_torch {sink.peer}"
@@ -754,21 +756,21 @@ def test_only_one_thread_asks_for_copies(device: FakeDevice, monkeypatch: pytest
 
 
 def test_a_stall_counts_for_what_an_interrupted_send_left(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    with sending(stall_timeout=BRIEF_S) as (_, sink):
+    with connected_sink(stall_timeout=SHORT_S) as (_, sink):
         sink.send(batch(0))
         sink.wait(SOON_S)
-        break_off(device, sink, monkeypatch)
+        interrupt_send(device, sink, monkeypatch)
         with pytest.raises(DeliveryTimeoutError, match=r"stall_timeout"):
             sink.send(batch(ROWS))
         device.run()
 
 
-def sink_with_a_copy_left_that_fails(peer: Peer, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> EchoSink:
+def sink_with_a_failing_uncommitted_copy(peer: Peer, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> EchoSink:
     """By an interrupted send; one batch before it is acked."""
     sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
     sink.send(batch(0))
     sink.wait(SOON_S)
-    break_off(device, sink, monkeypatch)
+    interrupt_send(device, sink, monkeypatch)
     monkeypatch.setattr(FakeEvent, "query", _fails)
     return sink
 
@@ -776,8 +778,8 @@ def sink_with_a_copy_left_that_fails(peer: Peer, device: FakeDevice, monkeypatch
 def test_what_an_interrupted_send_left_and_fails_ends_the_connection(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Peer(listens) as peer:
-        sink = sink_with_a_copy_left_that_fails(peer, device, monkeypatch)
+    with Peer(acks_everything) as peer:
+        sink = sink_with_a_failing_uncommitted_copy(peer, device, monkeypatch)
         with pytest.raises(ConnectionClosedError, match="could not be copied from their device: an illegal"):
             sink.send(batch(ROWS))
         sink.close()
@@ -788,8 +790,8 @@ def test_what_an_interrupted_send_left_and_fails_ends_a_sink_that_was_dropped(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its thread finds that out when it is about to repeat the last samples."""
-    with Peer(listens) as peer:
-        sink = sink_with_a_copy_left_that_fails(peer, device, monkeypatch)
+    with Peer(acks_everything) as peer:
+        sink = sink_with_a_failing_uncommitted_copy(peer, device, monkeypatch)
         del sink
         gc.collect()
         threads_end()
@@ -800,10 +802,10 @@ def test_a_device_without_room_keeps_no_batch(device: FakeDevice, monkeypatch: p
     def runs_out(*_: Any, **options: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("out of memory")
 
-    with sending() as (_, sink):
+    with connected_sink() as (_, sink):
         with monkeypatch.context() as patch:
             patch.setattr(staging.torch, "empty", runs_out)
-            sent = on(device, 0)
+            sent = batch_on(device, 0)
             kept = weakref.ref(sent["a"])
             gc.disable()
             try:

@@ -66,7 +66,7 @@ def of_batches(*numbers: int) -> list[int]:
 
 def test_learners_take_turns() -> None:
     with two_learners() as learners:
-        with sink_to(learners, replay_tail=False) as sink:
+        with sink_to(learners, resend_at_close=False) as sink:
             for number in range(8):
                 sink.send(batch(number))
             sink.wait()
@@ -80,7 +80,7 @@ def test_learners_take_turns() -> None:
 
 def test_a_function_says_whose_each_sample_is() -> None:
     with two_learners() as learners:
-        sink = pickle.loads(pickle.dumps(sink_to(learners, route=parity, replay_tail=False)))
+        sink = pickle.loads(pickle.dumps(sink_to(learners, route=parity, resend_at_close=False)))
         with sink:
             for number in range(4):
                 sink.send(batch(number))
@@ -145,7 +145,7 @@ def test_turns_wait_for_the_learner_whose_turn_it_is() -> None:
 
 def test_a_timeout_tells_which_samples_of_a_batch_that_was_spread_are_left() -> None:
     with two_learners() as learners:
-        options = {"route": parity, "buffer_bytes": 10 * SIZE, "max_inflight_msgs": 2, "replay_acked": 0}
+        options = {"route": parity, "buffer_bytes": 10 * SIZE, "max_inflight_msgs": 2, "resend_acked": 0}
         with sink_to(learners, **options) as sink:
             learners[1].freeze()
             try:
@@ -289,7 +289,7 @@ def test_all_learners_must_be_there_at_first_unless_others_may_have_their_share(
 
 def test_close_does_not_have_a_learner_pay_for_one_that_is_stopped() -> None:
     with two_learners() as learners:
-        sink = sink_to(learners, replay_acked=8).connect()
+        sink = sink_to(learners, resend_acked=8).connect()
         learners[0].freeze()
         for number in range(4):
             sink.send(batch(number))
@@ -316,7 +316,7 @@ def test_close_passes_on_what_a_lost_learner_left() -> None:
 
 def test_no_learner_has_room() -> None:
     with two_learners() as learners:
-        options = {"route": "least_inflight", "buffer_bytes": 2 * BATCH * SIZE, "replay_acked": 0}
+        options = {"route": "least_inflight", "buffer_bytes": 2 * BATCH * SIZE, "resend_acked": 0}
         with sink_to(learners, **options) as sink:
             for learner in learners:
                 learner.freeze()

@@ -69,7 +69,7 @@ class Dying:
 
 
 def sink_to(*peers: Peer, **options: Any) -> EchoSink:
-    options = {"failover": True, "reconnect": 0, "replay_tail": False, **options}
+    options = {"failover": True, "reconnect": 0, "resend_at_close": False, **options}
     return EchoSink("127.0.0.1", [peer.port for peer in peers], EXAMPLE, **options).connect()
 
 
@@ -250,7 +250,7 @@ class Stuck(logging.Handler):
 def test_rows_that_a_device_copies_are_not_passed_on_while_the_thread_is_held_up(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sender, "REMAINS_S", BRIEF_S)
+    monkeypatch.setattr(sender, "THREAD_EXIT_TIMEOUT_S", BRIEF_S)
     handler, dying, log = Stuck(), Dying(rows=2), logging.getLogger("echo_torch")
     with dying.peer:
         client = TcpClient("127.0.0.1", dying.peer.port, EXAMPLE)
@@ -261,8 +261,8 @@ def test_rows_that_a_device_copies_are_not_passed_on_while_the_thread_is_held_up
         try:
             dying.die()
             eventually(lambda: client.closed)
-            remains = client.remains()
-            assert (remains.left, remains.stuck, remains.unacked) == (2, 4, 6)
+            remains = client.undelivered()
+            assert (remains.remaining, remains.unrecoverable, remains.unacked) == (2, 4, 6)
             assert remains.view().tobytes() == np.arange(2).tobytes()
         finally:
             handler.gate.open()

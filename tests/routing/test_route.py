@@ -140,13 +140,13 @@ def test_a_client_that_fails_to_wait_is_closed_all_the_same() -> None:
 
 
 def made_by_function(host: str, port: int, data_sample: Any, max_inflight_msgs: int) -> TcpClient:
-    options: dict[str, Any] = {"replay_acked": 2, "replay_tail": True, "stall_timeout": PATIENCE_S / 3}
+    options: dict[str, Any] = {"resend_acked": 2, "resend_at_close": True, "stall_timeout": PATIENCE_S / 3}
     return TcpClient(host, port, data_sample, min(max_inflight_msgs, 4), **options)
 
 
 FACTORIES: dict[str, Callable[..., Any]] = {
     "function": made_by_function,
-    "partial": functools.partial(TcpClient, replay_acked=2, replay_tail=True, stall_timeout=PATIENCE_S / 3),
+    "partial": functools.partial(TcpClient, resend_acked=2, resend_at_close=True, stall_timeout=PATIENCE_S / 3),
 }
 
 

@@ -385,13 +385,13 @@ def arrive(learner: Learner, sink: EchoSink, *batches: Any) -> Any:
 def test_what_a_container_holds_arrives(learner: Learner, name: str) -> None:
     """Bit for bit, with a row of it as the example."""
     make = MAKE[name]
-    sink = EchoSink("127.0.0.1", learner.port, make(sample(), []), replay_tail=False)
+    sink = EchoSink("127.0.0.1", learner.port, make(sample(), []), resend_at_close=False)
     same(arrive(learner, sink, make(values(), [ROWS])), to_numpy(values()))
 
 
 def test_containers_of_all_types_arrive_through_one_sink(learner: Learner) -> None:
     """Rows one by one in one type after the other, and refused ones between them."""
-    sink = EchoSink.from_batch("127.0.0.1", learner.port, TensorDict(values(), [ROWS]), replay_tail=False)
+    sink = EchoSink.from_batch("127.0.0.1", learner.port, TensorDict(values(), [ROWS]), resend_at_close=False)
     kinds = list(MAKE.values())
     rows = [
         kinds[index % len(kinds)](optree.tree_map(lambda leaf, index=index: leaf[index], values()), [])
@@ -408,7 +408,7 @@ def test_what_a_tokenizer_makes_arrives(tokenizer: Any) -> None:
     batch = encode(tokenizer, TEXTS, return_tensors="pt")
     one = encode(tokenizer, TEXTS[0]).convert_to_tensors("pt")
     with Learner(numpy_example(one)) as learner:
-        got = arrive(learner, EchoSink("127.0.0.1", learner.port, one, replay_tail=False), batch)
+        got = arrive(learner, EchoSink("127.0.0.1", learner.port, one, resend_at_close=False), batch)
         same(got, to_numpy(dict(batch)))
 
 
@@ -419,5 +419,5 @@ def test_what_a_model_gives_arrives() -> None:
     with Learner(
         numpy_example(CausalLMOutput(logits=torch.zeros(3, 5), hidden_states=(torch.zeros(4), torch.zeros(2))))
     ) as learner:
-        sink = EchoSink.from_batch("127.0.0.1", learner.port, batch, replay_tail=False)
+        sink = EchoSink.from_batch("127.0.0.1", learner.port, batch, resend_at_close=False)
         same(arrive(learner, sink, batch), to_numpy(dict(batch)))

@@ -43,7 +43,7 @@ def test_a_sink_pickles_whatever_it_has_sent() -> None:
         line.hear_all(ack_every=16)
 
     with Peer(acking) as peer:
-        sink = EchoSink(peer.host, peer.port, EXAMPLE, replay_tail=False)
+        sink = EchoSink(peer.host, peer.port, EXAMPLE, resend_at_close=False)
         sink.send(local_batch())
         copy = pickle.loads(pickle.dumps(sink))
         copy.send(local_batch())
@@ -68,7 +68,7 @@ def test_a_masked_array_is_no_batch(masked: Any, dtype: torch.dtype) -> None:
     spec = SampleSpec({"x": torch.zeros(3, dtype=dtype)})
     with pytest.raises(TypeError, match=r"batch\['x'\]: got a masked array.*\.filled"):
         spec.match({"x": masked})
-    assert spec.numpy_leaves({"x": masked}) is None
+    assert spec.try_numpy_leaves({"x": masked}) is None
 
 
 class Rows(Mapping[str, Any]):
@@ -364,7 +364,7 @@ def test_containers_that_users_told_optree_of_are_matched_by_key_path() -> None:
         spec.match(Fields(x=1, y=2))
 
 
-def test_batches_that_settle_on_one_structure_are_matched_the_short_way_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_settle_on_one_structure_take_the_fast_path_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """After any number of others; the long way flattens a batch, and the short one knows how it will be flat."""
     spec = SampleSpec({"x": torch.zeros(3)})
     flattened: list[Any] = []

@@ -152,17 +152,17 @@ def fill(tree: Any, rows: int | None, rng: random.Random) -> Any:
 # Containers that stand for each other.
 
 
-def redress(tree: Any, rng: random.Random, keep_order: bool = False) -> Any:
+def with_other_containers(tree: Any, rng: random.Random, keep_order: bool = False) -> Any:
     """The same in other containers; with ``keep_order``, such that the leaves of an example stay in their order."""
     if isinstance(tree, dict):
-        items = [(key, redress(value, rng, keep_order)) for key, value in tree.items()]
+        items = [(key, with_other_containers(value, rng, keep_order)) for key, value in tree.items()]
         if keep_order and isinstance(tree, collections.OrderedDict):
             return collections.OrderedDict(items)
         rng.shuffle(items)
         makers = [dict, collections.UserDict, lambda items: types.MappingProxyType(dict(items)), as_dataclass]
         return rng.choice(makers if keep_order else [*makers, collections.OrderedDict])(items)
     if isinstance(tree, (list, tuple)):
-        values = [redress(value, rng, keep_order) for value in tree]
+        values = [with_other_containers(value, rng, keep_order) for value in tree]
         return rng.choice([list, tuple, lambda values: PAIRS[len(values)](*values)])(values)
     return tree
 
@@ -330,13 +330,13 @@ MISTAKES: list[Callable[[Place, random.Random], Any]] = [
 ]  # fmt: skip
 
 
-def spoil(right: Any, tree: Any, rows: int | None, mistake: Any, rng: random.Random) -> tuple[Any, str] | None:
+def with_mistake(right: Any, tree: Any, rows: int | None, mistake: Any, rng: random.Random) -> tuple[Any, str] | None:
     """A batch that is right with one mistake in it, and the path to be named; None if it would be right again."""
     changed, items = plain(right), plain(tree)
     paths = paths_of(items)
     path = rng.choice(paths)
     made = mistake(Place(changed, path, get(items, path), rows, len(paths) == 1), rng)
-    return None if made is None else (redress(made[0], rng), made[1])
+    return None if made is None else (with_other_containers(made[0], rng), made[1])
 
 
 SENDS = st.lists(
@@ -349,15 +349,15 @@ SENDS = st.lists(
 def test_a_match_has_the_bytes_or_is_refused(tree: Any, sends: Any, seed: int) -> None:
     """In the example's order, whatever the containers; rows None is one sample."""
     rng = random.Random(seed)
-    spec = SampleSpec(redress(fill(tree, None, rng), rng, keep_order=True))
+    spec = SampleSpec(with_other_containers(fill(tree, None, rng), rng, keep_order=True))
     for rows, mistake in sends:
         right = fill(tree, rows, rng)
-        wrong = None if mistake is None else spoil(right, tree, rows, mistake, rng)
+        wrong = None if mistake is None else with_mistake(right, tree, rows, mistake, rng)
         if wrong is not None:
             with pytest.raises((SpecMismatchError, TypeError)) as caught:
                 spec.match(wrong[0])
             assert wrong[1] in str(caught.value)
-        match = spec.match(redress(right, rng))
+        match = spec.match(with_other_containers(right, rng))
         assert (match.rows, match.batched) == (1 if rows is None else rows, rows is not None)
         arrays = match.arrays if match.batched else [array[None] for array in match.arrays]
         got = [b"".join(array[row].tobytes() for array in arrays) for row in range(match.rows)]
@@ -370,23 +370,23 @@ def test_what_is_right_arrives_and_nothing_else_does(tree: Any, sends: Any, seed
     """At a real server, in order; the sink goes on after what it refuses."""
     assume(any(mistake is not None for _, mistake in sends))
     rng = random.Random(seed)
-    example = redress(fill(tree, None, rng), rng, keep_order=True)
+    example = with_other_containers(fill(tree, None, rng), rng, keep_order=True)
     server = echo.Server(numpy_example(example), batch_size=SERVER_BATCH, transport=echo.TcpTransport(port=0))
     server.start()
     try:
         expected: list[bytes] = []
-        with EchoSink("127.0.0.1", server.port, example, replay_tail=False) as sink:
+        with EchoSink("127.0.0.1", server.port, example, resend_at_close=False) as sink:
             for rows, mistake in sends:
                 right = fill(tree, rows, rng)
-                wrong = None if mistake is None else spoil(right, tree, rows, mistake, rng)
+                wrong = None if mistake is None else with_mistake(right, tree, rows, mistake, rng)
                 if wrong is not None:
                     with pytest.raises((SpecMismatchError, TypeError)) as caught:
                         sink.send(wrong[0])
                     assert wrong[1] in str(caught.value)
-                sink.send(redress(right, rng))
+                sink.send(with_other_containers(right, rng))
                 expected += reference(right, rows)
             rest = fill(tree, SERVER_BATCH - len(expected) % SERVER_BATCH, rng)
-            sink.send(redress(rest, rng))
+            sink.send(with_other_containers(rest, rng))
             expected += reference(rest, SERVER_BATCH - len(expected) % SERVER_BATCH)
             got: list[bytes] = []
             while len(got) < len(expected):

@@ -25,7 +25,7 @@ from echo_torch.samples.pytree import flatten
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.wire.protocol import MAX_ARRAYS, WireLeaf, WireLeaves, encode_handshake
 
-OPAQUE = {
+TORCH_ONLY_DTYPES = {
     torch.bfloat16: np.uint16,
     torch.float8_e4m3fn: np.uint8,
     torch.float8_e5m2: np.uint8,
@@ -164,14 +164,14 @@ def test_dtypes_that_numpy_has_travel_as_they_are(name: str) -> None:
 
 
 @EXPERIMENTAL
-@pytest.mark.parametrize("dtype", OPAQUE, ids=str)
+@pytest.mark.parametrize("dtype", TORCH_ONLY_DTYPES, ids=str)
 def test_dtypes_that_numpy_lacks_travel_as_unsigned(dtype: torch.dtype) -> None:
     """Bit for bit, so that the learner can view them back."""
     values = torch.tensor([1.5, -2.0, 0.25]).to(dtype)
     for tensor in (values, values.repeat(2)[::2], values[:1].expand(3)):
         spec = SampleSpec(tensor)
         (array,) = spec.match(tensor).arrays
-        assert array.dtype == numpy_example(tensor).dtype == OPAQUE[dtype]
+        assert array.dtype == numpy_example(tensor).dtype == TORCH_ONLY_DTYPES[dtype]
         assert array.tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
@@ -364,7 +364,7 @@ def test_a_spec_survives_pickling() -> None:
 EXAMPLE = {"obs": {"camera": torch.zeros(2, 3, dtype=torch.uint8)}, "act": torch.zeros(3), "reward": 0.5}
 
 
-def right(rows: int = 4) -> dict[str, Any]:
+def matching_batch(rows: int = 4) -> dict[str, Any]:
     return {
         "obs": {"camera": torch.zeros(rows, 2, 3, dtype=torch.uint8)},
         "act": torch.zeros(rows, 3),
@@ -400,13 +400,13 @@ def test_another_structure_is_refused_by_key_path(change: dict[str, Any], parts:
     spec = SampleSpec(EXAMPLE)
     for _ in range(2):
         with pytest.raises(SpecMismatchError) as caught:
-            spec.match({**right(), **change})
+            spec.match({**matching_batch(), **change})
         for part in [*parts, "structure of the example", "select="]:
             assert part in str(caught.value)
 
 
 def test_a_missing_key_is_named_with_what_was_expected() -> None:
-    batch = right()
+    batch = matching_batch()
     del batch["act"]
     with pytest.raises(SpecMismatchError, match=r"batch\['act'\]: torch.float32 \[3\]: missing\n  send what"):
         SampleSpec(EXAMPLE).match(batch)
@@ -503,7 +503,7 @@ def test_another_shape_or_dtype_is_refused(example: Any, batch: Any, got: str, e
 def test_leaves_that_disagree_on_the_batch_are_refused(change: dict[str, Any], message: str) -> None:
     """Only the leaves that are the mistake are named, whichever comes first."""
     with pytest.raises(SpecMismatchError, match=message) as caught:
-        SampleSpec(EXAMPLE).match({**right(), **change})
+        SampleSpec(EXAMPLE).match({**matching_batch(), **change})
     assert "camera']: got" not in str(caught.value)
 
 

@@ -24,7 +24,7 @@ from peers import Line, Peer
 from training import IMAGES, LABELS, STALLING, arrived, learner, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, numpy_example
-from echo_torch.metrics.stats import COUNTED
+from echo_torch.metrics.stats import SAVED_FIELDS
 from echo_torch.session import watermark
 from echo_torch.session.watermark import Watermark
 
@@ -189,7 +189,7 @@ SIZE = sum(leaf[0].nbytes for leaf in digits(0, 1).values())
 
 
 def test_what_was_waited_for_is_acked() -> None:
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         assert sink.acked_through == -1
         for step in range(3):
             sink.send(digits(step * BATCH))
@@ -199,7 +199,7 @@ def test_what_was_waited_for_is_acked() -> None:
 
 
 def test_steps_are_counted_on_from_those_given() -> None:
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         sink.send(digits(0), step=np.int64(5))
         sink.send(digits(BATCH))
         sink.wait()
@@ -210,7 +210,7 @@ def test_steps_are_counted_on_from_those_given() -> None:
 
 def test_a_learner_that_does_not_drain_acks_no_further() -> None:
     steps = 2 * STALLING // BATCH
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         server.pause()
         for step in range(steps):
             sink.send(digits(step * BATCH))
@@ -227,7 +227,7 @@ def test_a_learner_that_does_not_drain_acks_no_further() -> None:
 def test_a_batch_that_found_no_room_holds_it_down_until_it_is_sent() -> None:
     """Under the same step; the next number is another batch's."""
     with learner() as server:
-        sink = sink_to(server, buffer_bytes=2 * STALLING * SIZE, replay_acked=0, replay_tail=False)
+        sink = sink_to(server, buffer_bytes=2 * STALLING * SIZE, resend_acked=0, resend_at_close=False)
         server.pause()
         step = 0
         with pytest.raises(DeliveryTimeoutError) as caught:  # noqa: PT012
@@ -249,7 +249,7 @@ def test_a_batch_that_found_no_room_holds_it_down_until_it_is_sent() -> None:
 
 def test_a_send_that_is_interrupted_holds_it_down_until_it_is_repeated() -> None:
     with learner() as server:
-        sink = sink_to(server, buffer_bytes=STALLING * SIZE, replay_acked=0, replay_tail=False)
+        sink = sink_to(server, buffer_bytes=STALLING * SIZE, resend_acked=0, resend_at_close=False)
         sink.send(digits(0))
         server.pause()
         strike = threading.Timer(SHORT_S, os.kill, (os.getpid(), signal.SIGINT))
@@ -373,7 +373,7 @@ def test_threads_that_send_steps_in_any_order() -> None:
 
     shares = [list(range(number, steps, threads)) for number in range(threads)]
     with Peer(script) as peer:
-        sink = EchoSink(peer.host, peer.port, {"step": 0}, max_inflight_msgs=50, replay_tail=False)
+        sink = EchoSink(peer.host, peer.port, {"step": 0}, max_inflight_msgs=50, resend_at_close=False)
         for share in shares:
             near = [share[start : start + 10] for start in range(0, len(share), 10)]
             share[:] = [step for some in near for step in order.sample(some, len(some))]
@@ -394,14 +394,14 @@ def test_threads_that_send_steps_in_any_order() -> None:
 
 @pytest.mark.parametrize(("step", "kind"), [(-1, ValueError), (1.0, TypeError), ("1", TypeError), (True, TypeError)])
 def test_bad_steps_are_refused(step: Any, kind: type[Exception]) -> None:
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         with pytest.raises(kind, match="step: got"):
             sink.send(digits(0), step=step)
         assert sink.stats().samples_sent == 0
 
 
 def test_a_batch_that_is_refused_takes_no_number() -> None:
-    with learner() as server, sink_to(server, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, resend_at_close=False) as sink:
         sink.send(digits(0))
         for bad in ({"skip_last": BATCH + 1}, {"skip_last": -1}):
             with pytest.raises(ValueError, match="skip_last: got"):
@@ -422,7 +422,7 @@ def test_a_batch_that_is_refused_holds_down_the_number_that_it_was_given(bad: An
     """By the sink, or by ``select``."""
     with (
         learner() as server,
-        sink_to(server, select=lambda batch: {**batch, "id": batch["id"]}, replay_tail=False) as sink,
+        sink_to(server, select=lambda batch: {**batch, "id": batch["id"]}, resend_at_close=False) as sink,
     ):
         sink.send(digits(0), step=0)
         with pytest.raises(kind):
@@ -438,7 +438,7 @@ def test_a_batch_that_is_refused_holds_down_the_number_that_it_was_given(bad: An
 def test_the_last_samples_are_skipped() -> None:
     """Of a batch, of one sample, and all of them."""
     with learner() as server:
-        with sink_to(server, replay_tail=False) as sink:
+        with sink_to(server, resend_at_close=False) as sink:
             sink.send(digits(0), skip_last=5)
             sink.send(digits(100), skip_last=np.int64(BATCH))
             one = {name: leaf[0] for name, leaf in digits(200, 1).items()}
@@ -457,12 +457,12 @@ def test_the_last_samples_are_skipped() -> None:
 def test_a_sink_goes_on_from_a_saved_state() -> None:
     """As JSON, for it is plain numbers."""
     with learner() as server:
-        with sink_to(server, replay_tail=False) as sink:
+        with sink_to(server, resend_at_close=False) as sink:
             for step in range(3):
                 sink.send(digits(step * BATCH))
             sink.wait()
             saved = json.loads(json.dumps(sink.state_dict()))
-        with sink_to(server, replay_tail=False) as sink:
+        with sink_to(server, resend_at_close=False) as sink:
             sink.load_state_dict(saved)
             assert sink.state_dict() == saved
             assert (sink.acked_through, sink.stats().samples_sent, sink.stats().in_flight) == (2, 3 * BATCH, 0)
@@ -487,7 +487,7 @@ def test_a_state_that_is_loaded_while_a_batch_is_sent_knows_nothing_of_it() -> N
         sinks[0].load_state_dict(GOOD)
         return batch
 
-    with learner() as server, sink_to(server, select=select, replay_tail=False) as sink:
+    with learner() as server, sink_to(server, select=select, resend_at_close=False) as sink:
         sinks.append(sink)
         sink.send(digits(0), step=9)
         sink.wait()
@@ -497,7 +497,7 @@ def test_a_state_that_is_loaded_while_a_batch_is_sent_knows_nothing_of_it() -> N
 
 def test_what_was_in_flight_when_it_was_saved_may_be_lost() -> None:
     with learner() as server:
-        sink = sink_to(server, replay_tail=False)
+        sink = sink_to(server, resend_at_close=False)
         server.pause()
         sink.send(digits(0, 2 * STALLING))
         with pytest.raises(DeliveryTimeoutError):
@@ -513,7 +513,7 @@ def test_what_was_in_flight_when_it_was_saved_may_be_lost() -> None:
     assert other.stats().in_flight == 0
 
 
-GOOD = {"acked_through": 4, **dict.fromkeys(COUNTED, 7)}
+GOOD = {"acked_through": 4, **dict.fromkeys(SAVED_FIELDS, 7)}
 
 
 @pytest.mark.parametrize(

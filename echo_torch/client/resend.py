@@ -9,31 +9,31 @@ from __future__ import annotations
 from echo_torch.ring.ring import Ring
 
 
-class Tail:
-    """The repetition of the ring's last ``ring.replay`` rows, if it is ``wanted``."""
+class ResendTail:
+    """The repetition of the ring's last ``ring.keep_acked`` rows, if it is ``enabled``."""
 
-    def __init__(self, ring: Ring, wanted: bool) -> None:
+    def __init__(self, ring: Ring, enabled: bool) -> None:
         self._ring = ring
-        self.wanted = wanted
-        self.begins: int | None = None
+        self.enabled = enabled
+        self.start_row: int | None = None
         """The row after the last one that is no repetition; None while there may be more of those."""
-        self.ends = 0
-        """The row after the last one of all, once ``begins`` is known."""
+        self.end_row = 0
+        """The row after the last one of all, once ``start_row`` is known."""
 
-    def fix(self) -> None:
+    def start(self) -> None:
         """Have the ring refuse all rows but these, and settle where they begin and end."""
         ring = self._ring
-        ring.refuse()
-        with ring.turn:
-            if self.begins is None:
-                begins = ring.packed
-                self.ends = begins + (ring.replay if self.wanted and begins else 0)
-                self.begins = begins
+        ring.refuse_new_rows()
+        with ring.packing_lock:
+            if self.start_row is None:
+                start_row = ring.packed
+                self.end_row = start_row + (ring.keep_acked if self.enabled and start_row else 0)
+                self.start_row = start_row
 
     @property
     def packed(self) -> int:
         """How many of them are packed."""
-        return 0 if self.begins is None else self._ring.packed - self.begins
+        return 0 if self.start_row is None else self._ring.packed - self.start_row
 
     def pack(self) -> int:
         """Pack as many of them as there is room for, in cycles if there were fewer rows; gives how many are left.
@@ -41,43 +41,43 @@ class Tail:
         To be called when all rows before them are acked: so there is always room for one more soon.
 
         Raises:
-            RuntimeError: a copy failed, as `Ring.settled` says.
+            RuntimeError: a copy failed, as `Ring.clear_uncommitted_copy` says.
         """
         ring = self._ring
-        with ring.turn:
-            period = min(ring.replay, self.begins or 0)
-            while ring.packed < self.ends and ring.settled():
-                slot, rows = ring.free_run(self.ends - ring.packed)
+        with ring.packing_lock:
+            period = min(ring.keep_acked, self.start_row or 0)
+            while ring.packed < self.end_row and ring.clear_uncommitted_copy():
+                slot, rows = ring.next_free_run(self.end_row - ring.packed)
                 if rows:
-                    ring.repeat(slot, rows, period)
-                if not rows or not ring.commit(rows, last=True):
+                    ring.repeat_rows(slot, rows, period)
+                if not rows or not ring.commit(rows, resent=True):
                     break
-            return self.ends - ring.packed
+            return self.end_row - ring.packed
 
 
-class Remains:
+class UndeliveredRows:
     """Rows of ``ring`` that another server can be given: those kept after their acks, and those un-acked.
 
     Args:
         ring: of a connection that has ended.
         sent: the row after the last one that was accepted.
-        there: the row after the last one whose bytes are there; those after it, a device had not copied yet.
+        copied_end: the row after the last one whose bytes are there; those after it, a device had not copied yet.
     """
 
-    def __init__(self, ring: Ring, sent: int, there: int) -> None:
+    def __init__(self, ring: Ring, sent: int, copied_end: int) -> None:
         self._ring = ring
         self._sent = sent
         self._acked = min(ring.acked, sent)
         self._first = self._next = min(ring.released, sent)
-        self._end = max(self._first, there)
+        self._end = max(self._first, copied_end)
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Rows that are still to be passed on."""
         return self._end - self._next
 
     @property
-    def passed_on(self) -> int:
+    def handed_over(self) -> int:
         """Rows that were."""
         return self._next - self._first
 
@@ -87,7 +87,7 @@ class Remains:
         return self._sent - max(self._next, self._acked)
 
     @property
-    def stuck(self) -> int:
+    def unrecoverable(self) -> int:
         """Of those, the ones that nobody can be given, since their bytes are not there."""
         return self._sent - max(self._end, self._acked)
 
@@ -95,6 +95,6 @@ class Remains:
         """The bytes of the next rows, of as many as lie together."""
         return self._ring.view(self._next, self._end)
 
-    def pass_on(self, rows: int) -> None:
+    def mark_handed_over(self, rows: int) -> None:
         """So many of them are somebody else's now."""
         self._next += rows

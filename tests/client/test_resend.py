@@ -1,4 +1,4 @@
-"""`Tail`: which rows are repeated, and in what portions."""
+"""`ResendTail`: which rows are repeated, and in what portions."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import socket
 import numpy as np
 import pytest
 
-from echo_torch.client.connection import Link
-from echo_torch.client.replay import Tail
+from echo_torch.client.connection import Connection
+from echo_torch.client.resend import ResendTail
 from echo_torch.ring.ring import Ring
 
 ROW = 8
 
 
-def ring_of(capacity: int, replay: int) -> Ring:
-    return Ring(np.zeros(capacity * ROW, np.uint8).data, ROW, replay, chunk_bytes=4 * ROW)
+def ring_of(capacity: int, keep_acked: int) -> Ring:
+    return Ring(np.zeros(capacity * ROW, np.uint8).data, ROW, keep_acked, chunk_bytes=4 * ROW)
 
 
 def pack(ring: Ring, *values: int) -> None:
     for value in values:
-        slot, rows = ring.free_run(1)
+        slot, rows = ring.next_free_run(1)
         assert rows == 1
         np.frombuffer(ring.buffer, np.int64)[slot] = value
         assert ring.commit(1)
@@ -36,31 +36,31 @@ def settle(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "replay", "expected"),
+    ("sent", "keep_acked", "expected"),
     [(10, 3, [7, 8, 9]), (3, 3, [0, 1, 2]), (2, 5, [0, 1, 0, 1, 0]), (1, 4, [0, 0, 0, 0]), (0, 4, []), (5, 0, [])],
 )
-def test_the_last_rows_or_all_of_them_in_cycles(sent: int, replay: int, expected: list[int]) -> None:
-    ring = ring_of(32, replay)
-    tail = Tail(ring, wanted=True)
+def test_the_last_rows_or_all_of_them_in_cycles(sent: int, keep_acked: int, expected: list[int]) -> None:
+    ring = ring_of(32, keep_acked)
+    tail = ResendTail(ring, enabled=True)
     pack(ring, *range(sent))
     settle(ring)
     assert tail.packed == 0
-    tail.fix()
-    assert tail.ends == sent + len(expected)
+    tail.start()
+    assert tail.end_row == sent + len(expected)
     assert tail.pack() == 0
     assert [at(ring, row) for row in range(sent, ring.packed)] == expected
     assert tail.packed == len(expected)
     assert tail.pack() == 0  # once only
-    assert ring.packed == tail.ends
+    assert ring.packed == tail.end_row
 
 
 def test_in_a_small_ring_it_is_packed_in_portions() -> None:
-    ring = ring_of(7, replay=5)
-    tail = Tail(ring, wanted=True)
+    ring = ring_of(7, keep_acked=5)
+    tail = ResendTail(ring, enabled=True)
     for number in range(20):
         pack(ring, number)
         settle(ring)
-    tail.fix()
+    tail.start()
     seen: list[int] = []
     portions, left = 0, 5
     while left:
@@ -74,68 +74,68 @@ def test_in_a_small_ring_it_is_packed_in_portions() -> None:
     assert portions > 1
 
 
-def test_what_is_not_wanted_is_not_packed() -> None:
-    ring = ring_of(16, replay=4)
-    tail = Tail(ring, wanted=False)
+def test_a_tail_that_is_not_enabled_is_not_packed() -> None:
+    ring = ring_of(16, keep_acked=4)
+    tail = ResendTail(ring, enabled=False)
     pack(ring, 1, 2, 3)
     settle(ring)
-    tail.fix()
+    tail.start()
     assert tail.pack() == 0
-    assert ring.packed == tail.ends == 3
+    assert ring.packed == tail.end_row == 3
 
 
-def test_once_it_is_fixed_no_other_row_is_accepted() -> None:
-    ring = ring_of(16, replay=4)
-    tail = Tail(ring, wanted=True)
+def test_once_it_is_started_no_other_row_is_accepted() -> None:
+    ring = ring_of(16, keep_acked=4)
+    tail = ResendTail(ring, enabled=True)
     pack(ring, 1, 2, 3)
-    tail.fix()
-    assert tail.begins == 3
-    ring.free_run(1)
+    tail.start()
+    assert tail.start_row == 3
+    ring.next_free_run(1)
     assert not ring.commit(1)
-    tail.fix()
-    assert tail.ends == 7
+    tail.start()
+    assert tail.end_row == 7
 
 
 def test_a_ring_that_was_stopped_gets_no_more_of_it() -> None:
-    ring = ring_of(16, replay=4)
-    tail = Tail(ring, wanted=True)
+    ring = ring_of(16, keep_acked=4)
+    tail = ResendTail(ring, enabled=True)
     pack(ring, 1, 2, 3)
     settle(ring)
-    tail.fix()
+    tail.start()
     ring.stop()
     assert tail.pack() == 4
     assert ring.packed == 3
 
 
-class BegunMeanwhile(Tail):
+class BegunMeanwhile(ResendTail):
     """Another thread begins and packs it just after somebody saw that it has not begun."""
 
     def __init__(self, ring: Ring) -> None:
         self.ring = ring
         self.begun: int | None = None
-        super().__init__(ring, wanted=True)
+        super().__init__(ring, enabled=True)
 
     @property
-    def begins(self) -> int | None:  # type: ignore[override]
+    def start_row(self) -> int | None:  # type: ignore[override]
         before = self.begun
         if before is None and self.ring.packed:
             settle(self.ring)
             self.begun = self.ring.packed
-            self.ends = self.begun + self.ring.replay
+            self.end_row = self.begun + self.ring.keep_acked
             self.pack()
         return before
 
-    @begins.setter
-    def begins(self, begins: int | None) -> None:
-        self.begun = begins
+    @start_row.setter
+    def start_row(self, start_row: int | None) -> None:
+        self.begun = start_row
 
 
 def test_it_never_counts_as_sent() -> None:
-    ring = ring_of(16, replay=4)
+    ring = ring_of(16, keep_acked=4)
     tail = BegunMeanwhile(ring)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        link = Link(ours, "peer", ring, 16, tail, None)
+        connection = Connection(ours, "peer", ring, 16, tail, None)
         pack(ring, 1, 2, 3)
-        assert link.counts().sent == 3
+        assert connection.counts().sent == 3
         assert tail.packed == 4
