@@ -22,8 +22,8 @@ from .processes.ledger import new_token
 from .progress import show_acks
 from .ranks import wait_together
 from .ring.ring import SERVER_QUEUE_SAMPLES
-from .routing.connector import Opener
-from .routing.partition import Routing, check_routing, shards_of
+from .routing.connector import Connector
+from .routing.partition import Routing, check_routing, check_shards
 from .routing.route import Route
 from .samples.spec import Match, SampleSpec, example_from_batch
 from .session.session import Session
@@ -122,7 +122,7 @@ class EchoSink(LoaderSender):
         self._select = select
         self._stall_timeout = check_timeout("stall_timeout", stall_timeout)
         self._on_error = on_error
-        self._opener = Opener(
+        self._connector = Connector(
             addresses=addresses,
             least_inflight=route == "least_inflight",
             failover=failover,
@@ -136,7 +136,7 @@ class EchoSink(LoaderSender):
             resend_at_close=resend_at_close,
             tls=check_tls(tls),
         )
-        self._opener.check(self._spec)
+        self._connector.check(self._spec)
         self._token = new_token()
         self._origin = os.getpid()
         self._sessions: dict[int, Session] = {}
@@ -167,9 +167,9 @@ class EchoSink(LoaderSender):
             ConnectionClosedError after `close`. ``on_error`` has no say here.
         """
         session = self._session()
-        if session.connected(self._open, None).closed:
-            raise session.ended("the connection was lost")
-        session.gone = False
+        if session.connect(self._open, None).closed:
+            raise session.closed_error("the connection was lost")
+        session.learner_gone = False
         return self
 
     @disable_compile
@@ -217,25 +217,25 @@ class EchoSink(LoaderSender):
         if owned_by_this_thread(watermark.lock):
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         if step is not None:
-            step = watermark.begin(check_count("step", step, least=0))
+            step = watermark.begin_step(check_count("step", step, least=0))
         began = time.monotonic()
         try:
             match = self._matched(batch, batched, skip_last)
-            session.account.check_seconds += time.monotonic() - began
-            if not session.told:
-                session.tell_how_read(match, self._spec)
+            session.totals.check_seconds += time.monotonic() - began
+            if not session.first_batch_logged:
+                session.log_first_batch(match, self._spec)
             if step is None:  # so that a batch that is refused takes no number
-                step = watermark.begin(None)
+                step = watermark.begin_step(None)
             accepted = session.deliver(self._open, match, timeout)
         except BaseException:
             if step is not None:
-                watermark.failed(step)
-            session.tell_sent()
+                watermark.fail_step(step)
+            session.report_sent()
             raise
         if accepted is None:
-            watermark.failed(step)
+            watermark.fail_step(step)
         else:
-            session.accepted(watermark, step, accepted)
+            session.note_accepted(watermark, step, accepted)
 
     def _send_from_loader(self, batch: Any) -> None:
         self.send(batch)
@@ -302,7 +302,7 @@ class EchoSink(LoaderSender):
         data = batch if self._select is None else self._select(batch)
         match = self._spec.match(data, batched)
         if self._shard_of is not None:
-            match = match._replace(shards=shards_of(self._shard_of(data), match.rows, self._learners))
+            match = match._replace(shards=check_shards(self._shard_of(data), match.rows, self._learners))
         return match.without_last(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
     def _drop_rest(self, batch: Any, skip_last: int, accepted: int) -> None:
@@ -381,11 +381,11 @@ class EchoSink(LoaderSender):
         session = self._sessions.get(pid)
         if session is None:
             new = Session(
-                self._opener.learners,
+                self._connector.learner_names,
                 self._spec.payload_size,
                 self._token,
                 self._origin,
-                self._opener.at_risk,
+                self._connector.acked_at_risk,
                 self._stall_timeout,
                 self._on_error == "raise",
             )
@@ -401,4 +401,4 @@ class EchoSink(LoaderSender):
         multiprocessing.util.register_after_fork(self, EchoSink._session)
 
     def _open(self, timeout: float | None) -> Route:
-        return self._opener.open(self._spec, timeout)
+        return self._connector.open_route(self._spec, timeout)

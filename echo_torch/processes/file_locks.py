@@ -13,16 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def claim(path: Path, then: Callable[[], object]) -> bool:
-    """Call ``then`` if nobody else holds the lock of a file; gives whether nobody does."""
+def call_if_unlocked(path: Path, action: Callable[[], object]) -> bool:
+    """Call ``action`` if nobody else holds the lock of a file; gives whether nobody does."""
     with io.FileIO(path, "r+") as file:
-        free = lock(file.fileno())
+        free = try_lock(file.fileno())
         if free:
-            then()
+            action()
     return free
 
 
-def lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Gives whether nobody else holds the lock; raises OSError where there are none."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,10 +36,10 @@ def has_ended(child: int) -> bool:
     if hasattr(os, "waitid"):
         with contextlib.suppress(ChildProcessError):  # not of this one, which may be only the parent in name
             return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return not lives(child)
+    return not is_alive(child)
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether there is such a process."""
     try:
         os.kill(pid, 0)

@@ -14,7 +14,7 @@ made with, and its parent reads it::
 * An interrupt may break off whatever a parent does here: its descriptors belong to objects that C code closes.
 * A file appears under its name when it is locked. It goes when its parent has counted it, or when parent and child are
   dead and the folder of another sink is made: for its first child, or when it is closed.
-* A parent's empty file for no child, ``<pid of the parent>.0.<mark>``, tells those that come later what has happened.
+* A parent's empty file for no child, ``<pid of the parent>.0.<flag>``, tells those that come later what has happened.
   It goes, with the folder, when the parent drops the sink or ends.
 """
 
@@ -36,7 +36,7 @@ from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, Proto
 from echo_torch.metrics.stats import PeerCounts
 from echo_torch.metrics.timing import TIMES_BYTES, Times
 
-from .file_locks import claim, has_ended, lives, lock
+from .file_locks import call_if_unlocked, has_ended, is_alive, try_lock
 
 FIELDS = (
     "sent",
@@ -53,25 +53,25 @@ FIELDS = (
     "error_bytes",
     "learners",
 )
-COUNTED = FIELDS[:7]
+SUMMED_FIELDS = FIELDS[:7]
 """Those that add up over children."""
-KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
+ERROR_KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 """What an entry's ``error_kind`` stands for."""
 _PAGE = 4096
 _TIMES_AT = 8 * len(FIELDS)
 _TEXT_BYTES = 2048
 _TEXT_AT = _TIMES_AT + TIMES_BYTES
-_PEERS_AT = _TEXT_AT + _TEXT_BYTES
-_PEER = struct.Struct(f"={len(PeerCounts._fields)}q")
-CLOSED = "closed"
-"""The mark of a parent that has closed the sink, which ends it for daemonic children."""
-GONE = "gone"
-"""The mark of a parent whose children did not find the learner, which the next need not wait for as long."""
+_PEER_COUNTS_AT = _TEXT_AT + _TEXT_BYTES
+_PEER_COUNTS = struct.Struct(f"={len(PeerCounts._fields)}q")
+SINK_CLOSED = "closed"
+"""The flag of a parent that has closed the sink, which ends it for daemonic children."""
+LEARNER_GONE = "gone"
+"""The flag of a parent whose children did not find the learner, which the next need not wait for as long."""
 _PREFIX = "echo_torch-"
-_ELSEWHERE = "/tmp"
+_FALLBACK_FOLDER = "/tmp"
 
 
-class Entry:
+class LedgerEntry:
     """The file of one child: its numbers, by name.
 
     Args:
@@ -99,23 +99,23 @@ class Entry:
         """Where the child's time went."""
         return Times.from_bytes(self._bytes[_TIMES_AT:_TEXT_AT])
 
-    def tell_times(self, times: Times) -> None:
+    def write_times(self, times: Times) -> None:
         """Not all at once: who reads them meanwhile gets some from before."""
         self._bytes[_TIMES_AT:_TEXT_AT] = times.to_bytes()
 
     @property
-    def peers(self) -> list[PeerCounts]:
+    def peer_counts(self) -> list[PeerCounts]:
         """What the child sent to each learner."""
-        end = _PEERS_AT + self["learners"] * _PEER.size
-        return [PeerCounts(*numbers) for numbers in _PEER.iter_unpack(self._bytes[_PEERS_AT:end])]
+        end = _PEER_COUNTS_AT + self["learners"] * _PEER_COUNTS.size
+        return [PeerCounts(*numbers) for numbers in _PEER_COUNTS.iter_unpack(self._bytes[_PEER_COUNTS_AT:end])]
 
-    def tell_peers(self, peers: Iterable[PeerCounts]) -> None:
+    def write_peer_counts(self, peers: Iterable[PeerCounts]) -> None:
         """Not all at once either."""
-        packed = b"".join(_PEER.pack(*counts) for counts in peers)
-        self._bytes[_PEERS_AT : _PEERS_AT + len(packed)] = packed
+        packed = b"".join(_PEER_COUNTS.pack(*counts) for counts in peers)
+        self._bytes[_PEER_COUNTS_AT : _PEER_COUNTS_AT + len(packed)] = packed
 
     @property
-    def child(self) -> int:
+    def child_pid(self) -> int:
         """Its process id."""
         return int(self.path.name.split(".")[1])
 
@@ -123,7 +123,7 @@ class Entry:
     def error(self) -> str:
         return bytes(self._bytes[_TEXT_AT : _TEXT_AT + self["error_bytes"]]).decode(errors="replace")
 
-    def fail(self, kind: int, text: str) -> None:
+    def write_error(self, kind: int, text: str) -> None:
         """Say, once, what ended the child's connection."""
         if not self["error_kind"]:
             said = text.encode()[:_TEXT_BYTES]
@@ -132,12 +132,12 @@ class Entry:
             self["error_kind"] = kind  # last, since it says that there is a text
 
     @property
-    def dead(self) -> bool:
+    def is_dead(self) -> bool:
         """In the parent: whether the child has ended, in whatever way, or closed the file."""
         try:
-            return self._closed or claim(self.path, lambda: None)
+            return self._closed or call_if_unlocked(self.path, lambda: None)
         except FileNotFoundError:  # somebody has removed it, such as a cleaner of old files; it is still mapped
-            return has_ended(self.child)
+            return has_ended(self.child_pid)
 
     def close(self) -> None:
         """Let go of the file, and of the lock; idempotent. Other threads may still read the numbers, as they are now.
@@ -163,7 +163,7 @@ def new_token() -> str:
     return os.path.join(home, _PREFIX + secrets.token_hex(16))
 
 
-def folder_of(token: str) -> Path:
+def folder_path(token: str) -> Path:
     """Where the children of a sink keep their files, if any do; on another host, that may be somewhere else.
 
     All processes of a host and user must come to the same one, whatever each takes for its temporary folder.
@@ -171,22 +171,22 @@ def folder_of(token: str) -> Path:
     folder = Path(f"{token}-{os.getuid()}")
     if os.access(folder.parent, os.W_OK | os.X_OK):
         return folder
-    return Path(_ELSEWHERE if os.path.isdir(_ELSEWHERE) else tempfile.gettempdir(), folder.name)
+    return Path(_FALLBACK_FOLDER if os.path.isdir(_FALLBACK_FOLDER) else tempfile.gettempdir(), folder.name)
 
 
-def begin(token: str, parent: int, daemon: bool = False, learners: int = 1) -> Entry:
+def create_entry(token: str, parent: int, daemon: bool = False, learners: int = 1) -> LedgerEntry:
     """In a child: a new file of its own, locked, for what so many learners are sent.
 
     Raises:
         ConnectionClosedError: the child is daemonic, and its parent has closed the sink.
         OSError: none can be made.
     """
-    folder = folder_of(token)
+    folder = folder_path(token)
     name = f"{parent}.{os.getpid()}.{secrets.token_hex(8)}"  # process ids come again
     path = folder / f".{name}"
     while True:
         try:
-            _make(folder)
+            _make_folder(folder)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             break
         except FileNotFoundError:  # swept away, being empty, just after it was made
@@ -194,15 +194,15 @@ def begin(token: str, parent: int, daemon: bool = False, learners: int = 1) -> E
                 raise
     try:
         # A file with a hole would end who writes there on a full disk.
-        size = -(-(_PEERS_AT + learners * _PEER.size) // _PAGE) * _PAGE
+        size = -(-(_PEER_COUNTS_AT + learners * _PEER_COUNTS.size) // _PAGE) * _PAGE
         if os.write(descriptor, bytes(size)) < size:
             raise OSError(errno.ENOSPC, f"no room for {size} bytes in {folder}")
         try:
-            lock(descriptor)
+            try_lock(descriptor)
         except OSError as error:
             what = f"{error.strerror}; {folder.parent} does not support locks, set TMPDIR to a folder that does"
             raise OSError(error.errno, what) from error
-        entry = Entry(path, descriptor)
+        entry = LedgerEntry(path, descriptor)
         entry["daemon"] = int(daemon)
         entry["learners"] = learners
         entry.path = path.rename(folder / name)
@@ -210,7 +210,7 @@ def begin(token: str, parent: int, daemon: bool = False, learners: int = 1) -> E
         os.close(descriptor)
         path.unlink(missing_ok=True)
         raise
-    if daemon and is_marked(token, parent, CLOSED):  # looked at only now, since the parent marks before it looks
+    if daemon and has_flag(token, parent, SINK_CLOSED):  # looked at only now, since the parent sets it before it looks
         entry["closed"] = 1
         entry.path.unlink(missing_ok=True)
         entry.close()
@@ -218,39 +218,39 @@ def begin(token: str, parent: int, daemon: bool = False, learners: int = 1) -> E
     return entry
 
 
-def entries_of(token: str, parent: int) -> list[Path]:
+def entry_paths(token: str, parent: int) -> list[Path]:
     """The files of a process's children."""
     try:
-        folder = folder_of(token)
+        folder = folder_path(token)
         names = os.listdir(folder)
-        _check_mine(folder)
+        _check_owner(folder)
     except FileNotFoundError:  # none was made, or it was removed just now, being empty
         return []
-    mine, marks = f"{parent}.", f"{parent}.0."
-    paths = (folder / name for name in names if name.startswith(mine) and not name.startswith(marks))
+    mine, flags = f"{parent}.", f"{parent}.0."
+    paths = (folder / name for name in names if name.startswith(mine) and not name.startswith(flags))
     return [path for path in paths if not path.is_symlink()]
 
 
-def mark(token: str, parent: int, what: str) -> None:
+def set_flag(token: str, parent: int, flag: str) -> None:
     """Tell children of ``parent`` that come later, if there is a place for it."""
     with contextlib.suppress(OSError):
-        folder = folder_of(token)
-        _make(folder)
-        (folder / f"{parent}.0.{what}").touch(0o600)
+        folder = folder_path(token)
+        _make_folder(folder)
+        (folder / f"{parent}.0.{flag}").touch(0o600)
 
 
-def unmark(token: str, parent: int, what: str) -> None:
+def clear_flag(token: str, parent: int, flag: str) -> None:
     with contextlib.suppress(OSError):
-        (folder_of(token) / f"{parent}.0.{what}").unlink()
+        (folder_path(token) / f"{parent}.0.{flag}").unlink()
 
 
-def is_marked(token: str, parent: int, what: str) -> bool:
+def has_flag(token: str, parent: int, flag: str) -> bool:
     with contextlib.suppress(OSError):
-        return (folder_of(token) / f"{parent}.0.{what}").exists()
+        return (folder_path(token) / f"{parent}.0.{flag}").exists()
     return False
 
 
-def forget(token: str, parent: int) -> None:
+def remove_files(token: str, parent: int) -> None:
     """Remove the files of this process, of its children, whatever they hold, and the folder if nobody has a file in it.
 
     Does nothing if this is not ``parent``, but a forked copy of it.
@@ -258,45 +258,45 @@ def forget(token: str, parent: int) -> None:
     if os.getpid() != parent:
         return
     with contextlib.suppress(OSError, ValueError):
-        folder = folder_of(token)
-        _check_mine(folder)
+        folder = folder_path(token)
+        _check_owner(folder)
         for path in folder.iterdir():
             if path.name.startswith(f"{parent}."):
                 path.unlink(missing_ok=True)
             elif path.name.startswith(f".{parent}."):  # of a child that died before it was done, or is not yet
-                claim(path, path.unlink)
+                call_if_unlocked(path, path.unlink)
             else:  # of a child that was a parent itself
-                _sweep(path)
+                _remove_if_dead(path)
         folder.rmdir()
 
 
-def sweep(home: Path) -> None:
+def remove_leftovers(home: Path) -> None:
     """Remove what runs that crashed have left: files of dead children with dead parents, and empty folders."""
     for folder in home.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError, ValueError):  # of another user, in use again, or nothing that we made
-            _check_mine(folder)
+            _check_owner(folder)
             for path in folder.iterdir():
-                _sweep(path)
+                _remove_if_dead(path)
             folder.rmdir()
 
 
-def _sweep(path: Path) -> None:
+def _remove_if_dead(path: Path) -> None:
     parent, child = map(int, path.name.lstrip(".").split(".")[:2])
-    if child == os.getpid() or lives(parent):
+    if child == os.getpid() or is_alive(parent):
         return
     with contextlib.suppress(FileNotFoundError):
-        claim(path, path.unlink)
+        call_if_unlocked(path, path.unlink)
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     if not folder.exists():
-        sweep(folder.parent)
+        remove_leftovers(folder.parent)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    _check_mine(folder)
+    _check_owner(folder)
 
 
-def _check_mine(folder: Path) -> None:
+def _check_owner(folder: Path) -> None:
     """The folder's name is a secret until it is made; still, nobody else shall be able to have made it."""
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:

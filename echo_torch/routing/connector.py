@@ -17,16 +17,16 @@ from echo_torch.support.deadline import Deadline
 from echo_torch.wire.connect import Addresses, peer_name
 from echo_torch.wire.tls import TLS
 
-from .balancer import Spread
-from .failover import Peer
-from .route import NoRoute, RingRoute, Route, RowRoute
+from .balancer import Balancer
+from .failover import Learner
+from .route import OtherClientRoute, Route, TcpClientRoute, UnreachableRoute
 
 _log = logging.getLogger(__name__)
 
 Address = tuple[str, int]
 
 # Seconds to connect to all of several learners, at first, where not all are needed.
-SHORTLY_S = 1.0
+FIRST_ATTEMPT_S = 1.0
 # Most payload bytes un-acked at a time: more than a fast network's bandwidth-delay product, and few enough that what
 # a cut may duplicate stays small.
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -35,13 +35,13 @@ BUFFER_BYTES = 64 * 1024 * 1024
 WORKER_BUFFER_BYTES = 16 * 1024 * 1024
 # Seconds that `close` gives the server where it does not send the tail once more: five times as long as one took that
 # was not busy.
-LINGER_S = 0.1
+CLOSE_LINGER_S = 0.1
 # Seconds that a DataLoader's worker may try to open a lost connection again: the loader grants 5 s at its end.
 WORKER_RECONNECT_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Opener:
+class Connector:
     """The arguments of an `EchoSink` that its connections depend on, checked."""
 
     addresses: Addresses
@@ -59,25 +59,25 @@ class Opener:
 
     def check(self, spec: SampleSpec) -> None:
         """ValueError if the buffer holds too few samples, or the client cannot do what is wanted."""
-        if self.tls is not None and not self._ours:
+        if self.tls is not None and not self._makes_tcp_client:
             raise ValueError("tls: only TcpClient has it; give the client that you have in its place its own")
-        if self._ours:
+        if self._makes_tcp_client:
             rows_in_buffer(spec.payload_size, self.buffer_bytes or BUFFER_BYTES, self.resend_acked)
         elif len(self.addresses) > 1 and (self.least_inflight or self.failover):
             what = "failover" if self.failover else "route='least_inflight'"
             raise ValueError(f"{what}: got client={self.make_client!r}, expected echo_torch.TcpClient")
 
     @property
-    def at_risk(self) -> int:
+    def acked_at_risk(self) -> int:
         """How many samples that the server acked it may discard if a connection breaks off."""
-        return self.resend_acked * len(self.addresses) if self._ours else 0
+        return self.resend_acked * len(self.addresses) if self._makes_tcp_client else 0
 
     @property
-    def learners(self) -> list[str]:
+    def learner_names(self) -> list[str]:
         """How messages name them."""
         return [peer_name(*address) for address in self.addresses]
 
-    def open(self, spec: SampleSpec, timeout: float | None) -> Route:
+    def open_route(self, spec: SampleSpec, timeout: float | None) -> Route:
         """Connect, in ``timeout`` seconds at the most; raises as the client does."""
         limits = [limit for limit in (self.connect_timeout, timeout) if limit is not None]
         deadline = Deadline(min(limits, default=None))
@@ -86,8 +86,10 @@ class Opener:
         routes: dict[Address, Route] = {}
         try:
             self._open_all(spec, deadline, routes)
-            peers = [Peer(routes[address]) for address in self.addresses]
-            return Spread(", ".join(self.learners), peers, self.least_inflight, self.failover, self.stall_timeout)
+            learners = [Learner(routes[address]) for address in self.addresses]
+            return Balancer(
+                ", ".join(self.learner_names), learners, self.least_inflight, self.failover, self.stall_timeout
+            )
         except BaseException:
             for route in routes.values():
                 with contextlib.suppress(Exception):  # that of a client which is not ours; the others come next
@@ -97,10 +99,10 @@ class Opener:
     def _open_all(self, spec: SampleSpec, deadline: Deadline, routes: dict[Address, Route]) -> None:
         """All of them; with failover, at least one."""
         problem = None
-        for patience in (SHORTLY_S, None) if self.failover else (None,):
+        for attempt_timeout in (FIRST_ATTEMPT_S, None) if self.failover else (None,):
             missing = [address for address in self.addresses if address not in routes]
             for number, address in enumerate(missing):
-                limit = deadline.within(patience)
+                limit = deadline.within(attempt_timeout)
                 if self.failover:  # the others shall have their share of the time
                     limit = limit.within(limit.remaining() / (len(missing) - number))
                 try:
@@ -114,17 +116,17 @@ class Opener:
         for address in self.addresses:
             if address not in routes:
                 _log.warning("%s: could not be connected to; the others get its share", peer_name(*address))
-                routes[address] = NoRoute(peer_name(*address))
+                routes[address] = UnreachableRoute(peer_name(*address))
 
     def _open_one(self, spec: SampleSpec, address: Address, timeout: float | None) -> Route:
         window = max(1, min(self.max_inflight_msgs, WINDOW_BYTES // spec.payload_size))
         arguments = (*address, spec.numpy_sample(), window)
-        client = self.make_client(*arguments, **(self._options(spec, timeout) if self._ours else {}))
+        client = self.make_client(*arguments, **(self._client_options(spec, timeout) if self._makes_tcp_client else {}))
         if isinstance(client, TcpClient):
-            return RingRoute(client)
-        return RowRoute(client, spec, peer_name(*address))
+            return TcpClientRoute(client)
+        return OtherClientRoute(client, spec, peer_name(*address))
 
-    def _options(self, spec: SampleSpec, timeout: float | None) -> dict[str, Any]:
+    def _client_options(self, spec: SampleSpec, timeout: float | None) -> dict[str, Any]:
         in_worker = get_worker_info() is not None
         default = BUFFER_BYTES
         if in_worker:
@@ -136,12 +138,12 @@ class Opener:
             "reconnect": min(self.reconnect, WORKER_RECONNECT_S) if in_worker else self.reconnect,
             "resend_acked": self.resend_acked,
             "resend_at_close": self.resend_at_close,
-            "linger": 0.0 if self.resend_at_close else LINGER_S,
+            "linger": 0.0 if self.resend_at_close else CLOSE_LINGER_S,
             "retry_refused": True,
             "tls": self.tls,
         }
 
     @property
-    def _ours(self) -> bool:
+    def _makes_tcp_client(self) -> bool:
         """Whether the client takes our options; a function that returns a `TcpClient` has seen to them itself."""
         return isinstance(self.make_client, type) and issubclass(self.make_client, TcpClient)

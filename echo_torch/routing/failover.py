@@ -20,15 +20,15 @@ from echo_torch.metrics.stats import Counts
 from echo_torch.support.deadline import Deadline
 from echo_torch.support.interrupts import owned_by_this_thread
 
-from .route import RingRoute, Route
+from .route import Route, TcpClientRoute
 
 _log = logging.getLogger(__name__)
 
 # Seconds between two tries to pass something on while nobody has room.
-PASS_ON_S = 0.002
+PASS_ON_RETRY_S = 0.002
 
 
-class NobodyLeftError(Exception):
+class NoLearnerLeftError(Exception):
     """All learners are gone."""
 
 
@@ -36,24 +36,24 @@ class NoRoomError(Exception):
     """No learner had room in time."""
 
 
-class StuckError(Exception):
+class UncopiedRowsError(Exception):
     """Samples are lost that had not been copied from their device when a learner was."""
 
 
-class Peer:
+class Learner:
     """One of several learners, and the route to it."""
 
     def __init__(self, route: Route) -> None:
         self.route = route
-        self.client = route.client if isinstance(route, RingRoute) else None
+        self.client = route.client if isinstance(route, TcpClientRoute) else None
         """Ours, which tells more than others."""
-        self.remains: UndeliveredRows | None = None
+        self.undelivered: UndeliveredRows | None = None
         """What it left to the others when it was lost."""
-        self.settled_at: tuple[int, ...] | None = None
+        self.required_acks: tuple[int, ...] | None = None
         """How much each of the others must have acked for that to be acked."""
 
     @property
-    def lost(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Whether its connection is, for good or for now."""
         return self.route.closed or (self.client is not None and self.client.reconnecting)
 
@@ -63,127 +63,141 @@ class Peer:
         return 0 if self.client is None else self.client.free_rows
 
 
-class Estate:
-    """Of all that are lost among ``peers``."""
+class Failover:
+    """Of all that are lost among ``learners``."""
 
-    def __init__(self, peers: Sequence[Peer]) -> None:
-        self._peers = peers
-        self._lost: list[tuple[int, Peer, UndeliveredRows]] = []  # by index, in the order in which they were
+    def __init__(self, learners: Sequence[Learner]) -> None:
+        self._learners = learners
+        self._lost_learners: list[
+            tuple[int, Learner, UndeliveredRows]
+        ] = []  # by index, in the order in which they were
         self._lock = threading.RLock()
-        self._told_stuck = 0
+        self._uncopied_reported = 0
         self.closed = False
         """Whether learners are not lost any more, but their connections ended."""
 
-    def settle(self, deadline: Deadline, stall_timeout: float | None) -> bool:
+    def pass_on_all(self, deadline: Deadline, stall_timeout: float | None) -> bool:
         """Pass on all that there is; gives whether there was anything.
 
         Raises:
-            NobodyLeftError: to take it.
+            NoLearnerLeftError: to take it.
             NoRoomError: in time.
         """
         some, stall = False, deadline.within(stall_timeout)
-        while self.left():
+        while self.count_pending():
             some = True
-            if self.pass_on():
+            if self.pass_on_some():
                 stall = deadline.within(stall_timeout)
             elif stall.expired:
                 raise NoRoomError("no learner has room for what one that is gone has left")
             else:
-                time.sleep(PASS_ON_S)
+                time.sleep(PASS_ON_RETRY_S)
         return some
 
     @property
-    def interrupted(self) -> bool:
+    def owned_by_this_thread(self) -> bool:
         """Whether the caller is a signal handler, or finaliser, that interrupted its own thread here."""
         return owned_by_this_thread(self._lock)
 
-    def left(self) -> int:
+    def count_pending(self) -> int:
         """How many samples are still to be passed on."""
-        if self.interrupted:
+        if self.owned_by_this_thread:
             raise RuntimeError("called by a signal handler or finaliser that interrupted the same sink's passing on")
-        for index, peer in enumerate(self._peers):
-            if peer.remains is None and peer.client is not None and peer.client.failure is not None:
-                self._bury(index, peer, peer.client)
-        return sum(remains.remaining for _, _, remains in self._lost)
+        for index, learner in enumerate(self._learners):
+            if learner.undelivered is None and learner.client is not None and learner.client.failure is not None:
+                self._take_over(index, learner, learner.client)
+        return sum(undelivered.remaining for _, _, undelivered in self._lost_learners)
 
-    def _bury(self, index: int, peer: Peer, client: TcpClient) -> None:
+    def _take_over(self, index: int, learner: Learner, client: TcpClient) -> None:
         with self._lock:
-            if peer.remains is not None or self.closed:
+            if learner.undelivered is not None or self.closed:
                 return
-            remains = client.undelivered()
-            lost = [*self._lost, (index, peer, remains)]
+            undelivered = client.undelivered()
+            lost = [*self._lost_learners, (index, learner, undelivered)]
             # Nothing comes between the next two lines: what it left is passed on once.
-            self._lost = lost
-            peer.remains = remains
+            self._lost_learners = lost
+            learner.undelivered = undelivered
         text = "the learner is gone; its share, and %d samples that it may not have, go to the others: %s"
-        _log.warning(text, remains.remaining, client.failure)
+        _log.warning(text, undelivered.remaining, client.failure)
 
-    def pass_on(self) -> int:
+    def pass_on_some(self) -> int:
         """Some of it, without waiting; gives how many samples.
 
         Raises:
-            NobodyLeftError: to take it.
+            NoLearnerLeftError: to take it.
         """
         with self._lock:
-            remains = next((remains for _, _, remains in self._lost if remains.remaining), None)
-            if remains is None:  # another caller was faster
+            undelivered = next(
+                (undelivered for _, _, undelivered in self._lost_learners if undelivered.remaining), None
+            )
+            if undelivered is None:  # another caller was faster
                 return 1
-            living = [peer for peer in self._peers if not peer.route.closed]
-            if not living:
-                raise NobodyLeftError("no learner is left")
-            heir = max([peer for peer in living if not peer.lost] or living, key=lambda peer: peer.free_rows)
-            free_rows = heir.free_rows
-            if not free_rows or not isinstance(heir.route, RingRoute):
+            alive = [learner for learner in self._learners if not learner.route.closed]
+            if not alive:
+                raise NoLearnerLeftError("no learner is left")
+            target = max(
+                [learner for learner in alive if not learner.is_disconnected] or alive,
+                key=lambda learner: learner.free_rows,
+            )
+            free_rows = target.free_rows
+            if not free_rows or not isinstance(target.route, TcpClientRoute):
                 return 0
-            taken = heir.route.send_packed(remains.view(), free_rows)
-            remains.mark_handed_over(taken)
+            taken = target.route.send_packed(undelivered.view(), free_rows)
+            undelivered.mark_handed_over(taken)
             return taken
 
-    def tell_of_stuck(self) -> None:
+    def raise_if_uncopied(self) -> None:
         """Raise, once, if samples are lost that were not copied from their device in time."""
         with self._lock:
-            stuck, told = sum(remains.unrecoverable for _, _, remains in self._lost), self._told_stuck
-            self._told_stuck = stuck
-        if stuck > told:
-            what = f"{stuck - told} samples are lost, which had not been copied from their device by then"
-            raise StuckError(f"a learner is gone, and {what}")
+            uncopied, reported = (
+                sum(undelivered.unrecoverable for _, _, undelivered in self._lost_learners),
+                self._uncopied_reported,
+            )
+            self._uncopied_reported = uncopied
+        if uncopied > reported:
+            what = f"{uncopied - reported} samples are lost, which had not been copied from their device by then"
+            raise UncopiedRowsError(f"a learner is gone, and {what}")
 
     # What became of the samples.
 
-    def counts(self, hopeless: bool) -> Counts:
-        """Of all; ``hopeless`` if nobody is left to take anything."""
+    def counts(self, all_lost: bool) -> Counts:
+        """Of all; ``all_lost`` if nobody is left to take anything."""
         with self._lock:
-            each = [self._counts_of(peer, hopeless) for peer in self._peers]
+            each = [self._learner_counts(learner, all_lost) for learner in self._learners]
             return Counts(*map(sum, zip(*each, strict=True)))
 
-    def _counts_of(self, peer: Peer, hopeless: bool) -> Counts:
-        counts, remains = peer.route.counts(), peer.remains
-        if remains is None:
+    def _learner_counts(self, learner: Learner, all_lost: bool) -> Counts:
+        counts, undelivered = learner.route.counts(), learner.undelivered
+        if undelivered is None:
             return counts
-        moved = remains.handed_over
+        moved = undelivered.handed_over
         return counts._replace(
             sent=counts.sent - moved,
-            unacked=remains.unacked,
+            unacked=undelivered.unacked,
             resent=counts.resent + moved,
             maybe_duplicated=counts.maybe_duplicated + moved,
-            maybe_lost=counts.maybe_lost - moved if hopeless else remains.unrecoverable,
+            maybe_lost=counts.maybe_lost - moved if all_lost else undelivered.unrecoverable,
         )
 
     def progress(self) -> tuple[int, list[int], list[int]]:
         """How many samples were sent in all, how many each was sent, and how many of these are acked, by whomever."""
         with self._lock:
-            each = [peer.route.progress() for peer in self._peers]
+            each = [learner.route.progress() for learner in self._learners]
             sent, acked = [count for count, _ in each], [count for _, count in each]
-            if self._lost:
-                self._add_passed_on(sent, acked)
-            return sum(sent) - sum(remains.handed_over for _, _, remains in self._lost), sent, acked
+            if self._lost_learners:
+                self._count_passed_on_as_acked(sent, acked)
+            return sum(sent) - sum(undelivered.handed_over for _, _, undelivered in self._lost_learners), sent, acked
 
-    def _add_passed_on(self, sent: list[int], acked: list[int]) -> None:
+    def _count_passed_on_as_acked(self, sent: list[int], acked: list[int]) -> None:
         """Count what was passed on as acked as soon as it is, by those who have it now."""
-        if any(remains.remaining for _, _, remains in self._lost):
+        if any(undelivered.remaining for _, _, undelivered in self._lost_learners):
             return
-        living = tuple(0 if peer.remains is not None else count for count, peer in zip(sent, self._peers, strict=True))
-        for index, peer, remains in reversed(self._lost):  # who was lost later may have had it in between
-            peer.settled_at = peer.settled_at or living
-            if all(map(int.__ge__, acked, peer.settled_at)):
-                acked[index] = sent[index] - remains.unrecoverable
+        sent_to_alive = tuple(
+            0 if learner.undelivered is not None else count for count, learner in zip(sent, self._learners, strict=True)
+        )
+        for index, learner, undelivered in reversed(
+            self._lost_learners
+        ):  # who was lost later may have had it in between
+            learner.required_acks = learner.required_acks or sent_to_alive
+            if all(map(int.__ge__, acked, learner.required_acks)):
+                acked[index] = sent[index] - undelivered.unrecoverable

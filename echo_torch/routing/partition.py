@@ -12,14 +12,14 @@ from echo_torch.samples.leaf import Array
 
 Routing = Literal["round_robin", "least_inflight"] | Callable[[Any], Any]
 """How batches are spread; a function gives the learner's index for each sample."""
-ROUTINGS = ("round_robin", "least_inflight")
+ROUTING_NAMES = ("round_robin", "least_inflight")
 
 
 def check_routing(route: Any, failover: Any) -> None:
     """Raise TypeError or ValueError unless ``route`` is one, and ``failover`` says whether."""
-    names = " or ".join(map(repr, ROUTINGS))
+    names = " or ".join(map(repr, ROUTING_NAMES))
     if isinstance(route, str):
-        if route not in ROUTINGS:
+        if route not in ROUTING_NAMES:
             raise ValueError(f"route: got {route!r}, expected {names}, or a function of a batch")
     elif not callable(route):
         raise TypeError(f"route: got {route!r}, expected {names}, or a function of a batch")
@@ -27,7 +27,7 @@ def check_routing(route: Any, failover: Any) -> None:
         raise TypeError(f"failover: got {failover!r}, expected True or False")
 
 
-def shards_of(given: Any, rows: int, learners: int) -> int | Array:
+def check_shards(given: Any, rows: int, learners: int) -> int | Array:
     """What a user's function gave for a batch, checked: one learner for all samples, or int64 ``(rows,)``.
 
     Raises:

@@ -10,17 +10,17 @@ from collections import deque
 from collections.abc import Sequence
 
 # Most moments that are remembered; the latest makes way for another then.
-MOST_MOMENTS = 1024
+MAX_SNAPSHOTS = 1024
 
 
-class Prefix:
+class AckedPrefix:
     """Of what was sent; to be used by one thread at a time."""
 
     def __init__(self) -> None:
-        self._moments: deque[tuple[tuple[int, ...], int]] = deque()
+        self._snapshots: deque[tuple[tuple[int, ...], int]] = deque()
         self._acked = 0
 
-    def acked(self, total: int, sent: Sequence[int], acked: Sequence[int]) -> int:
+    def update(self, total: int, sent: Sequence[int], acked: Sequence[int]) -> int:
         """How many of the ``total`` samples, from the first on, are acked, as far as moments are remembered.
 
         Args:
@@ -28,11 +28,11 @@ class Prefix:
             sent: how many each learner was sent.
             acked: how many of these are acked.
         """
-        moments = self._moments
-        if not moments or total > moments[-1][1]:
-            if len(moments) >= MOST_MOMENTS:
-                moments.pop()
-            moments.append((tuple(sent), total))
-        while moments and all(map(int.__ge__, acked, moments[0][0])):
-            self._acked = moments.popleft()[1]
+        snapshots = self._snapshots
+        if not snapshots or total > snapshots[-1][1]:
+            if len(snapshots) >= MAX_SNAPSHOTS:
+                snapshots.pop()
+            snapshots.append((tuple(sent), total))
+        while snapshots and all(map(int.__ge__, acked, snapshots[0][0])):
+            self._acked = snapshots.popleft()[1]
         return self._acked

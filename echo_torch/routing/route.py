@@ -31,7 +31,7 @@ class Route(Protocol):
     def times(self) -> Times:
         """Where the time went; with a client that does not tell, ``send`` was blocked by the learner all along."""
 
-    def peers(self) -> list[PeerCounts]:
+    def peer_counts(self) -> list[PeerCounts]:
         """Of each learner."""
 
     @property
@@ -45,7 +45,7 @@ class Route(Protocol):
     def close(self, timeout: float | None) -> None: ...
 
 
-class RingRoute:
+class TcpClientRoute:
     """Blocks of rows into a `TcpClient`."""
 
     def __init__(self, client: TcpClient) -> None:
@@ -56,7 +56,7 @@ class RingRoute:
     def counts(self) -> Counts:
         return self.client.counts()
 
-    def peers(self) -> list[PeerCounts]:
+    def peer_counts(self) -> list[PeerCounts]:
         return [PeerCounts.from_counts(self.counts(), self._lost if self._closing else self.closed)]
 
     def send_packed(self, rows: memoryview, most: int) -> int:
@@ -91,7 +91,7 @@ class RingRoute:
         self.client.close(timeout)
 
 
-class RowRoute:
+class OtherClientRoute:
     """Sample after sample into any `Client`, by one thread at a time: the stock client mixes the bytes of two.
 
     Such a client knows no timeouts: they are looked at between samples, and `wait` and `close` take as long as the
@@ -102,21 +102,21 @@ class RowRoute:
         self._client = client
         self._spec = spec
         self._peer = peer
-        self._turn = threading.RLock()
-        self._closing = threading.RLock()
+        self._send_lock = threading.RLock()
+        self._close_lock = threading.RLock()
         self._acked = 0
         self._sent = 0
         self._lost = False
         self._closed = False
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         self._ended_at: float | None = None
-        self._sending = 0.0
+        self._send_seconds = 0.0
 
     def times(self) -> Times:
-        connected = (self._ended_at or time.monotonic()) - self._began if self._sent else 0.0
-        return Times(connected=connected, sending=self._sending, blocked=(self._sending, 0.0, 0.0, 0.0))
+        connected = (self._ended_at or time.monotonic()) - self._started_at if self._sent else 0.0
+        return Times(connected=connected, sending=self._send_seconds, blocked=(self._send_seconds, 0.0, 0.0, 0.0))
 
-    def peers(self) -> list[PeerCounts]:
+    def peer_counts(self) -> list[PeerCounts]:
         return [PeerCounts.from_counts(self.counts(), self._lost)]
 
     @property
@@ -138,12 +138,12 @@ class RowRoute:
 
     def send(self, match: Match, timeout: float | None) -> None:
         deadline = Deadline(timeout)
-        began = time.monotonic()
+        started_at = time.monotonic()
         done = 0
-        if owned_by_this_thread(self._turn):
+        if owned_by_this_thread(self._send_lock):
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         try:
-            with self._turn:
+            with self._send_lock:
                 arrays = self._spec.to_host(match)
                 for done in range(match.rows):
                     if deadline.expired and done:
@@ -152,20 +152,20 @@ class RowRoute:
                     self._client.send(self._spec.unflatten(leaves))
                     self._sent += 1
         except (ConnectionError, DeliveryTimeoutError) as error:
-            raise self._translated(error, done) from error
+            raise self._translate(error, done) from error
         finally:
-            self._sending += time.monotonic() - began
+            self._send_seconds += time.monotonic() - started_at
 
     def wait(self, timeout: float | None) -> None:
-        asked = self._sent
+        sent_before = self._sent
         try:
             self._client.wait()
         except ConnectionError as error:
-            raise self._translated(error, 0) from error
-        self._acked = max(self._acked, asked)
+            raise self._translate(error, 0) from error
+        self._acked = max(self._acked, sent_before)
 
     def close(self, timeout: float | None) -> None:
-        with self._closing:  # who closes it at the same time waits for the end as well
+        with self._close_lock:  # who closes it at the same time waits for the end as well
             if self._closed:  # not every client's `wait` returns after its `close`
                 return
             self._closed = True
@@ -173,17 +173,17 @@ class RowRoute:
                 self.wait(timeout)
             finally:
                 self._client.close()
-                self._end()
+                self._set_ended()
 
-    def _end(self) -> None:
+    def _set_ended(self) -> None:
         self._ended_at = self._ended_at or time.monotonic()
 
-    def _translated(self, error: Exception, done: int) -> ConnectionClosedError | DeliveryTimeoutError:
+    def _translate(self, error: Exception, done: int) -> ConnectionClosedError | DeliveryTimeoutError:
         """The client's error as one of ours, with the counts."""
         kind = DeliveryTimeoutError if isinstance(error, DeliveryTimeoutError) else ConnectionClosedError
         if kind is ConnectionClosedError:
             self._lost = True
-            self._end()
+            self._set_ended()
         ours: ConnectionClosedError | DeliveryTimeoutError
         unacked = self.counts().unacked
         ours = kind(f"{self._peer}: {error}; {unacked} samples un-acked")
@@ -192,7 +192,7 @@ class RowRoute:
         return ours
 
 
-class NoRoute:
+class UnreachableRoute:
     """To a learner that could not be connected to, where others take its share."""
 
     closed = True
@@ -200,7 +200,7 @@ class NoRoute:
     def __init__(self, peer: str) -> None:
         self._peer = peer
 
-    def peers(self) -> list[PeerCounts]:
+    def peer_counts(self) -> list[PeerCounts]:
         return [PeerCounts(lost=1)]
 
     def counts(self) -> Counts:

@@ -11,8 +11,8 @@ from typing import Any
 
 from echo_torch.errors import ConnectionClosedError, raise_first
 from echo_torch.metrics.stats import SinkStats
-from echo_torch.processes.child import CHILD_CLOSE_S, Marks, Report, parent_of
-from echo_torch.processes.parent import Children
+from echo_torch.processes.child import CHILD_CLOSE_S, FlagFiles, Reporter, find_parent
+from echo_torch.processes.parent import ChildProcesses
 from echo_torch.routing.route import Route
 from echo_torch.samples.spec import Match, SampleSpec
 from echo_torch.support import shutdown
@@ -20,7 +20,7 @@ from echo_torch.support.deadline import Deadline, clamp_timeout
 from echo_torch.support.interrupts import owned_by_this_thread
 from echo_torch.support.validation import check_count
 
-from .totals import Account
+from .totals import Totals
 from .watermark import Watermark
 
 _log = logging.getLogger(__name__)
@@ -30,42 +30,42 @@ class Session:
     """One process's own; never used by another.
 
     Args:
-        learners: how messages name them.
+        learner_names: how messages name them.
         payload_size: bytes of one sample.
         token: the sink's, by which parents and children find each other.
         origin: the process that made the sink.
-        at_risk: how many samples that a server acked it may discard if a connection breaks off.
+        acked_at_risk: how many samples that a server acked it may discard if a connection breaks off.
         stall_timeout: seconds without any ack of a child after which `wait` and `close` give up.
-        raises: whether the loss of the learner is an error, or logged, and what is sent after that is dropped.
+        raise_on_loss: whether the loss of the learner is an error, or logged, and what is sent after that is dropped.
     """
 
     def __init__(
         self,
-        learners: Sequence[str],
+        learner_names: Sequence[str],
         payload_size: int,
         token: str,
         origin: int,
-        at_risk: int,
+        acked_at_risk: int,
         stall_timeout: float | None,
-        raises: bool,
+        raise_on_loss: bool,
     ) -> None:
-        self.peer = peer = ", ".join(learners)
-        self._learners = len(learners)
+        self.peer = peer = ", ".join(learner_names)
+        self._learner_count = len(learner_names)
         self.route: Route | None = None
         self.closed = False
-        self.told = False
+        self.first_batch_logged = False
         """Whether it was logged how the first batch was read."""
-        self.gone = False
+        self.learner_gone = False
         """Whether the learner is, and that was logged; unless it is an error."""
         self.watermark = Watermark()
-        self.children = Children.of(peer, token, at_risk)
-        self.account = Account(learners, payload_size, self.children)
+        self.children = ChildProcesses.get_shared(peer, token, acked_at_risk)
+        self.totals = Totals(learner_names, payload_size, self.children)
         self._token = token
         self._origin = origin
-        self._marks = Marks(token, origin)
+        self._flag_files = FlagFiles(token, origin)
         self._stall_timeout = stall_timeout
-        self._raises = raises
-        self._report: Report | None = None
+        self._raise_on_loss = raise_on_loss
+        self._reporter: Reporter | None = None
         self._lock = threading.RLock()
         shutdown.register_exit_handler(self)
 
@@ -73,24 +73,24 @@ class Session:
     def unacked(self) -> int:
         return 0 if self.route is None else self.route.counts().unacked
 
-    def connected(self, open: Callable[[float | None], Route], timeout: float | None) -> Route:
-        """The open route, connecting first by ``open(timeout)`` if there is none."""
+    def connect(self, open_route: Callable[[float | None], Route], timeout: float | None) -> Route:
+        """The open route, connecting first by ``open_route(timeout)`` if there is none."""
         route = self.route
         if route is None and not self.closed:
-            route = self._connect_once(open, Deadline(timeout))
+            route = self._connect_once(open_route, Deadline(timeout))
         if route is None or self.closed:
-            raise self.ended("this sink was closed")
+            raise self.closed_error("this sink was closed")
         return route
 
-    def deliver(self, open: Callable[[float | None], Route], match: Match, timeout: float | None) -> Route | None:
-        """Send, connecting first as `connected`; gives the route that took all of it, None if it was dropped."""
-        if self.gone and not self.closed:
+    def deliver(self, open_route: Callable[[float | None], Route], match: Match, timeout: float | None) -> Route | None:
+        """Send, connecting first as `connect`; gives the route that took all of it, None if it was dropped."""
+        if self.learner_gone and not self.closed:
             self.drop(match.rows)
             return None
         try:
-            route = self.connected(open, timeout)
+            route = self.connect(open_route, timeout)
         except OSError as error:  # refused, unreachable, unknown, too late: whatever keeps us from the learner
-            if self._raises or self.closed:
+            if self._raise_on_loss or self.closed:
                 raise
             self.drop(match.rows, error)
             return None
@@ -98,48 +98,48 @@ class Session:
             route.send(match, timeout)
             return route
         except ConnectionClosedError as error:
-            if self._raises or self.closed:
+            if self._raise_on_loss or self.closed:
                 raise
             self.drop(match.rows - error.rows_accepted, error)
             return None
 
-    def tell_how_read(self, match: Match, spec: SampleSpec) -> None:
+    def log_first_batch(self, match: Match, spec: SampleSpec) -> None:
         """Log, for the first batch, what it was taken for."""
-        self.told = True
+        self.first_batch_logged = True
         what = f"{match.rows} samples" if match.batched else "one sample"
         _log.info("%s: the first batch is %s of %s", self.peer, what, spec.describe())
 
-    def accepted(self, watermark: Watermark, step: int, route: Route) -> None:
+    def note_accepted(self, watermark: Watermark, step: int, route: Route) -> None:
         """Note that ``route`` took all of ``step``; in the watermark in which it began, if another was loaded since."""
         sent, acked = route.progress()
-        watermark.sent(step, sent, acked)
-        self.tell_sent()
+        watermark.finish_step(step, sent, acked)
+        self.report_sent()
 
-    def tell_sent(self) -> None:
+    def report_sent(self) -> None:
         """Let the parent know how much was sent, if there is one, before it can wait for it."""
-        report, route = self._report, self.route
-        if report is not None and route is not None:
-            report.sent(route.progress()[0])
+        reporter, route = self._reporter, self.route
+        if reporter is not None and route is not None:
+            reporter.report_sent(route.progress()[0])
 
     def wait(self, timeout: float | None) -> None:
         """Until everything sent so far is acked, by children too; as `EchoSink.wait`."""
         try:
             self._wait(Deadline(timeout))
         finally:
-            self.account.give_verdict(self.route)
+            self.totals.log_verdict(self.route)
 
     def _wait(self, deadline: Deadline) -> None:
         try:
             if self.route is not None:
                 self.route.wait(deadline.timeout)
         except ConnectionError as error:
-            if self._raises:
+            if self._raise_on_loss:
                 raise
             self.drop(0, error)
         try:
             self.children.wait(deadline, self._stall_timeout)
         except ConnectionError as error:
-            if self._raises:
+            if self._raise_on_loss:
                 raise
             _log.warning("%s", error)
 
@@ -148,7 +148,7 @@ class Session:
         try:
             self._close(timeout)
         except ConnectionError as error:
-            if self._raises:
+            if self._raise_on_loss:
                 raise
             self.drop(0, error)
 
@@ -156,66 +156,66 @@ class Session:
         self.closed = True  # whoever is connecting just now will see it
         deadline = Deadline(timeout)
         problems: list[Exception] = []
-        self._marks.close()
-        self.children.ask()
-        for step in (functools.partial(self._close_route, timeout), functools.partial(self._await_children, deadline)):
+        self._flag_files.set_closed()
+        self.children.request_close()
+        for step in (functools.partial(self._close_route, timeout), functools.partial(self._close_children, deadline)):
             try:
                 step()
             except Exception as error:
                 problems.append(error)
-        if self._report is not None:
-            self._report.over(problems[0] if problems else None)
-        self.children.forget()
+        if self._reporter is not None:
+            self._reporter.report_end(problems[0] if problems else None)
+        self.children.count_and_remove_all()
         raise_first(problems)
 
     def _close_route(self, timeout: float | None) -> None:
         if self.route is not None:
             self.route.close(timeout)
 
-    def _await_children(self, deadline: Deadline) -> None:
-        self.children.finish(deadline.within(self._stall_timeout))
+    def _close_children(self, deadline: Deadline) -> None:
+        self.children.wait_for_close(deadline.within(self._stall_timeout))
         self.children.wait(deadline, self._stall_timeout)
 
     def begin_exit(self) -> None:
         """At the end of the process: what children have is delivered. Its own is seen to by others."""
-        self.children.ask()
+        self.children.request_close()
 
     def finish_exit(self) -> None:
         """After that: wait for it."""
-        self._await_children(Deadline(shutdown.DELIVER_AT_EXIT_S))
+        self._close_children(Deadline(shutdown.DELIVER_AT_EXIT_S))
 
-    def finish(self) -> None:
+    def close_for_parent(self) -> None:
         """As the parent asks."""
         try:
             self.close(CHILD_CLOSE_S)
         except Exception as error:
             _log.warning("%s", error)
 
-    def ended(self, how: str) -> ConnectionClosedError:
+    def closed_error(self, how: str) -> ConnectionClosedError:
         unacked = self.unacked
         error = ConnectionClosedError(f"{self.peer}: {how}; {unacked} samples un-acked")
         error.unacked = unacked
         return error
 
-    def _ended_by_parent(self) -> ConnectionClosedError:
+    def _close_by_parent(self) -> ConnectionClosedError:
         self.closed = True
-        return self.ended("this sink was closed")
+        return self.closed_error("this sink was closed")
 
     def drop(self, rows: int, error: OSError | None = None) -> None:
         """Count samples as dropped, and log ``error``; the learner is gone then, unless another has taken its place."""
         with self._lock:
-            self._begin_report()
-            self.account.dropped += rows
-            if error is None or self.gone:
+            self._start_reporter()
+            self.totals.dropped += rows
+            if error is None or self.learner_gone:
                 return
-            self.gone = self.route is None or self.route.closed
-        if not self.gone:
+            self.learner_gone = self.route is None or self.route.closed
+        if not self.learner_gone:
             _log.warning("%s", error)
             return
-        self._marks.tell_gone(True)
+        self._flag_files.set_learner_gone(True)
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
 
-    def _connect_once(self, open: Callable[[float | None], Route], deadline: Deadline) -> Route | None:
+    def _connect_once(self, open_route: Callable[[float | None], Route], deadline: Deadline) -> Route | None:
         """Connect, unless another thread did meanwhile or the sink was closed."""
         lock = self._lock
         if owned_by_this_thread(lock):
@@ -224,18 +224,20 @@ class Session:
             if not lock.acquire(timeout=clamp_timeout(deadline.remaining())):
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
             if self.route is None and not self.closed:
-                if self._marks.closed:
-                    raise self._ended_by_parent()
-                route = open(self._marks.patience(None if deadline.timeout is None else deadline.remaining()))
+                if self._flag_files.closed_by_parent:
+                    raise self._close_by_parent()
+                route = open_route(
+                    self._flag_files.limit_connect_timeout(None if deadline.timeout is None else deadline.remaining())
+                )
                 try:
-                    self._begin_report()
+                    self._start_reporter()
                 except BaseException:
                     route.close(0)
                     raise
-                if self._report is not None:
-                    self._report.route = route
+                if self._reporter is not None:
+                    self._reporter.route = route
                 self.route = route
-                self._marks.tell_gone(False)
+                self._flag_files.set_learner_gone(False)
             lock.release()
         except BaseException:
             try:  # noqa: SIM105
@@ -247,43 +249,43 @@ class Session:
             self.route.close(0)
         return self.route
 
-    def _begin_report(self) -> None:
+    def _start_reporter(self) -> None:
         """In a child, unless it was begun before."""
-        parent = parent_of(self._origin)
-        if parent is None or self._report is not None:
+        parent = find_parent(self._origin)
+        if parent is None or self._reporter is not None:
             return
         try:
-            report = Report(self._token, parent, self, self._learners)
+            reporter = Reporter(self._token, parent, self, self._learner_count)
         except ConnectionClosedError:
-            raise self._ended_by_parent() from None
+            raise self._close_by_parent() from None
         except OSError as error:
             me = f"process {os.getpid()}"
             raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error
         try:
-            report.start()
+            reporter.start()
         except BaseException:
-            report.over()
+            reporter.report_end()
             raise
-        self._report = report
+        self._reporter = reporter
 
     # What is told, and saved.
 
     def stats(self) -> SinkStats:
-        return self.account.stats(self.route)
+        return self.totals.stats(self.route)
 
     def acked_through(self) -> int:
         if self.route is not None:
             self.route.counts()  # takes note of the acks that are there
-        return self.watermark.through(0 if self.route is None else self.route.progress()[1])
+        return self.watermark.acked_through(0 if self.route is None else self.route.progress()[1])
 
     def state_dict(self) -> dict[str, Any]:
         through = self.acked_through()  # before the counts, which are at least as far by then
-        return {"acked_through": through, **self.account.state_dict(self.route)}
+        return {"acked_through": through, **self.totals.state_dict(self.route)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; nothing is changed if ``state`` is none."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state: got {state!r}, expected what state_dict() gives")
         through = check_count("state['acked_through']", state.get("acked_through"), least=-1)  # type: ignore[arg-type]
-        self.account.load_state_dict(state, self.route)
+        self.totals.load_state_dict(state, self.route)
         self.watermark = Watermark(through)

@@ -12,72 +12,74 @@ from typing import Any
 
 from echo_torch.metrics.stats import SAVED_FIELDS, Counts, PeerCounts, PeerStats, SinkStats
 from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
-from echo_torch.processes.parent import Children
+from echo_torch.processes.parent import ChildProcesses
 from echo_torch.routing.route import Route
 from echo_torch.support.validation import check_count, check_seconds
 
 _log = logging.getLogger(__name__)
 
 # Those that go on from another run.
-_LASTING = [name for name in SAVED_FIELDS if name != "in_flight"]
+_PERSISTENT = [name for name in SAVED_FIELDS if name != "in_flight"]
 # Seconds of which rates are, at the most, and how many moments are kept for that.
-RATE_S = 10.0
-MOMENTS = 8
+RATE_SPAN_S = 10.0
+RATE_SNAPSHOTS = 8
 # Seconds between two verdicts in the log, at the least.
-VERDICT_S = 30.0
+VERDICT_INTERVAL_S = 30.0
 
 
-class Account:
+class Totals:
     """Of one session.
 
     Args:
-        learners: how messages name them.
+        learner_names: how messages name them.
         payload_size: bytes of one sample.
         children: whose counts are added.
     """
 
-    def __init__(self, learners: Sequence[str], payload_size: int, children: Children) -> None:
+    def __init__(self, learner_names: Sequence[str], payload_size: int, children: ChildProcesses) -> None:
         self.dropped = 0
         """Samples that were given to ``send`` and not sent, for the learner was gone."""
         self.check_seconds = 0.0
         """Seconds that batches were compared with the example."""
-        self._learners = learners
+        self._learner_names = learner_names
         self._payload_size = payload_size
         self._children = children
-        self._began = self._verdict_at = time.monotonic()
-        self._moments = deque([(self._began, 0, 0)], maxlen=MOMENTS)
-        self._at_verdict = SinkStats(0, 0, 0, 0, 0, 0, 0.0)
-        self._before: dict[str, Any] = dict.fromkeys(_LASTING, 0)  # what was counted before, in another process or run
+        self._started_at = self._last_verdict_at = time.monotonic()
+        self._rate_snapshots = deque([(self._started_at, 0, 0)], maxlen=RATE_SNAPSHOTS)
+        self._stats_at_verdict = SinkStats(0, 0, 0, 0, 0, 0, 0.0)
+        self._earlier: dict[str, Any] = dict.fromkeys(
+            _PERSISTENT, 0
+        )  # what was counted before, in another process or run
 
     def stats(self, route: Route | None) -> SinkStats:
         """With what was sent by ``route``."""
-        counted = self._counted(route)
-        total = {name: getattr(counted, name) + self._before[name] for name in _LASTING}
-        loaded = {"loaded_sent": self._before["samples_sent"], "loaded_acked": self._before["samples_acked"]}
-        return dataclasses.replace(counted, **total, **loaded, **self._rates(counted), peers=self._peers(route))
+        counted = self._current_stats(route)
+        total = {name: getattr(counted, name) + self._earlier[name] for name in _PERSISTENT}
+        loaded = {"loaded_sent": self._earlier["samples_sent"], "loaded_acked": self._earlier["samples_acked"]}
+        return dataclasses.replace(counted, **total, **loaded, **self._rates(counted), peers=self._peer_stats(route))
 
-    def _peers(self, route: Route | None) -> tuple[PeerStats, ...]:
+    def _peer_stats(self, route: Route | None) -> tuple[PeerStats, ...]:
         """What each learner was sent, by this process and its children."""
-        mine, theirs = [] if route is None else route.peers(), self._children.peers()
-        told = []
-        for name, one, other in zip_longest(self._learners, mine, theirs, fillvalue=PeerCounts()):
+        mine, theirs = [] if route is None else route.peer_counts(), self._children.peer_counts()
+        peer_stats = []
+        for name, one, other in zip_longest(self._learner_names, mine, theirs, fillvalue=PeerCounts()):
             sent, unacked, *rest = one.plus(other)
-            told.append(PeerStats(str(name), sent, sent - unacked, unacked, *rest))
-        return tuple(told)
+            peer_stats.append(PeerStats(str(name), sent, sent - unacked, unacked, *rest))
+        return tuple(peer_stats)
 
     def times(self, route: Route | None) -> Times:
         """Where the time went in this process."""
         return (Times() if route is None else route.times())._replace(checking=self.check_seconds)
 
-    def give_verdict(self, route: Route | None) -> None:
+    def log_verdict(self, route: Route | None) -> None:
         """Log what holds things up, if that was not done for a while."""
-        if time.monotonic() - self._verdict_at < VERDICT_S:
+        if time.monotonic() - self._last_verdict_at < VERDICT_INTERVAL_S:
             return
         now = self.stats(route)
-        lately = now.since(self._at_verdict)
-        self._verdict_at, self._at_verdict = time.monotonic(), now
-        level = logging.WARNING if lately.blocked_too_long else logging.INFO
-        _log.log(level, "%s: %s", ", ".join(self._learners), lately.bottleneck)
+        recent = now.since(self._stats_at_verdict)
+        self._last_verdict_at, self._stats_at_verdict = time.monotonic(), now
+        level = logging.WARNING if recent.blocked_too_long else logging.INFO
+        _log.log(level, "%s: %s", ", ".join(self._learner_names), recent.bottleneck)
 
     def state_dict(self, route: Route | None) -> dict[str, Any]:
         """What of `stats` another run can go on from."""
@@ -91,18 +93,18 @@ class Account:
             check = check_seconds if name == "blocked_seconds" else _check_number
             loaded[name] = check(f"state[{name!r}]", state.get(name))  # type: ignore[arg-type]
         loaded["maybe_lost"] += loaded.pop("in_flight")
-        counted = self._counted(route)
-        self._before = {name: loaded[name] - getattr(counted, name) for name in _LASTING}
+        counted = self._current_stats(route)
+        self._earlier = {name: loaded[name] - getattr(counted, name) for name in _PERSISTENT}
 
     def _rates(self, counted: SinkStats) -> dict[str, Any]:
-        """Samples per second since the last moment, of those that are kept, that is ``RATE_S`` ago; or the first."""
-        now, kept = time.monotonic(), self._moments
-        while len(kept) > 1 and now - kept[1][0] >= RATE_S:
-            kept.popleft()
-        began, sent, acked = kept[0]
+        """Samples per second since the latest snapshot that is ``RATE_SPAN_S`` old, or else since the first."""
+        now, snapshots = time.monotonic(), self._rate_snapshots
+        while len(snapshots) > 1 and now - snapshots[1][0] >= RATE_SPAN_S:
+            snapshots.popleft()
+        began, sent, acked = snapshots[0]
         seconds = now - began
-        if now - kept[-1][0] >= RATE_S / MOMENTS:
-            kept.append((now, counted.samples_sent, counted.samples_acked))
+        if now - snapshots[-1][0] >= RATE_SPAN_S / RATE_SNAPSHOTS:
+            snapshots.append((now, counted.samples_sent, counted.samples_acked))
         if seconds <= 0:
             return {}
         return {
@@ -110,7 +112,7 @@ class Account:
             "acked_per_second": (counted.samples_acked - acked) / seconds,
         }
 
-    def _counted(self, route: Route | None) -> SinkStats:
+    def _current_stats(self, route: Route | None) -> SinkStats:
         """In this process and its children, since the sink was made here."""
         counts, theirs = Counts() if route is None else route.counts(), self._children.counts()
         times = self.times(route).plus(self._children.times())
@@ -127,7 +129,7 @@ class Account:
             resent=counts.resent + theirs["resent"],
             maybe_duplicated=counts.maybe_duplicated + theirs["maybe_duplicated"],
             maybe_lost=counts.maybe_lost + theirs["maybe_lost"],
-            elapsed_seconds=time.monotonic() - self._began,
+            elapsed_seconds=time.monotonic() - self._started_at,
             connected_seconds=times.connected,
             check_seconds=times.checking,
             pack_seconds=max(0.0, times.sending - sum(times.blocked)),

@@ -8,7 +8,7 @@ from collections import deque
 
 # How many steps are remembered one by one whose `send` raised; with more, all from the lowest of them on count as
 # missing for good.
-MOST_MISSING = 1000
+MAX_MISSING = 1000
 
 
 class Watermark:
@@ -23,14 +23,14 @@ class Watermark:
 
     def __init__(self, through: int = -1) -> None:
         self.lock = threading.RLock()
-        self._through = through
+        self._acked_through = through
         self._next = through + 1
-        self._under_way: dict[int, int] = {}  # being sent just now, and by how many
+        self._in_progress: dict[int, int] = {}  # being sent just now, and by how many
         self._missing: set[int] = set()  # not sent in full, since `send` raised
         self._missing_from = math.inf  # and of those from here on it is not known which
         self._sent: deque[tuple[int, int]] = deque()  # (rows sent by then, step), in full and not known to be acked
 
-    def begin(self, step: int | None) -> int:
+    def begin_step(self, step: int | None) -> int:
         """Note that ``step``, or else the one after the highest, is being sent; gives it."""
         with self.lock:
             if step is None:
@@ -39,40 +39,40 @@ class Watermark:
                 self._next = step + 1
             if self._missing:
                 self._missing.discard(step)
-            self._under_way[step] = self._under_way.get(step, 0) + 1
+            self._in_progress[step] = self._in_progress.get(step, 0) + 1
             return step
 
-    def sent(self, step: int, rows_sent: int, rows_acked: int) -> None:
+    def finish_step(self, step: int, rows_sent: int, rows_acked: int) -> None:
         """Note that it was sent in full, and how many rows were sent and acked in all by now."""
         with self.lock:
             self._sent.append((rows_sent, step))
-            self._ended(step)
-            self._settle(rows_acked)
+            self._leave_progress(step)
+            self._advance(rows_acked)
 
-    def failed(self, step: int) -> None:
+    def fail_step(self, step: int) -> None:
         """Note that it was not: nothing from there on counts as acked until the same step begins again."""
         with self.lock:
-            if len(self._missing) >= MOST_MISSING and step not in self._missing:
+            if len(self._missing) >= MAX_MISSING and step not in self._missing:
                 self._missing_from = min(self._missing_from, *self._missing)
                 self._missing.clear()
             if step < self._missing_from:
                 self._missing.add(step)
-            self._ended(step)
+            self._leave_progress(step)
 
-    def through(self, rows_acked: int) -> int:
+    def acked_through(self, rows_acked: int) -> int:
         """The watermark, now that so many rows are acked."""
         with self.lock:
-            self._settle(rows_acked)
-            unsure = (*(step for _, step in self._sent), *self._under_way, *self._missing, self._missing_from)
-            return int(min(self._through, min(unsure) - 1))
+            self._advance(rows_acked)
+            unsure = (*(step for _, step in self._sent), *self._in_progress, *self._missing, self._missing_from)
+            return int(min(self._acked_through, min(unsure) - 1))
 
-    def _ended(self, step: int) -> None:
-        others = self._under_way.pop(step) - 1
+    def _leave_progress(self, step: int) -> None:
+        others = self._in_progress.pop(step) - 1
         if others:
-            self._under_way[step] = others
+            self._in_progress[step] = others
 
-    def _settle(self, rows_acked: int) -> None:
+    def _advance(self, rows_acked: int) -> None:
         while self._sent and self._sent[0][0] <= rows_acked:
             step = self._sent.popleft()[1]
-            if step > self._through:
-                self._through = step
+            if step > self._acked_through:
+                self._acked_through = step

@@ -214,7 +214,7 @@ def test_a_verdict_is_logged_when_it_is_waited_but_not_each_time(
         sink.send(BATCH[:1])
         sink.wait(SOON_S)
         assert not caplog.messages
-        monkeypatch.setattr(totals, "VERDICT_S", 0.2)
+        monkeypatch.setattr(totals, "VERDICT_INTERVAL_S", 0.2)
         time.sleep(0.2)
         sink.wait(SOON_S)
         sink.wait(SOON_S)
@@ -233,7 +233,7 @@ def test_send_that_is_blocked_for_too_long_is_a_warning(
         gate.wait()
         line.hear_all(SIZE)
 
-    monkeypatch.setattr(totals, "VERDICT_S", 0.2)
+    monkeypatch.setattr(totals, "VERDICT_INTERVAL_S", 0.2)
     with connected_sink(late, max_inflight_msgs=4) as (_, sink):
         with pytest.raises(DeliveryTimeoutError):
             sink.send(BATCH.repeat(10, 1), timeout=0.4)  # more than the buffer holds
@@ -248,7 +248,7 @@ def test_send_that_is_blocked_for_too_long_is_a_warning(
 
 
 def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(totals, "RATE_S", 0.2)
+    monkeypatch.setattr(totals, "RATE_SPAN_S", 0.2)
     with connected_sink(acks_everything) as (_, sink):
         sink.send(BATCH)
         sink.wait(SOON_S)
@@ -260,7 +260,7 @@ def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_are_not_of_the_moment_since_somebody_else_looked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(totals, "RATE_S", 0.2)
+    monkeypatch.setattr(totals, "RATE_SPAN_S", 0.2)
     with connected_sink(acks_everything) as (_, sink):
         sink.send(BATCH)
         sink.wait(SOON_S)

@@ -37,7 +37,7 @@ from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, Pr
 from echo_torch.metrics.stats import PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.processes import ledger
-from echo_torch.processes.parent import Children
+from echo_torch.processes.parent import ChildProcesses
 from echo_torch.support.deadline import Deadline
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -45,7 +45,7 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 PEER = "learner:1"
-AT_RISK = 8
+ACKED_AT_RISK = 8
 FORK = multiprocessing.get_context("fork")
 SAMPLE = {"id": np.zeros((), np.int64)}
 LONG_S = 30.0
@@ -65,29 +65,31 @@ class Child:
 
     def __init__(self, token: str, parent: int | None = None, learners: int = 1) -> None:
         self._pipe, theirs = FORK.Pipe()
-        self._process = FORK.Process(target=_keep, args=(theirs, token, parent or os.getpid(), learners), daemon=True)
+        self._process = FORK.Process(
+            target=_run_child, args=(theirs, token, parent or os.getpid(), learners), daemon=True
+        )
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
         self.path = Path(self._pipe.recv())
 
     def set(self, **fields: int) -> None:
-        self._ask("set", fields)
+        self._request("set", fields)
 
     def get(self, field: str) -> int:
-        return self._ask("get", field)
+        return self._request("get", field)
 
-    def fail(self, kind: int, text: str) -> None:
-        self._ask("fail", kind, text)
+    def write_error(self, kind: int, text: str) -> None:
+        self._request("write_error", kind, text)
 
-    def tell_times(self, times: Times) -> None:
-        self._ask("tell_times", times)
+    def write_times(self, times: Times) -> None:
+        self._request("write_times", times)
 
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
 
-    def _ask(self, *request: Any) -> Any:
+    def _request(self, *request: Any) -> Any:
         self._pipe.send(request)
         return self._pipe.recv()
 
@@ -100,18 +102,18 @@ class Child:
         self._pipe.close()
 
 
-def _keep(pipe: Pipe, token: str, parent: int, learners: int) -> None:
-    entry = ledger.begin(token, parent, learners=learners)
+def _run_child(pipe: Pipe, token: str, parent: int, learners: int) -> None:
+    entry = ledger.create_entry(token, parent, learners=learners)
     pipe.send(str(entry.path))
     while True:
         request, *arguments = pipe.recv()
         if request == "set":
             for field, number in arguments[0].items():
                 entry[field] = number
-        elif request == "fail":
-            entry.fail(*arguments)
-        elif request == "tell_times":
-            entry.tell_times(*arguments)
+        elif request == "write_error":
+            entry.write_error(*arguments)
+        elif request == "write_times":
+            entry.write_times(*arguments)
         pipe.send(entry[arguments[0]] if request == "get" else None)
 
 
@@ -119,14 +121,14 @@ def _keep(pipe: Pipe, token: str, parent: int, learners: int) -> None:
 def token() -> Iterator[str]:
     made = ledger.new_token()
     yield made
-    ledger.forget(made, os.getpid())
+    ledger.remove_files(made, os.getpid())
 
 
 @pytest.fixture
-def children(token: str) -> Iterator[Children]:
-    made = Children.of(PEER, token, AT_RISK)
+def children(token: str) -> Iterator[ChildProcesses]:
+    made = ChildProcesses.get_shared(PEER, token, ACKED_AT_RISK)
     yield made
-    made.forget()
+    made.count_and_remove_all()
 
 
 def in_child(function: Callable[[], Any]) -> Any:
@@ -154,33 +156,33 @@ def in_child(function: Callable[[], Any]) -> Any:
 
 def test_a_child_writes_and_its_parent_reads(token: str, home: Path) -> None:
     with Child(token) as child:
-        assert ledger.entries_of(token, os.getpid()) == [child.path]
-        assert ledger.entries_of(token, os.getpid() + 1) == []
-        entry = ledger.Entry(child.path)
-        assert entry.child == child.pid
+        assert ledger.entry_paths(token, os.getpid()) == [child.path]
+        assert ledger.entry_paths(token, os.getpid() + 1) == []
+        entry = ledger.LedgerEntry(child.path)
+        assert entry.child_pid == child.pid
         assert [entry[field] for field in ledger.FIELDS[:-1]] == [0] * (len(ledger.FIELDS) - 1)
-        assert entry.peers == [PeerCounts()]
+        assert entry.peer_counts == [PeerCounts()]
         child.set(sent=5, acked=3, maybe_lost=1 << 40)
         assert (entry["sent"], entry["acked"], entry["maybe_lost"]) == (5, 3, 1 << 40)
         entry["finish"] = 1
         assert child.get("finish") == 1
         times = Times(connected=1.5, latencies=tuple(range(140)))
-        child.tell_times(times)
-        child.fail(2, "über" * 2000)
-        child.fail(1, "said later")
+        child.write_times(times)
+        child.write_error(2, "über" * 2000)
+        child.write_error(1, "said later")
         assert entry["error_kind"] == 2
         assert entry.error.startswith("überüber")
         assert len(entry.error.encode()) > 2000
         assert entry.times == times
-        assert not entry.dead
+        assert not entry.is_dead
         child.kill()
-        assert entry.dead
+        assert entry.is_dead
         entry.close()
         assert (entry["sent"], entry.error[:4]) == (5, "über")
-        assert entry.dead
+        assert entry.is_dead
 
 
-def test_the_files_are_for_nobody_else(token: str) -> None:
+def test_files_are_private_and_have_no_holes(token: str) -> None:
     before = os.umask(0)
     try:
         with Child(token) as child:
@@ -192,8 +194,8 @@ def test_the_files_are_for_nobody_else(token: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["open to all", "a link", "a file"])
-def test_a_folder_that_somebody_else_may_have_made_is_refused(token: str, home: Path, how: str) -> None:
-    folder = ledger.folder_of(token)
+def test_a_folder_of_unsafe_ownership_is_refused(token: str, home: Path, how: str) -> None:
+    folder = ledger.folder_path(token)
     other = home / "other"
     if how == "open to all":
         folder.mkdir()
@@ -203,10 +205,10 @@ def test_a_folder_that_somebody_else_may_have_made_is_refused(token: str, home: 
         folder.symlink_to(other)
     else:
         folder.touch(0o600)
-    assert in_child(lambda: ledger.begin(token, os.getppid())).startswith("PermissionError: ")
+    assert in_child(lambda: ledger.create_entry(token, os.getppid())).startswith("PermissionError: ")
     if how != "a file":
         with pytest.raises(PermissionError, match="expected a folder of this user's, for nobody else"):
-            ledger.entries_of(token, os.getpid())
+            ledger.entry_paths(token, os.getpid())
     assert not other.exists() or not list(other.iterdir())
     (folder.unlink if how != "open to all" else folder.rmdir)()
     if other.exists():
@@ -217,46 +219,46 @@ def test_a_link_in_place_of_a_file_is_not_followed(token: str) -> None:
     with Child(token) as child:
         path = child.path.with_name(f"{os.getpid()}.1.0")
         path.symlink_to(child.path)
-        assert ledger.entries_of(token, os.getpid()) == [child.path]
+        assert ledger.entry_paths(token, os.getpid()) == [child.path]
         path.unlink()
 
 
-def test_a_temporary_folder_that_is_gone_or_cannot_be_written_is_an_error_of_the_child(
+def test_an_unusable_temporary_folder_raises_in_the_child(
     token: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = home / "missing"
     monkeypatch.setattr(tempfile, "tempdir", str(missing))
-    monkeypatch.setattr(ledger, "_ELSEWHERE", str(missing))
+    monkeypatch.setattr(ledger, "_FALLBACK_FOLDER", str(missing))
     lost = str(missing / Path(token).name)
-    assert ledger.entries_of(lost, os.getpid()) == []
-    assert in_child(lambda: ledger.begin(lost, os.getppid())).startswith("FileNotFoundError: ")
+    assert ledger.entry_paths(lost, os.getpid()) == []
+    assert in_child(lambda: ledger.create_entry(lost, os.getppid())).startswith("FileNotFoundError: ")
     missing.touch()
-    assert "Error: " in in_child(lambda: ledger.begin(lost, os.getppid()))
+    assert "Error: " in in_child(lambda: ledger.create_entry(lost, os.getppid()))
     missing.unlink()
 
 
-def test_children_find_the_folder_of_their_parent_whatever_theirs_is(token: str, home: Path) -> None:
+def test_children_use_the_folder_of_their_parent(token: str, home: Path) -> None:
     def elsewhere() -> str:
         tempfile.tempdir = str(home / "elsewhere")
-        return str(ledger.begin(token, os.getppid()).path.parent)
+        return str(ledger.create_entry(token, os.getppid()).path.parent)
 
-    assert in_child(elsewhere) == str(ledger.folder_of(token))
+    assert in_child(elsewhere) == str(ledger.folder_path(token))
 
 
-def test_a_child_with_the_number_of_one_that_died_has_a_file_of_its_own(token: str) -> None:
+def test_a_reused_pid_gets_a_new_file(token: str) -> None:
     parent = os.getpid()
 
     def begin() -> None:
         os.getpid = lambda: 4711
-        ledger.begin(token, parent)
+        ledger.create_entry(token, parent)
 
     for _ in range(2):
         in_child(begin)
-    assert [ledger.Entry(path).child for path in ledger.entries_of(token, parent)] == [4711, 4711]
+    assert [ledger.LedgerEntry(path).child_pid for path in ledger.entry_paths(token, parent)] == [4711, 4711]
 
 
-def test_where_there_are_no_locks_no_child_begins_and_none_is_taken_to_live(
-    token: str, children: Children, monkeypatch: pytest.MonkeyPatch
+def test_without_file_locks_children_and_waits_raise(
+    token: str, children: ChildProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -265,15 +267,15 @@ def test_where_there_are_no_locks_no_child_begins_and_none_is_taken_to_live(
         child.set(sent=1)
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "lockf", refuse)
-            said = in_child(lambda: ledger.begin(token, os.getppid()))
+            said = in_child(lambda: ledger.create_entry(token, os.getppid()))
             assert said.startswith("OSError: ")
             assert "does not support locks, set TMPDIR" in said
-            assert ledger.entries_of(token, os.getpid()) == [child.path]
+            assert ledger.entry_paths(token, os.getpid()) == [child.path]
             with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
                 children.wait(Deadline(LONG_S), None)
 
 
-def test_what_crashed_runs_left_is_removed_by_the_next_and_nothing_else(home: Path) -> None:
+def test_only_files_of_crashed_runs_are_removed(home: Path) -> None:
     dead = in_child(os.getpid)
     tokens = [ledger.new_token() for _ in range(4)]
     with Child(tokens[0], dead) as orphan, Child(tokens[1]) as mine, Child(tokens[1], dead), Child(tokens[2]) as left:
@@ -287,7 +289,7 @@ def test_what_crashed_runs_left_is_removed_by_the_next_and_nothing_else(home: Pa
         foreign.mkdir()
         foreign.chmod(0o755)
         (foreign / f"{dead}.{dead}.0").touch()
-        ledger.sweep(home)
+        ledger.remove_leftovers(home)
         assert orphan.path.exists(), "it lives"
         assert len(list(orphan.path.parent.iterdir())) == 1
         orphan.kill()
@@ -299,8 +301,8 @@ def test_what_crashed_runs_left_is_removed_by_the_next_and_nothing_else(home: Pa
         assert (others / "notes.txt").exists()
         assert (foreign / f"{dead}.{dead}.0").exists()
     for token in tokens:
-        ledger.forget(token, os.getpid())
-    ledger.sweep(home)
+        ledger.remove_files(token, os.getpid())
+    ledger.remove_leftovers(home)
     for folder in (others, foreign):
         for path in folder.iterdir():
             path.unlink()
@@ -310,7 +312,7 @@ def test_what_crashed_runs_left_is_removed_by_the_next_and_nothing_else(home: Pa
 # Waiting.
 
 
-def test_wait_ends_when_what_was_sent_before_is_acked(token: str, children: Children) -> None:
+def test_wait_returns_once_everything_sent_before_is_acked(token: str, children: ChildProcesses) -> None:
     children.wait(Deadline(LONG_S), None)
     with Child(token) as one, Child(token) as two:
         one.set(sent=5, acked=5)
@@ -324,7 +326,7 @@ def test_wait_ends_when_what_was_sent_before_is_acked(token: str, children: Chil
     assert children.counts()["acked"] == 10
 
 
-def test_wait_that_is_not_done_in_time_names_the_processes_and_goes_on(token: str, children: Children) -> None:
+def test_a_wait_that_times_out_names_the_processes_and_can_be_repeated(token: str, children: ChildProcesses) -> None:
     with Child(token) as one, Child(token) as two, Child(token) as three:
         one.set(sent=5, acked=1)
         two.set(sent=3, acked=2)
@@ -345,12 +347,12 @@ def test_wait_that_is_not_done_in_time_names_the_processes_and_goes_on(token: st
         children.wait(Deadline(LONG_S), None)
 
 
-def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, children: Children) -> None:
+def test_a_killed_child_is_raised_once_and_counted(token: str, children: ChildProcesses) -> None:
     with Child(token) as one, Child(token) as two:
         one.set(sent=30, acked=20)
-        one.tell_times(Times(blocked=(0.25, 0.0, 0.5, 0.0), latencies=(1,) * 140))
+        one.write_times(Times(blocked=(0.25, 0.0, 0.5, 0.0), latencies=(1,) * 140))
         two.set(sent=2, acked=2)
-        two.tell_times(Times(connected=3.0, checking=1.0, sending=2.0, waiting=(1.0, 2.0, 3.0, 4.0)))
+        two.write_times(Times(connected=3.0, checking=1.0, sending=2.0, waiting=(1.0, 2.0, 3.0, 4.0)))
         times = Times(3.0, 1.0, 2.0, (0.25, 0.0, 0.5, 0.0), (1.0, 2.0, 3.0, 4.0), (1,) * 140)
         assert children.times() == times
         with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
@@ -361,7 +363,7 @@ def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, childre
         children.wait(Deadline(LONG_S), None)
         counts = children.counts()
         assert (counts["sent"], counts["acked"]) == (32, 22)
-        assert counts["maybe_lost"] == 10 + AT_RISK
+        assert counts["maybe_lost"] == 10 + ACKED_AT_RISK
         assert not one.path.exists()
         two.kill()
         children.wait(Deadline(LONG_S), None)
@@ -370,26 +372,24 @@ def test_a_child_that_was_killed_is_told_of_once_and_counted(token: str, childre
         assert not two.path.parent.exists() or not list(two.path.parent.iterdir())
 
 
-def test_what_one_of_a_childs_learners_acked_later_does_not_stand_in_for_what_another_lost(
-    token: str, children: Children
-) -> None:
+def test_later_acks_of_one_learner_do_not_hide_the_loss_of_another(token: str, children: ChildProcesses) -> None:
     with Child(token, learners=2) as one:
         one.set(sent=10, acked=5)
         with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
             time.sleep(0.05)
             one.set(sent=20)
-            one.fail(ledger.KINDS.index(ConnectionClosedError), "the reason")
+            one.write_error(ledger.ERROR_KINDS.index(ConnectionClosedError), "the reason")
             one.set(acked=15, closed=1)  # of any
         assert isinstance(outcomes[0], ConnectionClosedError)
         assert f"process {one.pid}: the reason" in str(outcomes[0])
 
 
-def test_what_one_may_have_lost_that_had_lost_its_connection_is_counted_once(token: str, children: Children) -> None:
+def test_samples_lost_with_a_childs_connection_are_counted_once(token: str, children: ChildProcesses) -> None:
     for acked, told, expected in [(0, 20, 20), (10, 18, 18), (10, 10, 18)]:
         with Child(token) as one:
             before = children.counts()["maybe_lost"]
             one.set(sent=20, acked=acked, maybe_lost=told)
-            one.fail(ledger.KINDS.index(ConnectionClosedError), "the reason")
+            one.write_error(ledger.ERROR_KINDS.index(ConnectionClosedError), "the reason")
             with pytest.raises(ConnectionClosedError):
                 children.wait(Deadline(LONG_S), None)
             assert children.counts()["maybe_lost"] == before + told
@@ -397,14 +397,14 @@ def test_what_one_may_have_lost_that_had_lost_its_connection_is_counted_once(tok
             assert children.counts()["maybe_lost"] == before + expected
 
 
-def test_one_that_lives_when_it_is_forgotten_has_lost_nothing(token: str, children: Children) -> None:
+def test_a_live_child_that_is_removed_counts_no_loss(token: str, children: ChildProcesses) -> None:
     with Child(token) as one:
         one.set(sent=20, acked=20)
-        children.forget()
+        children.count_and_remove_all()
         assert children.counts()["maybe_lost"] == 0
 
 
-def test_one_whose_file_somebody_removed_is_counted_until_it_ends(token: str, children: Children) -> None:
+def test_a_child_whose_file_was_deleted_is_counted_until_it_ends(token: str, children: ChildProcesses) -> None:
     with Child(token) as one:
         one.set(sent=5, acked=5)
         assert children.counts()["sent"] == 5
@@ -417,16 +417,16 @@ def test_one_whose_file_somebody_removed_is_counted_until_it_ends(token: str, ch
         with pytest.raises(ConnectionClosedError, match="died with 10 samples un-acked"):
             children.wait(Deadline(LONG_S), None)
         counts = children.counts()
-        assert (counts["sent"], counts["acked"], counts["maybe_lost"]) == (30, 20, 10 + AT_RISK)
+        assert (counts["sent"], counts["acked"], counts["maybe_lost"]) == (30, 20, 10 + ACKED_AT_RISK)
 
 
 @pytest.mark.parametrize("kind", [DeliveryTimeoutError, ConnectionClosedError, ProtocolError])
-def test_what_ended_a_childs_connection_is_raised_once(token: str, children: Children, kind: type[Exception]) -> None:
+def test_a_childs_connection_error_is_raised_once(token: str, children: ChildProcesses, kind: type[Exception]) -> None:
     with Child(token) as one, Child(token) as two:
         one.set(sent=5, acked=1, maybe_lost=4)
-        one.fail(ledger.KINDS.index(kind), "the reason")
+        one.write_error(ledger.ERROR_KINDS.index(kind), "the reason")
         two.set(sent=2)
-        two.fail(ledger.KINDS.index(DeliveryTimeoutError), "another")
+        two.write_error(ledger.ERROR_KINDS.index(DeliveryTimeoutError), "another")
         with pytest.raises(kind) as error:
             children.wait(Deadline(LONG_S), None)
         assert type(error.value) is kind
@@ -440,34 +440,34 @@ def test_what_ended_a_childs_connection_is_raised_once(token: str, children: Chi
         assert not one.path.exists()
 
 
-def test_children_that_end_with_the_process_are_asked_to_finish_and_waited_for(token: str, children: Children) -> None:
+def test_daemonic_children_are_asked_to_close_and_waited_for(token: str, children: ChildProcesses) -> None:
     with Child(token) as one, Child(token) as two, Child(token) as three:
         for child in (one, two):
             child.set(daemon=1)
-        children.ask()
+        children.request_close()
         assert [child.get("finish") for child in (one, two, three)] == [1, 1, 0]
-        with running(lambda: children.finish(Deadline(LONG_S))) as outcomes:
+        with running(lambda: children.wait_for_close(Deadline(LONG_S))) as outcomes:
             one.set(closed=1)
             two.kill()
         assert outcomes == [None]
 
 
-def test_one_that_does_nothing_when_it_is_asked_is_waited_for_no_longer_than_it_could_take(
-    token: str, children: Children, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_child_that_ignores_the_close_request_is_given_up(
+    token: str, children: ChildProcesses, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("echo_torch.processes.parent.ANSWER_S", 0.2)
+    monkeypatch.setattr("echo_torch.processes.parent.CLOSE_ANSWER_S", 0.2)
     with Child(token) as child:
         child.set(sent=3, acked=3, daemon=1)
-        children.ask()
+        children.request_close()
         began = time.monotonic()
-        children.finish(Deadline(LONG_S))
+        children.wait_for_close(Deadline(LONG_S))
         assert 0.2 <= time.monotonic() - began < LONG_S / 2
     assert caplog.messages == [f"{PEER}: processes {child.pid} did not answer for 0.2 s"]
 
 
-def test_no_more_is_acked_than_is_sent_while_children_count_on(token: str, children: Children) -> None:
+def test_acked_never_exceeds_sent_while_children_write(token: str, children: ChildProcesses) -> None:
     def count_on() -> None:
-        entry = ledger.begin(token, os.getppid())
+        entry = ledger.create_entry(token, os.getppid())
         number = 0
         while True:
             number += 1
@@ -484,83 +484,81 @@ def test_no_more_is_acked_than_is_sent_while_children_count_on(token: str, child
     for process in processes:
         process.kill()
         process.join()
-    ledger.forget(token, os.getpid())
+    ledger.remove_files(token, os.getpid())
 
 
-def test_a_child_that_died_while_it_began_leaves_no_file_behind_its_parent(token: str, home: Path) -> None:
-    folder = ledger.folder_of(token)
+def test_an_unfinished_file_is_removed_with_its_parent(token: str, home: Path) -> None:
+    folder = ledger.folder_path(token)
     folder.mkdir(mode=0o700)
     (folder / f".{os.getpid()}.1.0").touch()
-    ledger.forget(token, os.getpid())
+    ledger.remove_files(token, os.getpid())
     assert not folder.exists()
 
 
-def test_a_relative_temporary_folder_stays_where_it_was(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_a_relative_temporary_folder_is_resolved_once(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.chdir(home)
     monkeypatch.setattr(tempfile, "tempdir", ".")
     made = ledger.new_token()
     monkeypatch.chdir("/")
-    assert ledger.folder_of(made).parent == home
+    assert ledger.folder_path(made).parent == home
 
 
-def test_without_their_folder_all_processes_take_the_same(
-    token: str, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger, "_ELSEWHERE", str(home / "elsewhere"))
+def test_all_processes_share_one_fallback_folder(token: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_FALLBACK_FOLDER", str(home / "elsewhere"))
     (home / "elsewhere").mkdir()
     gone = str(home / "gone" / Path(token).name)
     monkeypatch.setattr(tempfile, "tempdir", str(home / "another"))
-    assert ledger.folder_of(gone) == home / "elsewhere" / ledger.folder_of(token).name
+    assert ledger.folder_path(gone) == home / "elsewhere" / ledger.folder_path(token).name
     (home / "elsewhere").rmdir()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
-def test_a_process_of_another_user_has_a_place_of_its_own(token: str) -> None:
+def test_another_user_gets_a_folder_of_its_own(token: str) -> None:
     """As one may that was handed the sink, and is no child; it may not even look into this one's."""
 
     def as_another() -> tuple[int, bool]:
         os.setuid(65534)
         me = os.getpid()
-        before = len(ledger.entries_of(token, me))
-        entry = ledger.begin(token, me)
-        found = ledger.entries_of(token, me) == [entry.path]
+        before = len(ledger.entry_paths(token, me))
+        entry = ledger.create_entry(token, me)
+        found = ledger.entry_paths(token, me) == [entry.path]
         entry.close()
-        ledger.forget(token, me)
+        ledger.remove_files(token, me)
         return before, found
 
     with Child(token):
         assert in_child(as_another) == (0, True)
 
 
-def test_a_child_finds_out_that_there_is_no_room_for_its_file(token: str) -> None:
+def test_a_full_disk_raises_in_the_child(token: str) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(OSError, match="no room for 4096 bytes in") as caught:
-            ledger.begin(token, os.getppid())
+            ledger.create_entry(token, os.getppid())
         assert caught.value.errno == errno.ENOSPC
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert not list(ledger.folder_of(token).iterdir())
-    ledger.forget(token, os.getpid())
+    assert not list(ledger.folder_path(token).iterdir())
+    ledger.remove_files(token, os.getpid())
 
 
-def test_more_children_than_files_can_be_open(token: str, children: Children) -> None:
+def test_more_children_than_files_can_be_open(token: str, children: ChildProcesses) -> None:
     """Ended ones, of epochs during which nobody waited."""
     count = 300
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def many() -> None:
         for number in range(count):
-            entry = ledger.begin(token, os.getppid())
+            entry = ledger.create_entry(token, os.getppid())
             entry["sent"] = entry["acked"] = number
             entry["closed"] = 1
             entry.close()
 
     in_child(many)
-    assert len(ledger.entries_of(token, os.getpid())) == count
+    assert len(ledger.entry_paths(token, os.getpid())) == count
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(open_descriptors()) + 20, hard))
     try:
         children.wait(Deadline(LONG_S), None)
@@ -570,7 +568,10 @@ def test_more_children_than_files_can_be_open(token: str, children: Children) ->
 
 
 def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(token: str) -> None:
-    first, second = Children.of(PEER, token, AT_RISK), Children.of(PEER, token, AT_RISK)
+    first, second = (
+        ChildProcesses.get_shared(PEER, token, ACKED_AT_RISK),
+        ChildProcesses.get_shared(PEER, token, ACKED_AT_RISK),
+    )
     with Child(token) as one, Child(token) as two:
         one.set(sent=3, acked=3, closed=1)
         two.set(sent=4, acked=4)
@@ -582,7 +583,7 @@ def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(t
 
 
 def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
-    children = Children.of(PEER, token, AT_RISK)
+    children = ChildProcesses.get_shared(PEER, token, ACKED_AT_RISK)
     with Child(token) as child:
         child.set(sent=1)
         assert children.counts()["sent"] == 1
@@ -590,8 +591,8 @@ def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
         def use() -> int:
             nonlocal children
             children.wait(Deadline(LONG_S), None)
-            children.ask()
-            children.forget()
+            children.request_close()
+            children.count_and_remove_all()
             sent = children.counts()["sent"]
             del children
             return sent
@@ -599,11 +600,11 @@ def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
         assert in_child(use) == 1
         assert child.path.exists()
         assert child.get("finish") == 0
-        children.forget()
+        children.count_and_remove_all()
 
 
 def test_threads_that_wait_and_count_while_children_come_and_go(
-    token: str, children: Children, descriptors: None
+    token: str, children: ChildProcesses, descriptors: None
 ) -> None:
     stop = threading.Event()
 
@@ -635,8 +636,8 @@ def test_threads_that_wait_and_count_while_children_come_and_go(
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*WeakSet:pytest.PytestUnraisableExceptionWarning")
-def test_interrupted_waits_count_each_child_once_and_leave_no_lock(
-    token: str, children: Children, descriptors: None
+def test_interrupted_waits_count_each_child_once_and_release_the_lock(
+    token: str, children: ChildProcesses, descriptors: None
 ) -> None:
     """Ctrl-C strikes anywhere in what main does while its children come and go."""
     chance = random.Random(0)
@@ -697,7 +698,7 @@ def sink_to(peer: Peer, **options: Any) -> EchoSink:
     return EchoSink("127.0.0.1", peer.port, SAMPLE, resend_at_close=False, **options)
 
 
-def test_a_sink_that_comes_many_times_into_a_process_leaves_nothing_there(home: Path) -> None:
+def test_unpickling_a_sink_many_times_leaks_nothing(home: Path) -> None:
     """Each copy is dropped; what it sent is delivered first, and told of."""
     with Peer(acking) as peer, sink_to(peer) as sink, FORK.Pool(1) as pool:
         before = pool.apply(_left_open)
@@ -720,9 +721,7 @@ def _left_open() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_a_child_that_drops_its_sink_and_ends_has_told_of_everything(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_that_drops_its_sink_still_reports_everything(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:  # the fork server, which outlives this, keeps files in the temporary folder
         patch.setattr(tempfile, "tempdir", None)
         multiprocessing.forkserver.ensure_running()
@@ -742,7 +741,7 @@ def _drop_and_end(sinks: list[EchoSink]) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_child_that_ends_with_its_parent_does_not_block_when_that_was_killed(method: str, home: Path) -> None:
+def test_a_daemonic_child_exits_when_its_parent_is_killed(method: str, home: Path) -> None:
     heard = Gate()
 
     def silent(line: Line) -> None:
@@ -770,10 +769,10 @@ def test_a_child_that_ends_with_its_parent_does_not_block_when_that_was_killed(m
     assert "send() on a client that was closed" in said or "the client was closed; send() with" in said
     for folder in home.glob("pymp-*"):  # the fork server's, which nobody removes
         shutil.rmtree(folder)
-    ledger.sweep(home)
+    ledger.remove_leftovers(home)
 
 
-def test_what_is_acked_while_a_child_ends_its_connection_is_told() -> None:
+def test_acks_during_a_childs_close_are_reported() -> None:
     """By a learner that takes its time."""
     closing, go, done = FORK.Event(), Gate(), FORK.Event()
 
@@ -809,7 +808,7 @@ def test_what_is_acked_while_a_child_ends_its_connection_is_told() -> None:
         process.join()
 
 
-def test_what_a_send_took_is_known_when_it_ends() -> None:
+def test_accepted_samples_are_reported_before_send_returns() -> None:
     """Well or badly, even if the child dies just then."""
 
     def silent(line: Line) -> None:
@@ -838,7 +837,7 @@ def test_what_a_send_took_is_known_when_it_ends() -> None:
         sink.close()
 
 
-def test_a_child_that_is_interrupted_while_it_delivers_at_its_end_goes_on(home: Path) -> None:
+def test_a_child_interrupted_at_exit_still_delivers(home: Path) -> None:
     struck, go = FORK.Event(), Gate()
 
     def slow(line: Line) -> None:
@@ -862,7 +861,7 @@ def test_a_child_that_is_interrupted_while_it_delivers_at_its_end_goes_on(home: 
         process.start()
         eventually(lambda: sink.stats().samples_sent == 10)
         (path,) = home.glob(f"echo_torch-*/*.{process.pid}.*")
-        entry = ledger.Entry(path)
+        entry = ledger.LedgerEntry(path)
         eventually(lambda: entry["finish"] == 1)
         entry.close()
         assert process.pid is not None
@@ -876,7 +875,7 @@ def test_a_child_that_is_interrupted_while_it_delivers_at_its_end_goes_on(home: 
         assert sink.stats().samples_acked == 10
 
 
-def test_close_without_a_limit_ends_when_a_child_stalls() -> None:
+def test_close_without_a_timeout_stops_at_the_stall_timeout() -> None:
     def silent(line: Line) -> None:
         line.greet(SAMPLE)
         line.hear_all()
@@ -901,7 +900,7 @@ def test_close_without_a_limit_ends_when_a_child_stalls() -> None:
         process.join()
 
 
-def test_a_client_that_fails_in_its_own_way_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_client_error_in_a_child_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     class Odd:
         def __init__(self, *_: Any) -> None:
             pass
@@ -934,11 +933,9 @@ def test_a_client_that_fails_in_its_own_way_is_told_of(caplog: pytest.LogCapture
     process.join()
 
 
-def test_a_sink_without_a_place_for_the_ledger_fails_in_children_only(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_ledger_folder_only_children_fail(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(home / "missing"))
-    monkeypatch.setattr(ledger, "_ELSEWHERE", str(home / "missing"))
+    monkeypatch.setattr(ledger, "_FALLBACK_FOLDER", str(home / "missing"))
     with Peer(acking) as peer, sink_to(peer, on_error="warn") as sink:
         sink.send(samples(0, 10))
         sink.wait()
@@ -950,7 +947,7 @@ def test_a_sink_without_a_place_for_the_ledger_fails_in_children_only(
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["started", "not started"])
-def test_a_daemonic_child_that_comes_after_its_parents_sink_was_closed_is_told_so(before: bool) -> None:
+def test_a_daemonic_child_cannot_send_after_its_parent_closed(before: bool) -> None:
     go, (ours, theirs) = FORK.Event(), FORK.Pipe()
 
     def work() -> None:
@@ -980,18 +977,18 @@ def test_a_daemonic_child_that_comes_after_its_parents_sink_was_closed_is_told_s
     theirs.close()
 
 
-def test_a_child_that_begins_while_its_parent_closes_is_asked_or_told(token: str) -> None:
+def test_a_daemonic_child_that_starts_during_close_is_refused(token: str) -> None:
     """A file that its parent may not have seen is none any more."""
-    ledger.mark(token, os.getpid(), ledger.CLOSED)
-    assert in_child(lambda: ledger.begin(token, os.getppid(), daemon=True)) == (
+    ledger.set_flag(token, os.getpid(), ledger.SINK_CLOSED)
+    assert in_child(lambda: ledger.create_entry(token, os.getppid(), daemon=True)) == (
         "ConnectionClosedError: this sink was closed"
     )
-    assert ledger.entries_of(token, os.getpid()) == []
+    assert ledger.entry_paths(token, os.getpid()) == []
     with Child(token) as child:
-        assert ledger.entries_of(token, os.getpid()) == [child.path], "it is no daemon"
+        assert ledger.entry_paths(token, os.getpid()) == [child.path], "it is no daemon"
 
 
-def test_files_of_children_do_not_outlive_who_dropped_the_sink(home: Path) -> None:
+def test_child_files_are_removed_when_the_sink_was_dropped(home: Path) -> None:
     """As multiprocessing does with the arguments of a process, when that has started."""
 
     def rank(port: int) -> None:
@@ -1015,7 +1012,7 @@ def _send_when_told(sink: EchoSink, go: Any) -> None:
     sink.send(samples(0, 10))
 
 
-def test_a_child_that_is_no_daemon_goes_on_when_its_parents_sink_is_closed() -> None:
+def test_a_non_daemonic_child_keeps_sending_after_its_parent_closed() -> None:
     with Peer(acking) as peer:
         go = FORK.Event()
 

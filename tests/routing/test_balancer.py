@@ -64,7 +64,7 @@ def of_batches(*numbers: int) -> list[int]:
     return [sample for number in numbers for sample in range(number * BATCH, (number + 1) * BATCH)]
 
 
-def test_learners_take_turns() -> None:
+def test_round_robin_alternates_between_learners() -> None:
     with two_learners() as learners:
         with sink_to(learners, resend_at_close=False) as sink:
             for number in range(8):
@@ -78,7 +78,7 @@ def test_learners_take_turns() -> None:
             assert arrived(learner, wanted) == wanted
 
 
-def test_a_function_says_whose_each_sample_is() -> None:
+def test_a_routing_function_picks_the_learner_of_each_sample() -> None:
     with two_learners() as learners:
         sink = pickle.loads(pickle.dumps(sink_to(learners, route=parity, resend_at_close=False)))
         with sink:
@@ -94,14 +94,14 @@ def test_a_function_says_whose_each_sample_is() -> None:
             assert arrived(learner, wanted) == list(wanted)
 
 
-def test_a_function_that_names_no_learner_is_told_and_nothing_is_sent() -> None:
+def test_an_invalid_learner_index_raises_and_sends_nothing() -> None:
     with two_learners() as learners, sink_to(learners, route=len) as sink:
         with pytest.raises(ValueError, match="route: the function gave 2, expected 0 to 1"):
             sink.send(batch(0))  # two leaves
         assert sink.stats().samples_sent == 0
 
 
-def test_a_learner_that_is_stopped_holds_up_nobody_by_least_inflight() -> None:
+def test_least_inflight_bypasses_a_stopped_learner() -> None:
     buffer = 4 * BATCH * SIZE
     with two_learners() as learners:
         with sink_to(learners, route="least_inflight", buffer_bytes=buffer, max_inflight_msgs=BATCH) as sink:
@@ -123,7 +123,7 @@ def test_a_learner_that_is_stopped_holds_up_nobody_by_least_inflight() -> None:
         assert set(arrived(learners[1], rest)) | set(numbers) == set(range(100 * BATCH))
 
 
-def test_turns_wait_for_the_learner_whose_turn_it_is() -> None:
+def test_round_robin_waits_for_the_next_learner() -> None:
     with two_learners() as learners:
         with sink_to(learners, buffer_bytes=10 * SIZE, max_inflight_msgs=2) as sink:
             learners[0].freeze()
@@ -143,7 +143,7 @@ def test_turns_wait_for_the_learner_whose_turn_it_is() -> None:
         assert set(arrived(learners[1], of_batches(1))) == set(of_batches(1))
 
 
-def test_a_timeout_tells_which_samples_of_a_batch_that_was_spread_are_left() -> None:
+def test_a_timeout_names_the_rows_left_of_a_split_batch() -> None:
     with two_learners() as learners:
         options = {"route": parity, "buffer_bytes": 10 * SIZE, "max_inflight_msgs": 2, "resend_acked": 0}
         with sink_to(learners, **options) as sink:
@@ -164,7 +164,7 @@ def test_a_timeout_tells_which_samples_of_a_batch_that_was_spread_are_left() -> 
             assert arrived(learner, wanted) == list(wanted)
 
 
-def test_without_failover_the_loss_of_one_is_the_loss_of_all() -> None:
+def test_without_failover_one_lost_learner_fails_every_send() -> None:
     with two_learners() as learners:
         sink = sink_to(learners, route="least_inflight", reconnect=0)
         sink.connect()
@@ -179,7 +179,7 @@ def test_without_failover_the_loss_of_one_is_the_loss_of_all() -> None:
         sink.close()
 
 
-def test_the_other_learner_still_gets_everything_when_one_is_lost_without_failover() -> None:
+def test_without_failover_the_remaining_learner_still_gets_its_batches() -> None:
     with two_learners() as learners:
         sink = sink_to(learners, reconnect=0)
         sink.connect()
@@ -195,7 +195,7 @@ def test_the_other_learner_still_gets_everything_when_one_is_lost_without_failov
 
 
 @pytest.mark.parametrize("route", ["round_robin", "least_inflight", parity], ids=["turns", "least", "function"])
-def test_what_a_lost_learner_may_not_have_goes_to_the_others(route: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_failover_resends_undelivered_rows_to_the_others(route: Any, caplog: pytest.LogCaptureFixture) -> None:
     with two_learners() as learners:
         with sink_to(learners, route=route, failover=True, reconnect=0, max_inflight_msgs=BATCH) as sink:
             learners[0].freeze()
@@ -220,7 +220,7 @@ def test_what_a_lost_learner_may_not_have_goes_to_the_others(route: Any, caplog:
         assert len(left) <= gone.samples_acked  # which it acked before it was stopped
 
 
-def test_a_learner_that_is_tried_to_be_reached_again_is_passed_over() -> None:
+def test_failover_skips_a_learner_that_is_reconnecting() -> None:
     with two_learners() as learners, sink_to(learners, failover=True, reconnect=PATIENCE_S) as sink:
         learners[0].kill()
         for number in range(20):
@@ -236,7 +236,7 @@ def test_a_learner_that_is_tried_to_be_reached_again_is_passed_over() -> None:
             assert set(arrived(again, [])) & set(of_batches(20, 21)) in (set(of_batches(20)), set(of_batches(21)))
 
 
-def test_the_loss_of_the_last_learner_is_the_end() -> None:
+def test_losing_the_last_learner_raises() -> None:
     with two_learners() as learners:
         sink = sink_to(learners, failover=True, reconnect=0, route="least_inflight").connect()
         sink.send(batch(0))
@@ -260,7 +260,7 @@ def test_the_loss_of_the_last_learner_is_the_end() -> None:
         assert sink.stats().maybe_lost >= 2 * BATCH
 
 
-def test_with_warn_the_loss_of_the_last_learner_drops_what_comes_after() -> None:
+def test_on_error_warn_drops_batches_after_the_last_learner_is_lost() -> None:
     with two_learners() as learners, sink_to(learners, failover=True, reconnect=0, on_error="warn") as sink:
         for learner in learners:
             learner.kill()
@@ -269,7 +269,7 @@ def test_with_warn_the_loss_of_the_last_learner_drops_what_comes_after() -> None
         assert sink.stats().dropped == BATCH
 
 
-def test_all_learners_must_be_there_at_first_unless_others_may_have_their_share(
+def test_without_failover_every_learner_must_accept_the_first_connection(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Learner(example(SIZE), digest=digest) as learner:
@@ -287,7 +287,7 @@ def test_all_learners_must_be_there_at_first_unless_others_may_have_their_share(
         assert arrived(learner, of_batches(*range(4)))[: 4 * BATCH] == of_batches(*range(4))
 
 
-def test_close_does_not_have_a_learner_pay_for_one_that_is_stopped() -> None:
+def test_a_stopped_learner_does_not_delay_closing_the_others() -> None:
     with two_learners() as learners:
         sink = sink_to(learners, resend_acked=8).connect()
         learners[0].freeze()
@@ -302,7 +302,7 @@ def test_close_does_not_have_a_learner_pay_for_one_that_is_stopped() -> None:
         assert arrived(learners[1], of_batches(1, 3))[: 2 * BATCH] == of_batches(1, 3)
 
 
-def test_close_passes_on_what_a_lost_learner_left() -> None:
+def test_close_resends_undelivered_rows_of_a_lost_learner() -> None:
     with two_learners() as learners:
         sink = sink_to(learners, failover=True, reconnect=0).connect()
         learners[0].freeze()
@@ -314,7 +314,7 @@ def test_close_passes_on_what_a_lost_learner_left() -> None:
         assert set(arrived(learners[1], of_batches(*range(4)))) == set(of_batches(*range(4)))
 
 
-def test_no_learner_has_room() -> None:
+def test_send_times_out_when_no_learner_has_room() -> None:
     with two_learners() as learners:
         options = {"route": "least_inflight", "buffer_bytes": 2 * BATCH * SIZE, "resend_acked": 0}
         with sink_to(learners, **options) as sink:
@@ -332,17 +332,17 @@ def test_no_learner_has_room() -> None:
 
 
 @pytest.mark.parametrize("options", [{"route": "least_inflight"}, {"failover": True}], ids=["least", "failover"])
-def test_other_clients_tell_too_little_for_some_things(options: dict[str, Any]) -> None:
+def test_least_inflight_and_failover_require_our_client(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"client=.*expected echo_torch.TcpClient"):
         EchoSink("a", [1, 2], example(SIZE), client=echo.TcpClient, **options)
 
 
-def test_failover_is_true_or_false() -> None:
+def test_failover_must_be_a_bool() -> None:
     with pytest.raises(TypeError, match="failover: got 'yes', expected True or False"):
         EchoSink("a", [1, 2], example(SIZE), failover="yes")  # type: ignore[arg-type]
 
 
-def test_other_clients_take_turns() -> None:
+def test_round_robin_works_with_the_stock_client() -> None:
     with two_learners() as learners, sink_to(learners, client=echo.TcpClient) as sink:
         for number in range(4):
             sink.send(batch(number))

@@ -22,9 +22,8 @@ from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.client import sender
-from echo_torch.routing.failover import Estate
-from echo_torch.routing.failover import Peer as Heir
-from echo_torch.routing.route import RingRoute
+from echo_torch.routing.failover import Failover, Learner
+from echo_torch.routing.route import TcpClientRoute
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support.deadline import NEVER
 
@@ -82,7 +81,7 @@ def numbers(peer: Peer) -> list[int]:
 
 
 @pytest.mark.parametrize("failover", [False, True])
-def test_calls_after_a_close_that_was_not_in_time_end(failover: bool) -> None:
+def test_calls_return_after_close_timed_out(failover: bool) -> None:
     with Peer(hears) as stopped, Peer(acks) as other:
         sink = sink_to(stopped, other, failover=failover)
         sink.send(batch(0))
@@ -97,7 +96,7 @@ def test_calls_after_a_close_that_was_not_in_time_end(failover: bool) -> None:
         assert sink.stats().in_flight == 4
 
 
-def test_close_does_not_say_again_what_a_call_has_said() -> None:
+def test_close_does_not_raise_a_reported_loss_again() -> None:
     for failover in (False, True):
         one, other = Dying(), Dying()
         with one.peer, other.peer:
@@ -117,7 +116,7 @@ def test_close_does_not_say_again_what_a_call_has_said() -> None:
             assert sink.stats().in_flight == 8
 
 
-def test_a_close_that_is_interrupted_leaves_the_rest_to_the_threads() -> None:
+def test_an_interrupted_close_is_completed_by_the_io_threads() -> None:
     gate = Gate()
 
     def acks_late(line: Line) -> None:
@@ -147,7 +146,7 @@ def test_a_close_that_is_interrupted_leaves_the_rest_to_the_threads() -> None:
 # What is taken over.
 
 
-def test_wait_is_for_what_another_thread_passes_on_to_one_that_was_waited_for() -> None:
+def test_wait_covers_rows_that_another_thread_passes_on_meanwhile() -> None:
     first, rest = Gate(), Gate()
 
     def acks_late(line: Line) -> None:
@@ -188,7 +187,7 @@ def test_wait_is_for_what_another_thread_passes_on_to_one_that_was_waited_for() 
         sink.close()
 
 
-class Interrupted(RingRoute):
+class InterruptedRoute(TcpClientRoute):
     """Has a signal handler strike whenever it was given something."""
 
     def __init__(self, client: TcpClient, handler: Callable[[], None]) -> None:
@@ -201,26 +200,26 @@ class Interrupted(RingRoute):
         return taken
 
 
-def test_a_signal_handler_that_interrupts_passing_on_is_turned_away() -> None:
-    dying, turned_away = Dying(), []
+def test_a_signal_handler_during_failover_gets_a_runtime_error() -> None:
+    dying, rejected = Dying(), []
 
     def handler() -> None:
         with pytest.raises(RuntimeError, match="signal handler"):
-            estate.settle(NEVER, None)
-        turned_away.append(True)
+            failover.pass_on_all(NEVER, None)
+        rejected.append(True)
 
     with dying.peer, Peer(acks) as peer:
         lost = TcpClient("127.0.0.1", dying.peer.port, EXAMPLE)
-        heir = TcpClient("127.0.0.1", peer.port, EXAMPLE)
-        estate = Estate([Heir(RingRoute(lost)), Heir(Interrupted(heir, handler))])
+        target = TcpClient("127.0.0.1", peer.port, EXAMPLE)
+        failover = Failover([Learner(TcpClientRoute(lost)), Learner(InterruptedRoute(target, handler))])
         lost.send_rows([np.arange(4)])
         dying.die()
         eventually(lambda: lost.closed)
-        assert estate.settle(NEVER, None)
-        heir.wait()
+        assert failover.pass_on_all(NEVER, None)
+        target.wait()
         assert numbers(peer) == [0, 1, 2, 3]
-        assert len(turned_away) == 2
-        heir.close()
+        assert len(rejected) == 2
+        target.close()
         with pytest.raises(ConnectionClosedError):
             lost.close()
 
@@ -235,7 +234,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     return made
 
 
-class Stuck(logging.Handler):
+class BlockingHandler(logging.Handler):
     """Keeps a connection's thread when it says what ended it."""
 
     def __init__(self) -> None:
@@ -247,11 +246,11 @@ class Stuck(logging.Handler):
             self.gate.wait()
 
 
-def test_rows_that_a_device_copies_are_not_passed_on_while_the_thread_is_held_up(
+def test_uncopied_device_rows_are_not_passed_on_while_the_io_thread_is_blocked(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sender, "THREAD_EXIT_TIMEOUT_S", BRIEF_S)
-    handler, dying, log = Stuck(), Dying(rows=2), logging.getLogger("echo_torch")
+    handler, dying, log = BlockingHandler(), Dying(rows=2), logging.getLogger("echo_torch")
     with dying.peer:
         client = TcpClient("127.0.0.1", dying.peer.port, EXAMPLE)
         spec = SampleSpec({"id": torch.zeros((), dtype=torch.int64)})
@@ -261,9 +260,9 @@ def test_rows_that_a_device_copies_are_not_passed_on_while_the_thread_is_held_up
         try:
             dying.die()
             eventually(lambda: client.closed)
-            remains = client.undelivered()
-            assert (remains.remaining, remains.unrecoverable, remains.unacked) == (2, 4, 6)
-            assert remains.view().tobytes() == np.arange(2).tobytes()
+            undelivered = client.undelivered()
+            assert (undelivered.remaining, undelivered.unrecoverable, undelivered.unacked) == (2, 4, 6)
+            assert undelivered.view().tobytes() == np.arange(2).tobytes()
         finally:
             handler.gate.open()
             log.removeHandler(handler)
@@ -273,7 +272,7 @@ def test_rows_that_a_device_copies_are_not_passed_on_while_the_thread_is_held_up
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_samples_that_a_device_had_not_copied_are_told_of_and_the_others_go_on(
+def test_uncopied_device_samples_are_reported_lost_and_sending_continues(
     device: FakeDevice, on_error: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     dying = Dying(rows=2)
@@ -305,7 +304,7 @@ def test_samples_that_a_device_had_not_copied_are_told_of_and_the_others_go_on(
 # Learners that are lost one after the other while several threads send: what the others must have got in the end.
 
 
-class Mortal:
+class DiesAfter:
     """Acks all that it gets, until it has got ``life`` samples; then nothing listens there any more."""
 
     def __init__(self, life: int | None) -> None:
@@ -343,9 +342,9 @@ def send_batches(sink: EchoSink, first: int, chance: random.Random) -> int:
 
 @pytest.mark.parametrize("route", ["round_robin", "least_inflight"])
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_is_lost_but_what_the_lost_had_acked(seed: int, route: Any) -> None:
+def test_only_samples_acked_by_lost_learners_are_lost(seed: int, route: Any) -> None:
     chance = random.Random(seed)
-    learners = [Mortal(None), *(Mortal(chance.randrange(1, 3000)) for _ in range(3))]
+    learners = [DiesAfter(None), *(DiesAfter(chance.randrange(1, 3000)) for _ in range(3))]
     chance.shuffle(learners)
     options: dict[str, Any] = {"buffer_bytes": chance.choice([100, 1000, 100_000]) * SIZE, "max_inflight_msgs": 64}
     options |= {"reconnect": chance.choice([0, 0.05]), "failover": True, "route": route}
@@ -369,9 +368,9 @@ def test_nothing_is_lost_but_what_the_lost_had_acked(seed: int, route: Any) -> N
         assert stats.maybe_lost == 0
         assert sink.acked_through == THREADS * BATCHES - 1
         got: set[int] = set()
-        for learner, told in zip(learners, stats.peers, strict=True):
-            assert told.lost == learner.dead.is_set()
-            got |= set(learner.received[: max(0, told.samples_acked - 8)] if told.lost else learner.received)
+        for learner, counts in zip(learners, stats.peers, strict=True):
+            assert counts.lost == learner.dead.is_set()
+            got |= set(learner.received[: max(0, counts.samples_acked - 8)] if counts.lost else learner.received)
         assert got == wanted
         sink.close()
         assert sink.stats().in_flight == 0

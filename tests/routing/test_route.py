@@ -13,7 +13,7 @@ from calls import running
 from peers import Line, Peer
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
-from echo_torch.routing.route import RowRoute
+from echo_torch.routing.route import OtherClientRoute
 from echo_torch.samples.spec import SampleSpec
 
 EXAMPLE = {"index": 0}
@@ -44,16 +44,16 @@ class Scripted:
         self.closes += 1
 
 
-def route_to(client: Any) -> RowRoute:
-    return RowRoute(client, SampleSpec(EXAMPLE), "learner:7")
+def route_to(client: Any) -> OtherClientRoute:
+    return OtherClientRoute(client, SampleSpec(EXAMPLE), "learner:7")
 
 
-def send(route: RowRoute, *indexes: int) -> None:
+def send(route: OtherClientRoute, *indexes: int) -> None:
     spec = SampleSpec(EXAMPLE)
     route.send(spec.match({"index": np.array(indexes, np.int64)}), None)
 
 
-def test_who_closes_what_another_thread_is_closing_waits_for_the_end() -> None:
+def test_a_concurrent_close_waits_for_the_first_one() -> None:
     client = Scripted(waits=1)
     route = route_to(client)
     send(route, 1)
@@ -66,7 +66,7 @@ def test_who_closes_what_another_thread_is_closing_waits_for_the_end() -> None:
     assert (client.waits, client.closes) == (1, 1)
 
 
-def test_a_wait_that_began_earlier_and_ends_later_un_acks_nothing() -> None:
+def test_overlapping_waits_never_lower_the_acked_count() -> None:
     client = Scripted(waits=2)
     route = route_to(client)
     send(route, 1)
@@ -96,7 +96,7 @@ def test_a_wait_acks_only_what_was_sent_before_it() -> None:
     assert route.counts().unacked == 1
 
 
-def test_there_is_no_connection_after_its_end() -> None:
+def test_connected_time_stops_at_close() -> None:
     route = route_to(Scripted())
     send(route, 1)
     route.close(None)
@@ -105,7 +105,7 @@ def test_there_is_no_connection_after_its_end() -> None:
     assert route.times().connected == connected
 
 
-def test_a_second_close_leaves_the_client_alone() -> None:
+def test_close_is_idempotent() -> None:
     client = Scripted()
     route = route_to(client)
     send(route, 1)
@@ -115,7 +115,7 @@ def test_a_second_close_leaves_the_client_alone() -> None:
     assert (client.waits, client.closes) == (1, 1)
 
 
-def test_a_second_close_of_the_sink_leaves_a_foreign_client_alone() -> None:
+def test_a_second_close_of_the_sink_does_not_touch_the_stock_client() -> None:
     client = Scripted()
     sink = EchoSink("learner", 7, EXAMPLE, client=lambda *_: client)
     sink.send(EXAMPLE)
@@ -124,7 +124,7 @@ def test_a_second_close_of_the_sink_leaves_a_foreign_client_alone() -> None:
     assert (client.waits, client.closes) == (1, 1)
 
 
-def test_a_client_that_fails_to_wait_is_closed_all_the_same() -> None:
+def test_a_client_whose_wait_fails_is_still_closed() -> None:
     class Fails(Scripted):
         def wait(self) -> None:
             raise BrokenPipeError("gone")
@@ -152,7 +152,7 @@ FACTORIES: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
 @pytest.mark.usefixtures("descriptors")
-def test_a_function_that_gives_our_client_keeps_the_timeouts_and_its_tail(factory: Callable[..., Any]) -> None:
+def test_a_client_factory_keeps_its_timeouts_and_resend_at_close(factory: Callable[..., Any]) -> None:
     go_on = threading.Event()
 
     def late(line: Line) -> None:

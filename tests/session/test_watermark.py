@@ -38,23 +38,23 @@ SHORT_S = 0.2
 
 def test_it_follows_the_acks() -> None:
     mark = Watermark()
-    assert mark.through(0) == -1
+    assert mark.acked_through(0) == -1
     for step in range(3):
-        assert mark.begin(None) == step
-        mark.sent(step, 10 * (step + 1), 0)
-    assert [mark.through(acked) for acked in (0, 9, 10, 19, 20, 30)] == [-1, -1, 0, 0, 1, 2]
+        assert mark.begin_step(None) == step
+        mark.finish_step(step, 10 * (step + 1), 0)
+    assert [mark.acked_through(acked) for acked in (0, 9, 10, 19, 20, 30)] == [-1, -1, 0, 0, 1, 2]
 
 
-def test_it_starts_where_it_is_told_to() -> None:
+def test_it_starts_at_the_given_step() -> None:
     mark = Watermark(41)
-    assert mark.through(0) == 41
-    assert mark.begin(None) == 42
-    assert mark.through(0) == 41
+    assert mark.acked_through(0) == 41
+    assert mark.begin_step(None) == 42
+    assert mark.acked_through(0) == 41
 
 
-def test_steps_are_counted_on_from_the_highest() -> None:
+def test_numbering_continues_from_the_highest_step() -> None:
     mark = Watermark()
-    assert [mark.begin(step) for step in (None, 7, None, 3, None)] == [0, 7, 8, 3, 9]
+    assert [mark.begin_step(step) for step in (None, 7, None, 3, None)] == [0, 7, 8, 3, 9]
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
@@ -62,60 +62,60 @@ def test_steps_in_any_order(order: list[int]) -> None:
     """What is lower and under way holds down what is higher and acked."""
     mark = Watermark()
     for step in order:
-        mark.begin(step)
+        mark.begin_step(step)
     for rows, step in enumerate(order, 1):
-        mark.sent(step, rows, rows)
+        mark.finish_step(step, rows, rows)
         pending = set(order[rows:])
-        assert mark.through(rows) == (min(pending) - 1 if pending and min(pending) < 2 else max(order[:rows]))
+        assert mark.acked_through(rows) == (min(pending) - 1 if pending and min(pending) < 2 else max(order[:rows]))
 
 
 def test_a_step_that_failed_holds_it_down_until_it_is_sent_again() -> None:
     mark = Watermark()
-    mark.failed(mark.begin(None))
-    mark.sent(mark.begin(None), 1, 1)
-    assert mark.through(1) == -1
-    assert mark.begin(0) == 0
-    assert mark.through(1) == -1
-    mark.failed(0)
-    mark.begin(0)
-    mark.sent(0, 2, 1)
-    assert [mark.through(1), mark.through(2)] == [-1, 1]
+    mark.fail_step(mark.begin_step(None))
+    mark.finish_step(mark.begin_step(None), 1, 1)
+    assert mark.acked_through(1) == -1
+    assert mark.begin_step(0) == 0
+    assert mark.acked_through(1) == -1
+    mark.fail_step(0)
+    mark.begin_step(0)
+    mark.finish_step(0, 2, 1)
+    assert [mark.acked_through(1), mark.acked_through(2)] == [-1, 1]
 
 
-def test_a_step_that_two_send_is_acked_when_both_are() -> None:
+def test_a_step_sent_twice_at_once_is_acked_when_both_are() -> None:
     mark = Watermark()
     for _ in range(2):
-        mark.begin(0)
-    mark.sent(0, 1, 1)
-    assert mark.through(1) == -1
-    mark.sent(0, 2, 1)
-    assert [mark.through(1), mark.through(2)] == [-1, 0]
+        mark.begin_step(0)
+    mark.finish_step(0, 1, 1)
+    assert mark.acked_through(1) == -1
+    mark.finish_step(0, 2, 1)
+    assert [mark.acked_through(1), mark.acked_through(2)] == [-1, 0]
 
 
-def test_a_step_that_is_sent_once_more_is_not_acked_meanwhile() -> None:
+def test_a_step_being_resent_is_not_acked_meanwhile() -> None:
     mark = Watermark()
     for step in range(3):
-        mark.begin(step)
-        mark.sent(step, step + 1, step + 1)
-    assert mark.through(3) == 2
-    mark.begin(1)
-    assert mark.through(3) == 0
-    mark.sent(1, 4, 4)
-    assert mark.through(4) == 2
+        mark.begin_step(step)
+        mark.finish_step(step, step + 1, step + 1)
+    assert mark.acked_through(3) == 2
+    mark.begin_step(1)
+    assert mark.acked_through(3) == 0
+    mark.finish_step(1, 4, 4)
+    assert mark.acked_through(4) == 2
 
 
-def test_failures_too_many_to_remember_hold_it_down_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_failed_steps_hold_it_down_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the lowest of them on; those below are still told apart."""
-    monkeypatch.setattr(watermark, "MOST_MISSING", 3)
+    monkeypatch.setattr(watermark, "MAX_MISSING", 3)
     mark = Watermark()
 
     def send(step: int, rows: int) -> int:
-        mark.begin(step)
-        mark.sent(step, rows, rows)
-        return mark.through(rows)
+        mark.begin_step(step)
+        mark.finish_step(step, rows, rows)
+        return mark.acked_through(rows)
 
     for step in (20, 12, 11, 13, 14, 9, 5):
-        mark.failed(mark.begin(step))
+        mark.fail_step(mark.begin_step(step))
     assert send(30, 1) == 4
     assert send(5, 2) == 8
     assert send(9, 3) == 10
@@ -129,13 +129,13 @@ class Model:
         self.through = through
         self.rows = self.acked = 0
         self.open: list[int] = []
-        self.whole: list[tuple[int, int]] = []  # (step, the rows there were when the last of its own was)
+        self.complete: list[tuple[int, int]] = []  # (step, the rows there were when the last of its own was)
         self.failed: set[int] = set()
 
     @property
-    def most(self) -> int:
-        unsure = {*self.open, *self.failed, *(step for step, rows in self.whole if rows > self.acked)}
-        acked = [self.through, *(step for step, rows in self.whole if rows <= self.acked)]
+    def highest_allowed(self) -> int:
+        unsure = {*self.open, *self.failed, *(step for step, rows in self.complete if rows > self.acked)}
+        acked = [self.through, *(step for step, rows in self.complete if rows <= self.acked)]
         return min(max(acked), min(unsure, default=math.inf) - 1)  # type: ignore[return-value]
 
 
@@ -145,11 +145,11 @@ def test_it_never_claims_too_much(data: st.DataObject, through: int, most_missin
     model, mark = Model(through), Watermark(through)
     steps = st.one_of(st.none(), st.integers(0, 8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watermark, "MOST_MISSING", most_missing)
+        patch.setattr(watermark, "MAX_MISSING", most_missing)
         most_failed = 0
         for action in data.draw(st.lists(st.sampled_from(["begin", "begin", "sent", "failed", "ack"]), max_size=40)):
             if action == "begin":
-                step = mark.begin(data.draw(steps))
+                step = mark.begin_step(data.draw(steps))
                 model.open.append(step)
                 model.failed.discard(step)
             elif action == "ack":
@@ -159,21 +159,21 @@ def test_it_never_claims_too_much(data: st.DataObject, through: int, most_missin
                 model.rows += data.draw(st.integers(0, 3))
                 if action == "failed":
                     model.failed.add(step)
-                    mark.failed(step)
+                    mark.fail_step(step)
                 else:
-                    model.whole.append((step, model.rows))
+                    model.complete.append((step, model.rows))
                     others = data.draw(st.integers(0, 2))  # are sent before the count of all is looked at
                     model.rows += others
-                    mark.sent(step, model.rows, data.draw(st.integers(0, model.acked)))
+                    mark.finish_step(step, model.rows, data.draw(st.integers(0, model.acked)))
             most_failed = max(most_failed, len(model.failed))
-            assert mark.through(model.acked) <= model.most
-        for step in [*model.open, *map(mark.begin, model.failed)]:
+            assert mark.acked_through(model.acked) <= model.highest_allowed
+        for step in [*model.open, *map(mark.begin_step, model.failed)]:
             model.rows += 1
-            mark.sent(step, model.rows, 0)
-            model.whole.append((step, model.rows))
+            mark.finish_step(step, model.rows, 0)
+            model.complete.append((step, model.rows))
         if most_failed <= most_missing:
-            highest = max([through, *(step for step, _ in model.whole)])
-            assert mark.through(model.rows) == highest
+            highest = max([through, *(step for step, _ in model.complete)])
+            assert mark.acked_through(model.rows) == highest
 
 
 # In a sink.
@@ -188,7 +188,7 @@ def digits(first: int, count: int = BATCH) -> dict[str, torch.Tensor]:
 SIZE = sum(leaf[0].nbytes for leaf in digits(0, 1).values())
 
 
-def test_what_was_waited_for_is_acked() -> None:
+def test_everything_is_acked_after_wait() -> None:
     with learner() as server, sink_to(server, resend_at_close=False) as sink:
         assert sink.acked_through == -1
         for step in range(3):
@@ -198,7 +198,7 @@ def test_what_was_waited_for_is_acked() -> None:
         assert pickle.loads(pickle.dumps(sink)).acked_through == -1
 
 
-def test_steps_are_counted_on_from_those_given() -> None:
+def test_numbering_continues_from_a_given_step() -> None:
     with learner() as server, sink_to(server, resend_at_close=False) as sink:
         sink.send(digits(0), step=np.int64(5))
         sink.send(digits(BATCH))
@@ -208,7 +208,7 @@ def test_steps_are_counted_on_from_those_given() -> None:
         assert sink.acked_through == 7
 
 
-def test_a_learner_that_does_not_drain_acks_no_further() -> None:
+def test_a_paused_learner_stops_the_watermark() -> None:
     steps = 2 * STALLING // BATCH
     with learner() as server, sink_to(server, resend_at_close=False) as sink:
         server.pause()
@@ -224,7 +224,7 @@ def test_a_learner_that_does_not_drain_acks_no_further() -> None:
         assert sink.acked_through == steps - 1
 
 
-def test_a_batch_that_found_no_room_holds_it_down_until_it_is_sent() -> None:
+def test_a_batch_that_timed_out_holds_it_down_until_it_is_sent() -> None:
     """Under the same step; the next number is another batch's."""
     with learner() as server:
         sink = sink_to(server, buffer_bytes=2 * STALLING * SIZE, resend_acked=0, resend_at_close=False)
@@ -247,7 +247,7 @@ def test_a_batch_that_found_no_room_holds_it_down_until_it_is_sent() -> None:
         assert arrived(server, sink.stats().samples_sent) == Counter(range((step + 2) * BATCH)) + twice
 
 
-def test_a_send_that_is_interrupted_holds_it_down_until_it_is_repeated() -> None:
+def test_an_interrupted_send_holds_it_down_until_it_is_repeated() -> None:
     with learner() as server:
         sink = sink_to(server, buffer_bytes=STALLING * SIZE, resend_acked=0, resend_at_close=False)
         sink.send(digits(0))
@@ -267,16 +267,16 @@ def test_a_send_that_is_interrupted_holds_it_down_until_it_is_repeated() -> None
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_what_a_learner_did_not_ack_when_it_died_never_counts(on_error: Any) -> None:
+def test_samples_unacked_by_a_dead_learner_never_count(on_error: Any) -> None:
     with learner() as server:
         sink = sink_to(server, on_error=on_error, reconnect=0.0)
         sink.send(digits(0))
         sink.wait()
         server.kill()
-        eventually(lambda: dies(sink))
+        eventually(lambda: learner_found_gone(sink))
         dropped = sink.stats().dropped
         for _ in range(2):
-            assert dies(sink)
+            assert learner_found_gone(sink)
         assert sink.stats().dropped == dropped + (2 * BATCH if on_error == "warn" else 0)
         assert sink.acked_through == 0
         state = sink.state_dict()
@@ -284,7 +284,7 @@ def test_what_a_learner_did_not_ack_when_it_died_never_counts(on_error: Any) -> 
         assert state["samples_acked"] == BATCH
 
 
-def dies(sink: EchoSink) -> bool:
+def learner_found_gone(sink: EchoSink) -> bool:
     """Whether the learner is found to be gone by sending to it."""
     before = sink.stats().dropped
     try:
@@ -304,7 +304,7 @@ def test_a_learner_that_was_never_there_acks_nothing() -> None:
     assert sink.state_dict()["dropped"] == BATCH
 
 
-def test_samples_that_are_sent_again_are_acked_once() -> None:
+def test_resent_samples_are_acked_once() -> None:
     """A connection that is lost and opened again."""
     lines: list[Line] = []
 
@@ -325,7 +325,7 @@ def test_samples_that_are_sent_again_are_acked_once() -> None:
         assert sink.stats().resent == 5
 
 
-def test_another_client_tells_when_it_is_waited_for() -> None:
+def test_the_stock_client_reports_acks_only_on_wait() -> None:
     with learner() as server, sink_to(server, client=echo_client) as sink:
         sink.send(digits(0))
         assert sink.acked_through == -1
@@ -337,11 +337,11 @@ def echo_client(host: str, port: int, sample: Any, window: int) -> echo.TcpClien
     return echo.TcpClient(host, port, sample, max_inflight_msgs=window)
 
 
-def test_threads_that_send_steps_in_any_order() -> None:
+def test_threads_may_send_steps_in_any_order() -> None:
     """Nothing that `send` has taken is claimed before the peer has acked it."""
     threads, steps = 4, 120
     taken: set[int] = set()
-    looks: list[int] = []
+    observed: list[int] = []
     order = random.Random(1)
     acked: Counter[int] = Counter()
     ended = threading.Event()
@@ -369,7 +369,7 @@ def test_threads_that_send_steps_in_any_order() -> None:
             by_now = taken.copy()
             through = sink.acked_through
             assert all(acked[step] == rows_of(step) for step in by_now if step <= through)
-            looks.append(through)
+            observed.append(through)
 
     shares = [list(range(number, steps, threads)) for number in range(threads)]
     with Peer(script) as peer:
@@ -385,7 +385,7 @@ def test_threads_that_send_steps_in_any_order() -> None:
             assert sink.acked_through == steps - 1
             ended.set()
         assert [*sent, *watched] == [None] * (threads + 1)
-        assert looks
+        assert observed
         sink.close()
 
 
@@ -400,7 +400,7 @@ def test_bad_steps_are_refused(step: Any, kind: type[Exception]) -> None:
         assert sink.stats().samples_sent == 0
 
 
-def test_a_batch_that_is_refused_takes_no_number() -> None:
+def test_a_refused_batch_takes_no_step_number() -> None:
     with learner() as server, sink_to(server, resend_at_close=False) as sink:
         sink.send(digits(0))
         for bad in ({"skip_last": BATCH + 1}, {"skip_last": -1}):
@@ -418,7 +418,7 @@ def test_a_batch_that_is_refused_takes_no_number() -> None:
 @pytest.mark.parametrize(
     ("bad", "kind"), [({**digits(0), "image": torch.zeros(BATCH, 3)}, SpecMismatchError), ({}, KeyError)]
 )
-def test_a_batch_that_is_refused_holds_down_the_number_that_it_was_given(bad: Any, kind: type[Exception]) -> None:
+def test_a_refused_batch_holds_down_its_explicit_step(bad: Any, kind: type[Exception]) -> None:
     """By the sink, or by ``select``."""
     with (
         learner() as server,
@@ -435,7 +435,7 @@ def test_a_batch_that_is_refused_holds_down_the_number_that_it_was_given(bad: An
         assert sink.acked_through == 2
 
 
-def test_the_last_samples_are_skipped() -> None:
+def test_skip_last_drops_the_last_samples() -> None:
     """Of a batch, of one sample, and all of them."""
     with learner() as server:
         with sink_to(server, resend_at_close=False) as sink:
@@ -454,7 +454,7 @@ def test_the_last_samples_are_skipped() -> None:
 # What is saved.
 
 
-def test_a_sink_goes_on_from_a_saved_state() -> None:
+def test_a_sink_resumes_from_a_saved_state() -> None:
     """As JSON, for it is plain numbers."""
     with learner() as server:
         with sink_to(server, resend_at_close=False) as sink:
@@ -480,7 +480,7 @@ def test_a_sink_goes_on_from_a_saved_state() -> None:
         assert arrived(server, 5 * BATCH) == Counter(range(5 * BATCH))
 
 
-def test_a_state_that_is_loaded_while_a_batch_is_sent_knows_nothing_of_it() -> None:
+def test_a_state_loaded_during_send_ignores_that_batch() -> None:
     sinks: list[EchoSink] = []
 
     def select(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -495,7 +495,7 @@ def test_a_state_that_is_loaded_while_a_batch_is_sent_knows_nothing_of_it() -> N
         assert sink.stats().samples_acked == GOOD["samples_acked"] + BATCH
 
 
-def test_what_was_in_flight_when_it_was_saved_may_be_lost() -> None:
+def test_samples_in_flight_in_a_saved_state_count_as_maybe_lost() -> None:
     with learner() as server:
         sink = sink_to(server, resend_at_close=False)
         server.pause()
