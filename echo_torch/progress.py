@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from .metrics.stats import SinkStats
 
 # Seconds between two looks at the sink.
-LOOK_S = 0.1
+POLL_INTERVAL_S = 0.1
 
 
 class Sink(Protocol):
@@ -35,7 +35,7 @@ class Sink(Protocol):
         """What became of the samples so far."""
 
 
-class Batches:
+class BatchBar:
     """Shows how many batches were passed on, and what became of their samples.
 
     Args:
@@ -47,49 +47,49 @@ class Batches:
         self._sink = sink
         self._bar = bar
 
-    def passed(self) -> None:
+    def advance(self) -> None:
         """One more was."""
         if self._bar.update():  # has been drawn just now, as it is not for each
-            self._tell()
+            self._set_counts()
 
     def wait(self) -> None:
         """For all that was sent."""
-        _call(self._sink.wait, look=self._draw)
+        _wait_and_refresh(self._sink.wait, refresh=self._draw)
 
     def _draw(self) -> None:
-        self._tell()
+        self._set_counts()
         self._bar.refresh()
 
-    def _tell(self) -> None:
+    def _set_counts(self) -> None:
         stats = self._sink.stats()
         self._bar.set_postfix_str(f"{stats.samples_acked:,} acked, {stats.in_flight:,} in flight", refresh=False)
 
 
 @contextlib.contextmanager
-def of_batches(sink: Sink, total: int | None) -> Iterator[Batches]:
+def batch_bar(sink: Sink, total: int | None) -> Iterator[BatchBar]:
     """A bar of ``total`` batches, None if nobody knows; raises ImportError without tqdm."""
-    with _bar(desc=sink.peer, total=total, unit=" batches", miniters=1) as bar:
-        yield Batches(sink, bar)
+    with _make_bar(desc=sink.peer, total=total, unit=" batches", miniters=1) as bar:
+        yield BatchBar(sink, bar)
 
 
-def show_acks(sink: Sink, wait: Callable[[], None]) -> None:
+def wait_with_bar(sink: Sink, wait: Callable[[], None]) -> None:
     """Call ``wait``, with a bar of the samples in flight now, full when they are acked.
 
     Raises:
         ImportError: there is no tqdm.
     """
-    began = sink.stats()
+    before = sink.stats()
 
-    def look() -> None:
+    def refresh() -> None:
         stats = sink.stats()
         bar.set_postfix_str(f"{stats.in_flight:,} in flight", refresh=False)
-        bar.update(min(stats.samples_acked - began.samples_acked, began.in_flight) - bar.n)
+        bar.update(min(stats.samples_acked - before.samples_acked, before.in_flight) - bar.n)
 
-    with _bar(desc=f"{sink.peer} acked", total=began.in_flight, unit=" samples", miniters=0) as bar:
-        _call(wait, look)
+    with _make_bar(desc=f"{sink.peer} acked", total=before.in_flight, unit=" samples", miniters=0) as bar:
+        _wait_and_refresh(wait, refresh)
 
 
-def _bar(**options: Any) -> Any:
+def _make_bar(**options: Any) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
@@ -104,13 +104,13 @@ def _bar(**options: Any) -> Any:
     return Bar(dynamic_ncols=True, **options)
 
 
-def _call(wait: Callable[[], None], look: Callable[[], None]) -> None:
-    """Call ``wait``, and ``look`` every now and then meanwhile, and once more at the end unless it raises."""
+def _wait_and_refresh(wait: Callable[[], None], refresh: Callable[[], None]) -> None:
+    """Call ``wait``, and ``refresh`` every now and then meanwhile, and once more at the end unless it raises."""
     waiting = threading.Lock()
 
     def run() -> None:
-        while not waiting.acquire(timeout=LOOK_S):
-            look()
+        while not waiting.acquire(timeout=POLL_INTERVAL_S):
+            refresh()
 
     thread = threading.Thread(target=run, name="echo_torch progress", daemon=True)
     try:
@@ -120,4 +120,4 @@ def _call(wait: Callable[[], None], look: Callable[[], None]) -> None:
     finally:
         if thread.is_alive():  # and not before it began, where an interrupt struck
             thread.join()
-    look()
+    refresh()

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 # Seconds by which the last rank may come later to `wait` than the first, on top of what the waiting itself may take.
 SKEW_S = 60.0
 # The longest that a rank waits for the others where the waiting itself has no limit: as torch.distributed's own.
-LONGEST_S = 1800.0
+MAX_WAIT_S = 1800.0
 # Seconds between two looks at whether all ranks have come.
-LOOK_S = 0.005
+POLL_INTERVAL_S = 0.005
 
-_VERDICTS = ("acked everything", "ran out of time", "lost the connection", "failed")
+_OUTCOMES = ("acked everything", "ran out of time", "lost the connection", "failed")
 
 
 def cpu_group() -> ProcessGroup | None:
@@ -57,7 +57,7 @@ def wait_together(
     stall_timeout: float | None,
     group: ProcessGroup,
 ) -> None:
-    """``wait(timeout)``, which may give up after ``stall_timeout``; and then raise on all ranks or none, as `agree`."""
+    """``wait(timeout)``, which may give up after ``stall_timeout``; and then raise on all ranks or none, as `raise_on_all_ranks`."""
     check_group(group)
     problem = None
     try:
@@ -66,13 +66,13 @@ def wait_together(
         problem = error
     limits = [limit for limit in (timeout, stall_timeout) if limit is not None]
     try:
-        agree(peer, problem, getattr(problem, "unacked", 0), group, min(limits, default=None))
+        raise_on_all_ranks(peer, problem, getattr(problem, "unacked", 0), group, min(limits, default=None))
     finally:
         del problem  # whose traceback holds this frame, and with it the sink
 
 
-def agree(
-    peer: str, problem: Exception | None, unacked: int, group: ProcessGroup, waited_at_most: float | None
+def raise_on_all_ranks(
+    peer: str, problem: Exception | None, unacked: int, group: ProcessGroup, max_wait: float | None
 ) -> None:
     """Tell all ranks of ``group`` how this one's ``wait`` ended; raise on all of them if it ended badly on any.
 
@@ -83,7 +83,7 @@ def agree(
         problem: what this rank's ``wait`` raised; None if all is acked.
         unacked: samples un-acked here.
         group: its backend reduces CPU tensors.
-        waited_at_most: seconds that the waiting of the others may take; None for no limit.
+        max_wait: seconds that the waiting of the others may take; None for no limit.
 
     Raises:
         Exception: ``problem``, if there is one.
@@ -95,12 +95,12 @@ def agree(
 
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     table = torch.zeros(2, size, dtype=torch.int64, device="cpu")  # whatever the default device is
-    table[0, rank], table[1, rank] = _verdict(problem), unacked
-    limit = (LONGEST_S if waited_at_most is None else waited_at_most) + SKEW_S
+    table[0, rank], table[1, rank] = _outcome(problem), unacked
+    limit = (MAX_WAIT_S if max_wait is None else max_wait) + SKEW_S
     try:
         work = dist.all_reduce(table, group=group, async_op=True)
         assert work is not None
-        come = _come(work, limit)
+        arrived = _all_arrived(work, limit)
     except RuntimeError as error:  # a rank is gone, for one
         if problem is not None:
             raise problem from None
@@ -108,32 +108,34 @@ def agree(
         raise DeliveryTimeoutError(f"{peer}: {what}; here, on rank {rank}, everything is acked") from error
     if problem is not None:
         raise problem
-    if not come:
+    if not arrived:
         what = f"not all {size} ranks came to wait() within {limit:g} s"
         raise DeliveryTimeoutError(f"{peer}: {what}; here, on rank {rank}, everything is acked")
-    verdicts, counts = table.tolist()
-    if not any(verdicts):
+    outcomes, counts = table.tolist()
+    if not any(outcomes):
         return
-    bad = [index for index, verdict in enumerate(verdicts) if verdict]
-    told = ", ".join(f"rank {index} {_VERDICTS[verdicts[index]]} ({counts[index]} samples un-acked)" for index in bad)
-    kind = DeliveryTimeoutError if max(verdicts) == 1 else ConnectionClosedError
-    problem = kind(f"{peer}: wait() on other ranks: {told}; here, on rank {rank}, everything is acked")
+    bad = [index for index, outcome in enumerate(outcomes) if outcome]
+    summary = ", ".join(
+        f"rank {index} {_OUTCOMES[outcomes[index]]} ({counts[index]} samples un-acked)" for index in bad
+    )
+    kind = DeliveryTimeoutError if max(outcomes) == 1 else ConnectionClosedError
+    problem = kind(f"{peer}: wait() on other ranks: {summary}; here, on rank {rank}, everything is acked")
     problem.unacked = sum(counts)
     raise problem
 
 
-def _come(work: Work, seconds: float) -> bool:
+def _all_arrived(work: Work, seconds: float) -> bool:
     """Whether all ranks come within that time. As ``work.wait``, which lets no Ctrl-C through, however."""
     deadline = Deadline(seconds)
     while not work.is_completed():
         if deadline.expired:
             return False
-        time.sleep(LOOK_S)
+        time.sleep(POLL_INTERVAL_S)
     work.wait()
     return True
 
 
-def _verdict(problem: Exception | None) -> int:
+def _outcome(problem: Exception | None) -> int:
     if problem is None:
         return 0
     if isinstance(problem, DeliveryTimeoutError):

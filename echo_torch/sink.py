@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 from .client.tcp_client import Client, TcpClient, close_without_masking
 from .metrics.stats import SinkStats
 from .processes.ledger import new_token
-from .progress import show_acks
+from .progress import wait_with_bar
 from .ranks import wait_together
 from .ring.ring import SERVER_QUEUE_SAMPLES
 from .routing.connector import Connector
@@ -116,8 +116,8 @@ class EchoSink(LoaderSender):
                 raise TypeError(f"{name}: got {function!r}, expected something to call")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'warn'")
-        self._learners = len(addresses)
-        self._shard_of = route if callable(route) and self._learners > 1 else None
+        self._learner_count = len(addresses)
+        self._choose_learner = route if callable(route) and self._learner_count > 1 else None
         self._spec = SampleSpec(example)
         self._select = select
         self._stall_timeout = check_timeout("stall_timeout", stall_timeout)
@@ -138,9 +138,9 @@ class EchoSink(LoaderSender):
         )
         self._connector.check(self._spec)
         self._token = new_token()
-        self._origin = os.getpid()
+        self._creator_pid = os.getpid()
         self._sessions: dict[int, Session] = {}
-        self._see_to_children()
+        self._register_process()
 
     @classmethod
     def from_batch(
@@ -167,7 +167,7 @@ class EchoSink(LoaderSender):
             ConnectionClosedError after `close`. ``on_error`` has no say here.
         """
         session = self._session()
-        if session.connect(self._open, None).closed:
+        if session.connect(self._open_route, None).closed:
             raise session.closed_error("the connection was lost")
         session.learner_gone = False
         return self
@@ -220,13 +220,13 @@ class EchoSink(LoaderSender):
             step = watermark.begin_step(check_count("step", step, least=0))
         began = time.monotonic()
         try:
-            match = self._matched(batch, batched, skip_last)
+            match = self._match(batch, batched, skip_last)
             session.totals.check_seconds += time.monotonic() - began
             if not session.first_batch_logged:
                 session.log_first_batch(match, self._spec)
             if step is None:  # so that a batch that is refused takes no number
                 step = watermark.begin_step(None)
-            accepted = session.deliver(self._open, match, timeout)
+            accepted = session.deliver(self._open_route, match, timeout)
         except BaseException:
             if step is not None:
                 watermark.fail_step(step)
@@ -262,7 +262,7 @@ class EchoSink(LoaderSender):
         check_timeout("timeout", timeout)
         wait = functools.partial(self._wait, timeout, group)
         if progress:
-            show_acks(self, wait)
+            wait_with_bar(self, wait)
         else:
             wait()
 
@@ -298,16 +298,16 @@ class EchoSink(LoaderSender):
         """
         self._session().load_state_dict(state)
 
-    def _matched(self, batch: Any, batched: bool | None, skip_last: int) -> Match:
+    def _match(self, batch: Any, batched: bool | None, skip_last: int) -> Match:
         data = batch if self._select is None else self._select(batch)
         match = self._spec.match(data, batched)
-        if self._shard_of is not None:
-            match = match._replace(shards=check_shards(self._shard_of(data), match.rows, self._learners))
+        if self._choose_learner is not None:
+            match = match._replace(shards=check_shards(self._choose_learner(data), match.rows, self._learner_count))
         return match.without_last(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
     def _drop_rest(self, batch: Any, skip_last: int, accepted: int) -> None:
         """Count as dropped what `send` did not accept of ``batch``, for which there was no room."""
-        self._session().drop(self._matched(batch, None, skip_last).rows - accepted)
+        self._session().drop(self._match(batch, None, skip_last).rows - accepted)
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver what was sent, make the tail of it safe in the server, and end this process's connection.
@@ -370,7 +370,7 @@ class EchoSink(LoaderSender):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._see_to_children()
+        self._register_process()
 
     def __repr__(self) -> str:
         return f"<EchoSink {self.peer} {self._spec.describe()}>"
@@ -384,7 +384,7 @@ class EchoSink(LoaderSender):
                 self._connector.learner_names,
                 self._spec.payload_size,
                 self._token,
-                self._origin,
+                self._creator_pid,
                 self._connector.acked_at_risk,
                 self._stall_timeout,
                 self._on_error == "raise",
@@ -392,7 +392,7 @@ class EchoSink(LoaderSender):
             session = self._sessions.setdefault(pid, new)
         return session
 
-    def _see_to_children(self) -> None:
+    def _register_process(self) -> None:
         """Have a session that is told of the end of this process, even if only its children send.
 
         And in each that multiprocessing forks, such as the ranks of a job, each with workers.
@@ -400,5 +400,5 @@ class EchoSink(LoaderSender):
         self._session()
         multiprocessing.util.register_after_fork(self, EchoSink._session)
 
-    def _open(self, timeout: float | None) -> Route:
+    def _open_route(self, timeout: float | None) -> Route:
         return self._connector.open_route(self._spec, timeout)

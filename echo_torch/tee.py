@@ -16,23 +16,23 @@ class Tee(Generic[_Batch]):
     def __init__(self, sink: progress.Sink, loader: Iterable[_Batch], show: bool) -> None:
         self._sink = sink
         self._loader = loader
-        self._shows = show
+        self._with_bar = show
 
     def __iter__(self) -> Iterator[_Batch]:
-        return self._show() if self._shows else self._pass()
+        return self._iterate_with_bar() if self._with_bar else self._iterate()
 
-    def _pass(self) -> Iterator[_Batch]:
-        yield from self._send()
+    def _iterate(self) -> Iterator[_Batch]:
+        yield from self._send_each()
         self._sink.wait()
 
-    def _show(self) -> Iterator[_Batch]:
-        with progress.of_batches(self._sink, self._length()) as shown:
-            for batch in self._send():
+    def _iterate_with_bar(self) -> Iterator[_Batch]:
+        with progress.batch_bar(self._sink, self._length()) as bar:
+            for batch in self._send_each():
                 yield batch
-                shown.passed()
-            shown.wait()
+                bar.advance()
+            bar.wait()
 
-    def _send(self) -> Iterator[_Batch]:
+    def _send_each(self) -> Iterator[_Batch]:
         for batch in self._loader:
             self._sink.send(batch)
             yield batch

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, default_collate
 
-_STATE = ("state_dict", "load_state_dict")
+_STATE_METHODS = ("state_dict", "load_state_dict")
 
 
 class LoaderSender:
@@ -68,7 +68,7 @@ class SinkCollate:
     ) -> None:
         if not callable(collate_fn):
             raise TypeError(f"collate_fn: got {collate_fn!r}, expected something to call")
-        self._send = _sender(sink, select)
+        self._send = _make_sender(sink, select)
         self._collate_fn = collate_fn
         self._forward = forward
 
@@ -106,34 +106,34 @@ class SinkDataset(IterableDataset[Any]):
         forward: bool = True,
     ) -> None:
         self.dataset = dataset
-        self._send = _sender(sink, select)
+        self._send = _make_sender(sink, select)
         self._forward = forward
-        _lend(dataset, self, (*_STATE, "set_epoch"))
+        _copy_methods(dataset, self, (*_STATE_METHODS, "set_epoch"))
 
     def __iter__(self) -> Iterator[Any]:
-        return _Sending(iter(self.dataset), self._hand_on)
+        return _SendingIterator(iter(self.dataset), self._send_and_return)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # raises as the dataset does
 
-    def _hand_on(self, item: Any) -> Any:
+    def _send_and_return(self, item: Any) -> Any:
         self._send(item)
         return item if self._forward else Sent(1)
 
 
-class _Sending(Iterator[Any]):
+class _SendingIterator(Iterator[Any]):
     """What a `SinkDataset` gives: each of ``items`` when it was handed on."""
 
-    def __init__(self, items: Iterator[Any], hand_on: Callable[[Any], Any]) -> None:
+    def __init__(self, items: Iterator[Any], send_and_return: Callable[[Any], Any]) -> None:
         self._items = items
-        self._hand_on = hand_on
-        _lend(items, self, _STATE)
+        self._send_and_return = send_and_return
+        _copy_methods(items, self, _STATE_METHODS)
 
     def __next__(self) -> Any:
-        return self._hand_on(next(self._items))
+        return self._send_and_return(next(self._items))
 
 
-def _lend(owner: object, wrapper: object, methods: Iterable[str]) -> None:
+def _copy_methods(owner: object, wrapper: object, methods: Iterable[str]) -> None:
     """Give ``wrapper`` those ``methods`` that ``owner`` has, for loaders that look which there are.
 
     As attributes of its own: from Python 3.12 on, ``isinstance`` of a protocol does not ask ``__getattr__``.
@@ -143,7 +143,7 @@ def _lend(owner: object, wrapper: object, methods: Iterable[str]) -> None:
             setattr(wrapper, name, getattr(owner, name))
 
 
-def _sender(sink: LoaderSender, select: Callable[[Any], Any] | None) -> Callable[[Any], None]:
+def _make_sender(sink: LoaderSender, select: Callable[[Any], Any] | None) -> Callable[[Any], None]:
     if not isinstance(sink, LoaderSender):
         raise TypeError(f"sink: got {sink!r}, expected an EchoSink or an echo_torch.callbacks.loop.SinkCallback")
     if select is not None and not callable(select):
@@ -151,7 +151,7 @@ def _sender(sink: LoaderSender, select: Callable[[Any], Any] | None) -> Callable
     return functools.partial(_send, sink._send_from_loader, select)
 
 
-def _send(send: Callable[[Any], None], select: Callable[[Any], Any] | None, what: Any) -> None:
-    chosen = what if select is None else select(what)
-    if chosen is not None:
-        send(chosen)
+def _send(send: Callable[[Any], None], select: Callable[[Any], Any] | None, item: Any) -> None:
+    selected = item if select is None else select(item)
+    if selected is not None:
+        send(selected)

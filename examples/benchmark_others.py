@@ -45,7 +45,7 @@ MOST_QUEUED = 64
 # Leaves of a batch that are frames of their own with pyzmq: one copy less. Below, as many frames take longer.
 FRAME_BYTES = 64 * 1024
 # Seconds that the other side may take for what is under way.
-TAKEN_S = 60.0
+RECEIVE_TIMEOUT_S = 60.0
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 Take = Callable[[], dict[str, Any]]
@@ -71,7 +71,7 @@ def fingerprint(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: (str(leaf.dtype), leaf.shape, zlib.crc32(leaf.tobytes())) for name, leaf in arrays.items()}
 
 
-class Taken:
+class BatchCounter:
     """What was taken: how many batches, and what the first of them was."""
 
     def __init__(self) -> None:
@@ -95,13 +95,13 @@ class Taken:
         self._enough.clear()
         self._wanted = count  # before the look at how many there are: `add` counts before it looks at this
         if self._count < count and not self._ended:
-            self._enough.wait(TAKEN_S)
+            self._enough.wait(RECEIVE_TIMEOUT_S)
 
     def report(self) -> tuple[int, dict[str, Any] | None]:
         return self._count, self._first
 
 
-def check_taken(name: str, report: Any, sent: int, case: Case) -> None:
+def check_received(name: str, report: Any, sent: int, case: Case) -> None:
     """RuntimeError unless all batches were taken, and the first of them is the one that was sent."""
     taken, first = report
     if taken != sent:
@@ -112,7 +112,7 @@ def check_taken(name: str, report: Any, sent: int, case: Case) -> None:
 
 def run_receiver(pipe: Any, connect: Callable[..., Take], *arguments: Any) -> None:
     """Take batches in a thread; answer a number once that many are taken, or none can be, and True as `answer_cpu`."""
-    taken = Taken()
+    taken = BatchCounter()
 
     def take_all() -> None:
         try:
@@ -137,12 +137,12 @@ def run_receiver(pipe: Any, connect: Callable[..., Take], *arguments: Any) -> No
 def take_from_pull(port: int, most: int) -> Take:
     import zmq
 
-    line = zmq.Context.instance().socket(zmq.PULL)
-    line.rcvhwm = most
-    line.connect(f"tcp://{HOST}:{port}")
+    channel = zmq.Context.instance().socket(zmq.PULL)
+    channel.rcvhwm = most
+    channel.connect(f"tcp://{HOST}:{port}")
 
     def take() -> dict[str, Any]:
-        pickled, *leaves = line.recv_multipart(copy=False)
+        pickled, *leaves = channel.recv_multipart(copy=False)
         return pickle.loads(pickled.buffer, buffers=[leaf.buffer for leaf in leaves])
 
     return take
@@ -162,8 +162,8 @@ def take_from_gloo(port: int, leaves: dict[str, Any]) -> Take:
     return take
 
 
-def take_from_queue(line: Any) -> Take:
-    return line.get
+def take_from_queue(channel: Any) -> Take:
+    return channel.get
 
 
 # Senders: each is a context that starts the other side too, and ends it.
@@ -179,7 +179,7 @@ def counted(name: str, case: Case, receiver: Child, send: Callable[[], None]) ->
 
     def wait() -> None:
         receiver.pipe.send(sent)
-        check_taken(name, receiver.pipe.recv(), sent, case)
+        check_received(name, receiver.pipe.recv(), sent, case)
 
     return (send_one, wait), receiver.cpu_seconds
 
@@ -197,14 +197,14 @@ def by_pyzmq(case: Case) -> Iterator[Compared]:
     import zmq
 
     most = batches_ahead(case)
-    with zmq.Context() as context, context.socket(zmq.PUSH) as line:
-        line.sndhwm, line.linger = most, 0
-        port = line.bind_to_random_port(f"tcp://{HOST}")
+    with zmq.Context() as context, context.socket(zmq.PUSH) as channel:
+        channel.sndhwm, channel.linger = most, 0
+        port = channel.bind_to_random_port(f"tcp://{HOST}")
 
         def send() -> None:
             apart: list[pickle.PickleBuffer] = []
             pickled = pickle.dumps(arrays_of(case), 5, buffer_callback=functools.partial(is_small, apart))
-            line.send_multipart([pickled, *apart])
+            channel.send_multipart([pickled, *apart])
 
         with Child(run_receiver, take_from_pull, port, most) as receiver:
             yield counted("pyzmq", case, receiver, send)
@@ -239,19 +239,19 @@ def by_gloo(case: Case) -> Iterator[Compared]:
 
 @contextmanager
 def by_queue(case: Case, shared: bool) -> Iterator[Compared]:
-    line: Any = torch.multiprocessing.get_context("forkserver").Queue(batches_ahead(case, MOST_QUEUED))
-    line.cancel_join_thread()
+    channel: Any = torch.multiprocessing.get_context("forkserver").Queue(batches_ahead(case, MOST_QUEUED))
+    channel.cancel_join_thread()
     batch = {name: leaf.clone() for name, leaf in case.batch.items()}  # the first `put` moves it into shared memory
 
     def send() -> None:
-        line.put(batch if shared else {name: leaf.clone() for name, leaf in batch.items()})
+        channel.put(batch if shared else {name: leaf.clone() for name, leaf in batch.items()})
 
-    with Child(run_receiver, take_from_queue, line) as receiver:
+    with Child(run_receiver, take_from_queue, channel) as receiver:
         yield counted("queue", case, receiver, send)
-    line.close()
+    channel.close()
 
 
-class Taker(Taken):
+class RayBatchCounter(BatchCounter):
     """An actor of Ray."""
 
     def cpu_seconds(self) -> float:
@@ -265,24 +265,24 @@ def by_ray(case: Case) -> Iterator[Compared]:
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        taker = ray.remote(Taker).remote()
-        add = taker.add.options(num_returns=0)
+        counter = ray.remote(RayBatchCounter).remote()
+        add = counter.add.options(num_returns=0)
         half = batches_ahead(case) // 2
-        sent, told = 0, []
+        sent, pending_reports = 0, []
 
         def send() -> None:
             nonlocal sent
             add.remote(ray.put(arrays_of(case)))
             sent += 1
             if sent % half == 0:
-                told.append(taker.report.remote())
-                if len(told) > 1:
-                    ray.get(told.pop(0))
+                pending_reports.append(counter.report.remote())
+                if len(pending_reports) > 1:
+                    ray.get(pending_reports.pop(0))
 
         def wait() -> None:
-            check_taken("ray", ray.get(taker.report.remote(), timeout=TAKEN_S), sent, case)
+            check_received("ray", ray.get(counter.report.remote(), timeout=RECEIVE_TIMEOUT_S), sent, case)
 
-        yield (send, wait), lambda: ray.get(taker.cpu_seconds.remote())
+        yield (send, wait), lambda: ray.get(counter.cpu_seconds.remote())
     finally:
         ray.shutdown()
 

@@ -54,7 +54,7 @@ STOP_S = 30.0  # that they may take to end, and what they sent to be received
 # learner that is slow, and what it gets is a few updates old, and not thousands.
 BATCH = 32  # unrolls; a server may hang with fewer
 BATCHES = 2
-REPLAYED = 8  # samples that a sink keeps although they are acknowledged: its default
+RESENT = 8  # samples that a sink keeps although they are acknowledged: its default
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -97,9 +97,9 @@ def act(mailbox: Mailbox, number: int, port: int, environments: int, seed: int) 
     unrolls = {name: torch.stack([leaf] * environments) for name, leaf in EXAMPLE.items()}
     unrolls["actor"].fill_(number)
     unrolls["number"].copy_(torch.arange(environments))
-    room = (environments + REPLAYED) * sum(leaf.nbytes for leaf in EXAMPLE.values())
+    room = (environments + RESENT) * sum(leaf.nbytes for leaf in EXAMPLE.values())
     # Without reconnecting, for the learner comes back to nobody: when it is gone, `send` raises, and the actor ends.
-    with EchoSink("127.0.0.1", port, EXAMPLE, buffer_bytes=room, resend_acked=REPLAYED, reconnect=0) as sink:
+    with EchoSink("127.0.0.1", port, EXAMPLE, buffer_bytes=room, resend_acked=RESENT, reconnect=0) as sink:
         began = time.perf_counter()
         while not mailbox.stopped():
             version, weights = mailbox.newest()

@@ -15,7 +15,7 @@ import pytest
 from certificates import issue_all
 from clock import Clock
 from hypothesis import settings
-from leaks import LEFT_OVER_S, freeze, open_descriptors, our_threads, threads_end
+from leaks import CLEANUP_TIMEOUT_S, assert_threads_end, freeze, open_descriptors, our_threads
 from nursery import NURSERY
 
 # For torch, here and in what the tests start, and before it is imported: several threads would wait for each other in
@@ -113,7 +113,7 @@ def _nothing_left() -> Iterator[None]:
     yield
     if our_threads():
         gc.collect()
-    threads_end()
+    assert_threads_end()
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def descriptors() -> Iterator[None]:
     before = open_descriptors()
     yield
     gc.collect()
-    deadline = time.monotonic() + LEFT_OVER_S
+    deadline = time.monotonic() + CLEANUP_TIMEOUT_S
     while len(after := open_descriptors()) > len(before) and time.monotonic() < deadline:
         time.sleep(0.01)  # a connection whose constructor was interrupted ends on its own thread
     assert len(after) <= len(before), sorted(after.values())

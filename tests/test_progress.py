@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from calls import SOON_S, eventually, running
+from calls import HANG_TIMEOUT_S, eventually, running
 from learner_process import Learner
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 from tqdm.auto import tqdm
 
 from echo_torch import DeliveryTimeoutError, EchoSink, numpy_example
@@ -55,8 +55,8 @@ def test_tee_shows_batches_and_what_became_of_them(
     assert all(state.startswith(f"{sink.peer}: ") for state in states)
     assert ("4/4" if made is list else "4 batches") in states[-1]
     assert "128 acked, 0 in flight" in states[-1]
-    told = [re.findall(r"([\d,]+) acked, ([\d,]+) in flight", state) for state in states]
-    assert len({pair[0] for pair in told if pair}) > 1, "while the batches passed"
+    counts = [re.findall(r"([\d,]+) acked, ([\d,]+) in flight", state) for state in states]
+    assert len({pair[0] for pair in counts if pair}) > 1, "while the batches passed"
 
 
 def test_tee_shows_nothing_unless_asked(sink: EchoSink, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,14 +73,14 @@ def test_tee_left_early_ends_its_bar(sink: EchoSink, capsys: pytest.CaptureFixtu
     sink.wait()
 
 
-def slow(line: Line) -> None:
+def slow(conn: PeerConnection) -> None:
     """Acks 3 batches."""
-    line.greet(numpy_example(EXAMPLE))
+    conn.send_handshake(numpy_example(EXAMPLE))
     for _ in range(3):
-        line.hear(len(BATCH["index"]) * SIZE)
+        conn.receive(len(BATCH["index"]) * SIZE)
         time.sleep(3 * DRAWN_S)
-        line.ack(len(BATCH["index"]))
-    line.hear_all()
+        conn.ack(len(BATCH["index"]))
+    conn.receive_all()
 
 
 def test_wait_shows_how_many_of_those_in_flight_are_acked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,9 +90,9 @@ def test_wait_shows_how_many_of_those_in_flight_are_acked(capsys: pytest.Capture
         sink.wait()  # of which nothing is shown
         sink.send(BATCH)
         sink.send(BATCH)
-        sink.wait(SOON_S, progress=True)
+        sink.wait(HANG_TIMEOUT_S, progress=True)
         states = drawn(capsys)
-        sink.close(SOON_S)
+        sink.close(HANG_TIMEOUT_S)
     assert all(state.startswith(f"{sink.peer} acked: ") for state in states)
     shown = [tuple(map(int, found[0])) for state in states if (found := IN_FLIGHT.findall(state))]
     assert shown == sorted(shown)
@@ -101,9 +101,9 @@ def test_wait_shows_how_many_of_those_in_flight_are_acked(capsys: pytest.Capture
 
 
 def test_a_wait_that_fails_raises_what_it_would(capsys: pytest.CaptureFixture[str]) -> None:
-    def silent(line: Line) -> None:
-        line.greet(numpy_example(EXAMPLE))
-        line.hear_all()
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake(numpy_example(EXAMPLE))
+        conn.receive_all()
 
     with Peer(silent) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False)
@@ -120,7 +120,7 @@ def test_a_lock_of_tqdm_that_an_interrupt_left_held_is_not_waited_for(capsys: py
 
     def wait() -> None:
         with tqdm.get_lock():
-            sink.wait(SOON_S, progress=True)
+            sink.wait(HANG_TIMEOUT_S, progress=True)
             list(sink.tee([BATCH], progress=True))
 
     with Peer(slow) as peer:
@@ -130,7 +130,7 @@ def test_a_lock_of_tqdm_that_an_interrupt_left_held_is_not_waited_for(capsys: py
         with running(wait) as outcomes:
             pass
         assert outcomes == [None]
-        sink.close(SOON_S)
+        sink.close(HANG_TIMEOUT_S)
     assert "96 acked, 0 in flight" in drawn(capsys)[-1]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, numpy_example, ranks
 
@@ -36,15 +36,15 @@ class Script:
         self.acks = threading.Event()
         self.acks.set()
 
-    def __call__(self, line: Line) -> None:
-        line.greet(numpy_example(EXAMPLE))
+    def __call__(self, conn: PeerConnection) -> None:
+        conn.send_handshake(numpy_example(EXAMPLE))
         while True:
-            line.hear(8)
+            conn.receive(8)
             assert self.acks.wait(PATIENCE_S)
-            line.ack()
+            conn.ack()
 
 
-class Side:
+class RankUnderTest:
     """What a rank has: a peer, and a sink to it."""
 
     def __init__(self, rank: int, world: Any) -> None:
@@ -59,8 +59,8 @@ class Side:
     def die(self) -> None:
         """The learner is gone."""
         self.peer.refuse()
-        for line in self.peer.lines:
-            line.reset()
+        for conn in self.peer.connections:
+            conn.reset()
 
     def met(self, group: Any = None, timeout: float = PATIENCE_S) -> Exception | None:
         """What `wait` raises."""
@@ -82,7 +82,7 @@ def everything(rank: int, world: Any, directory: Path) -> None:
     """All cases one after the other, for a process costs more than all of them."""
     threading.excepthook = lambda args: None  # a peer whose client left
     for case in CASES:
-        side = Side(rank, world)
+        side = RankUnderTest(rank, world)
         dist.barrier(world)
         case(side)
         dist.barrier(world)
@@ -90,14 +90,14 @@ def everything(rank: int, world: Any, directory: Path) -> None:
         (directory / f"{case.__name__} {rank}").touch()
 
 
-def all_is_acked(side: Side) -> None:
+def all_is_acked(side: RankUnderTest) -> None:
     if side.rank != 1:  # which never sent anything
         side.send()
     assert side.met() is None
     assert side.sink.stats().in_flight == 0
 
 
-def one_stalls(side: Side) -> None:
+def one_stalls(side: RankUnderTest) -> None:
     """All say which, and how much is open there."""
     if side.rank == 1:
         side.script.acks.clear()
@@ -112,7 +112,7 @@ def one_stalls(side: Side) -> None:
     side.agrees()
 
 
-def two_stall(side: Side) -> None:
+def two_stall(side: RankUnderTest) -> None:
     if side.rank:
         side.script.acks.clear()
     side.send(side.rank + 5)
@@ -124,7 +124,7 @@ def two_stall(side: Side) -> None:
     side.agrees()
 
 
-def one_is_left_alone(side: Side) -> None:
+def one_is_left_alone(side: RankUnderTest) -> None:
     """Its learner is gone. With another's stalling at the same time, it is this that is told."""
     if side.rank:
         side.script.acks.clear()
@@ -143,7 +143,7 @@ def one_is_left_alone(side: Side) -> None:
     assert type(error) is ConnectionClosedError
 
 
-def one_comes_late(side: Side) -> None:
+def one_comes_late(side: RankUnderTest) -> None:
     """The others give up in time, and find each other again."""
     skew, ranks.SKEW_S = ranks.SKEW_S, SHORT_S
     side.send()
@@ -161,7 +161,7 @@ def one_comes_late(side: Side) -> None:
     side.agrees()
 
 
-def ctrl_c_comes_out(side: Side) -> None:
+def ctrl_c_comes_out(side: RankUnderTest) -> None:
     """While the others are waited for; who find later what was told to them."""
     meeting = dist.new_group(backend="gloo")
     side.send()
@@ -176,13 +176,13 @@ def ctrl_c_comes_out(side: Side) -> None:
     side.agrees()
 
 
-def another_device_is_the_default(side: Side) -> None:
+def another_device_is_the_default(side: RankUnderTest) -> None:
     side.send()
     with torch.device("meta"):
         assert side.met() is None
 
 
-def some_agree_among_themselves(side: Side) -> None:
+def some_agree_among_themselves(side: RankUnderTest) -> None:
     """In a smaller group. Who is not in it is told so before anything is waited for."""
     group = dist.new_group([0, 2], backend="gloo")
     if side.rank != 0:
@@ -198,7 +198,7 @@ def some_agree_among_themselves(side: Side) -> None:
     side.agrees()
 
 
-def a_group_for_no_cpu_tensors(side: Side) -> None:
+def a_group_for_no_cpu_tensors(side: RankUnderTest) -> None:
     group = dist.new_group(backend="fake_cuda")
     side.script.acks.clear()
     side.send()

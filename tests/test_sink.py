@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 from echo_torch import (
     ConnectionClosedError,
@@ -54,35 +54,35 @@ class Script:
     example: Any = EXAMPLE
 
     def __init__(self) -> None:
-        self.lines: list[Line] = []
+        self.connections: list[PeerConnection] = []
         self.ended = threading.Semaphore(0)
 
-    def __call__(self, line: Line) -> None:
-        self.lines.append(line)
-        line.greet(numpy_example(self.example))
+    def __call__(self, conn: PeerConnection) -> None:
+        self.connections.append(conn)
+        conn.send_handshake(numpy_example(self.example))
         try:
-            self.converse(line)
+            self.converse(conn)
         finally:
             self.ended.release()
 
-    def converse(self, line: Line) -> None:
+    def converse(self, conn: PeerConnection) -> None:
         """Take everything, ack everything."""
-        line.hear_all(ack_every=sum(leaf.nbytes for leaf in numpy_example(self.example).values()))
+        conn.receive_all(ack_every=sum(leaf.nbytes for leaf in numpy_example(self.example).values()))
 
-    def heard(self, connection: int = 0) -> list[int]:
+    def received_ids(self, connection: int = 0) -> list[int]:
         """The indexes that one connection carried, after it has ended."""
         assert self.ended.acquire(timeout=PATIENCE_S)
-        return np.frombuffer(bytes(self.lines[connection].received), np.int64).tolist()
+        return np.frombuffer(bytes(self.connections[connection].received), np.int64).tolist()
 
 
-class Silent(Script):
+class SilentScript(Script):
     """Acks nothing, but reads."""
 
-    def converse(self, line: Line) -> None:
-        line.hear_all()
+    def converse(self, conn: PeerConnection) -> None:
+        conn.receive_all()
 
 
-class Leaves(Script):
+class LeavingScript(Script):
     """Hears as many samples as told, acks as many, and is gone."""
 
     def __init__(self, hears: int, acks: int = 0, example: Any = EXAMPLE) -> None:
@@ -90,13 +90,13 @@ class Leaves(Script):
         self.hears, self.acks = hears, acks
         self.example = example
 
-    def converse(self, line: Line) -> None:
-        line.hear(self.hears * SIZE)
-        line.ack(self.acks)
-        line.hang_up()
+    def converse(self, conn: PeerConnection) -> None:
+        conn.receive(self.hears * SIZE)
+        conn.ack(self.acks)
+        conn.close()
 
 
-class Acks(Script):
+class AckingScript(Script):
     """Acks as many samples as told, after `go`, and then no more; says so by `acked`."""
 
     def __init__(self, acks: int, wait: bool = False) -> None:
@@ -106,12 +106,12 @@ class Acks(Script):
         if not wait:
             self.go.set()
 
-    def converse(self, line: Line) -> None:
-        line.hear(self.acks * SIZE)
+    def converse(self, conn: PeerConnection) -> None:
+        conn.receive(self.acks * SIZE)
         assert self.go.wait(PATIENCE_S)
-        line.ack(self.acks)
+        conn.ack(self.acks)
         self.acked.set()
-        line.hear_all()
+        conn.receive_all()
 
 
 def sink_for(peer: Peer, **options: Any) -> EchoSink:
@@ -119,9 +119,9 @@ def sink_for(peer: Peer, **options: Any) -> EchoSink:
     return EchoSink(peer.host, peer.port, options.pop("example", EXAMPLE), **{"reconnect": 0.0, **options})
 
 
-def rows(count: int, replay: int = 8) -> dict[str, Any]:
+def rows(count: int, resent: int = 8) -> dict[str, Any]:
     """The options for a ring of which ``count`` rows may be un-acked."""
-    return {"buffer_bytes": (count + replay) * SIZE, "resend_acked": replay}
+    return {"buffer_bytes": (count + resent) * SIZE, "resend_acked": resent}
 
 
 @pytest.fixture
@@ -144,10 +144,10 @@ def test_a_sink_connects_at_the_first_send() -> None:
         sink.wait()
         assert sink.stats() == SinkStats(0, 0, 0, 0, 0, 0, 0.0)
         assert repr(sink) == f"<EchoSink 127.0.0.1:{peer.port} {{['index']: torch.int64 []}}>"
-        assert not script.lines
+        assert not script.connections
         sink.send(batch(1, 2))
         sink.wait()
-        assert len(script.lines) == 1
+        assert len(script.connections) == 1
         sink.close()
 
 
@@ -162,8 +162,8 @@ def test_a_sink_that_never_connected_closes_for_good() -> None:
 @pytest.mark.parametrize("enter", [EchoSink.connect, EchoSink.__enter__], ids=["connect", "with"])
 def test_connect_and_with_fail_early(enter: Callable[[EchoSink], EchoSink]) -> None:
     """On a server for other samples, on one that is no echo server, and both times each; ``on_error`` has no say."""
-    other = Leaves(0, example={"index": np.zeros(3, np.float32)})
-    for script, kind in ((other, SpecMismatchError), (lambda line: line.say(b"HTTP/1.1 400"), HandshakeError)):
+    other = LeavingScript(0, example={"index": np.zeros(3, np.float32)})
+    for script, kind in ((other, SpecMismatchError), (lambda conn: conn.send(b"HTTP/1.1 400"), HandshakeError)):
         with Peer(script) as peer:
             sink = sink_for(peer, on_error="warn")
             for _ in range(2):
@@ -178,7 +178,7 @@ def test_connect_gives_the_sink_and_connects_once() -> None:
         assert sink.connect().connect() is sink
         with sink as same:
             assert same is sink
-        assert len(script.lines) == 1
+        assert len(script.connections) == 1
         with pytest.raises(ConnectionClosedError):
             sink.connect()
 
@@ -191,13 +191,13 @@ def test_a_learner_that_listens_late_is_found(refusing: socket.socket) -> None:
         refusing.listen()
         connected, _ = refusing.accept()
         with connected:
-            script(Line(connected))
+            script(PeerConnection(connected))
 
     late = threading.Timer(SHORT_S, serve)
     late.start()
     with EchoSink("127.0.0.1", refusing.getsockname()[1], EXAMPLE, connect_timeout=PATIENCE_S, resend_acked=0) as sink:
         sink.send(batch(5))
-    assert script.heard() == [5]
+    assert script.received_ids() == [5]
     late.join()
 
 
@@ -230,11 +230,11 @@ def test_a_sink_pickles_as_configuration() -> None:
             copy.send(batch(7))
             copy.close()
         assert script.ended.acquire(timeout=PATIENCE_S)
-        assert script.heard(1) == [14]
+        assert script.received_ids(1) == [14]
         sink.send(batch(3))
         sink.close()
-        assert script.heard(0) == [2, 4, 6]
-        assert len(script.lines) == 3
+        assert script.received_ids(0) == [2, 4, 6]
+        assert len(script.connections) == 3
 
 
 def test_a_closed_sink_pickles_as_an_open_one() -> None:
@@ -244,7 +244,7 @@ def test_a_closed_sink_pickles_as_an_open_one() -> None:
         sink.close()
         with pickle.loads(pickle.dumps(sink)) as copy:
             copy.send(batch(1))
-        assert script.heard() == [1]
+        assert script.received_ids() == [1]
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -279,7 +279,7 @@ def test_bad_timeouts_of_calls_are_refused_and_do_no_harm(timeout: Any) -> None:
             with pytest.raises((TypeError, ValueError), match="timeout: got"):
                 call(timeout)
         sink.close()
-        assert script.heard() == [1]
+        assert script.received_ids() == [1]
 
 
 def test_the_port_is_checked_before_it_is_dialled() -> None:
@@ -296,7 +296,7 @@ def test_select_makes_the_samples(options: dict[str, Any]) -> None:
         make = EchoSink if options else EchoSink.from_batch
         with make(peer.host, peer.port, *(options.values() or [yields]), select=second, resend_at_close=False) as sink:
             sink.send(yields)
-        assert script.heard() == [2, 3]
+        assert script.received_ids() == [2, 3]
 
 
 def second(batch_and_names: Any) -> Any:
@@ -315,7 +315,7 @@ def test_from_batch_takes_one_sample_of_it(first: Any) -> None:
         with EchoSink.from_batch(peer.host, peer.port, first, resend_at_close=False) as sink:
             sink.send(batch(5, 6, 7))
             sink.send({"index": 8})
-        assert script.heard() == [5, 6, 7, 8]
+        assert script.received_ids() == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
@@ -343,10 +343,10 @@ def test_the_first_send_says_once_how_it_was_read(caplog: pytest.LogCaptureFixtu
             with sink_for(peer, resend_at_close=False) as sink:
                 sink.send(first)
                 sink.send(batch(1))
-            told = [record for record in caplog.records if "first batch" in record.message]
-            assert [record.name.split(".")[0] for record in told] == ["echo_torch"]
-            assert f"127.0.0.1:{peer.port}" in told[0].message
-            assert f"{read} {{['index']: torch.int64 []}}" in told[0].message
+            records = [record for record in caplog.records if "first batch" in record.message]
+            assert [record.name.split(".")[0] for record in records] == ["echo_torch"]
+            assert f"127.0.0.1:{peer.port}" in records[0].message
+            assert f"{read} {{['index']: torch.int64 []}}" in records[0].message
 
 
 def test_batched_says_it_outright() -> None:
@@ -358,7 +358,7 @@ def test_batched_says_it_outright() -> None:
             for wrong, batched in ((batch(1), False), ({"index": 1}, True)):
                 with pytest.raises(SpecMismatchError, match=r"batch\['index'\]: got"):
                     sink.send(wrong, batched=batched)
-        assert script.heard() == [1, 2, 3]
+        assert script.received_ids() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_refused_batch_sends_nothing_and_the_next_goes_through(bad: Any) -> No
                 sink.send(bad)
             assert sink.stats().samples_sent == 1
             sink.send(batch(2, 3))
-        assert script.heard() == [1, 2, 3]
+        assert script.received_ids() == [1, 2, 3]
 
 
 def test_an_empty_batch_sends_nothing() -> None:
@@ -385,7 +385,7 @@ def test_an_empty_batch_sends_nothing() -> None:
             sink.send(batch())
             sink.wait()
             assert sink.stats().samples_sent == 0
-        assert script.heard() == []
+        assert script.received_ids() == []
 
 
 def test_the_window_is_at_most_8_mib_of_payload() -> None:
@@ -394,14 +394,14 @@ def test_the_window_is_at_most_8_mib_of_payload() -> None:
     full, silence = threading.Semaphore(0), threading.Semaphore(0)
     more: list[bool] = []
 
-    def script(line: Line) -> None:
-        line.greet(np.zeros(mib, np.uint8))
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(np.zeros(mib, np.uint8))
         for samples in (8, 1, 1):
-            line.hear(samples * mib)
+            conn.receive(samples * mib)
             full.release()
             assert silence.acquire(timeout=PATIENCE_S)
-            more.append(bool(select.select([line.sock], [], [], 0)[0]))
-            line.ack()
+            more.append(bool(select.select([conn.sock], [], [], 0)[0]))
+            conn.ack()
 
     with Peer(script) as peer:
         sink = sink_for(peer, example=np.zeros(mib, np.uint8), resend_acked=0)
@@ -427,7 +427,7 @@ def test_a_sample_larger_than_the_window_goes_alone() -> None:
             sink.wait()
             assert sink.stats().samples_acked == 3
         assert script.ended.acquire(timeout=PATIENCE_S)
-        assert len(script.lines[0].received) == 3 * size
+        assert len(script.connections[0].received) == 3 * size
 
 
 # Counting.
@@ -444,11 +444,11 @@ def test_stats_count_samples_and_bytes() -> None:
         assert sink.stats() == expected
         sink.close()
         assert sink.stats() == dataclasses.replace(expected, maybe_duplicated=8)  # what close sent once more
-        assert len(script.heard()) == 21 + 8
+        assert len(script.received_ids()) == 21 + 8
 
 
 def test_stats_of_what_is_not_acked() -> None:
-    script = Acks(3)
+    script = AckingScript(3)
     with Peer(script) as peer:
         sink = sink_for(peer)
         sink.send(batch(*range(5)))
@@ -464,7 +464,7 @@ def test_stats_of_what_is_not_acked() -> None:
 
 def test_blocked_seconds_and_rows_accepted_when_a_peer_withholds_acks() -> None:
     """A batch that does not fit into the ring is taken in part, and the error says how much of it."""
-    with Peer(Silent()) as peer:
+    with Peer(SilentScript()) as peer:
         sink = sink_for(peer, **rows(10))
         sink.send(batch(1, 2))
         assert sink.stats().blocked_seconds == 0
@@ -485,9 +485,9 @@ def test_a_send_that_timed_out_is_taken_up_where_it_stopped() -> None:
     go = threading.Event()
 
     class Late(Script):
-        def converse(self, line: Line) -> None:
+        def converse(self, conn: PeerConnection) -> None:
             assert go.wait(PATIENCE_S)
-            super().converse(line)
+            super().converse(conn)
 
     script = Late()
     with Peer(script) as peer:
@@ -496,12 +496,12 @@ def test_a_send_that_timed_out_is_taken_up_where_it_stopped() -> None:
                 sink.send(batch(*range(25)), timeout=SHORT_S)
             go.set()
             sink.send(batch(*range(25)[caught.value.rows_accepted :]))
-        assert script.heard() == list(range(25))
+        assert script.received_ids() == list(range(25))
 
 
 def test_stall_timeout_is_no_end() -> None:
     """It names itself and the samples, in every call that waits, and delivery goes on."""
-    script = Acks(2, wait=True)
+    script = AckingScript(2, wait=True)
     with Peer(script) as peer:
         with sink_for(peer, stall_timeout=SHORT_S, resend_at_close=False) as sink:
             sink.send(batch(1, 2))
@@ -514,7 +514,7 @@ def test_stall_timeout_is_no_end() -> None:
             while sink.stats().in_flight:  # the acks are there, and are taken note of whenever somebody looks
                 pass
             sink.wait()
-        assert script.heard() == [1, 2]
+        assert script.received_ids() == [1, 2]
 
 
 # Tee.
@@ -535,11 +535,11 @@ def test_tee_sends_each_batch_before_it_is_handed_on_and_waits_at_the_end() -> N
         assert sink.stats().samples_acked == 6
         assert [len(passed["index"]) for passed in tee] == [2, 1, 3]
         sink.close()
-        assert script.heard() == [1, 2, 3, 4, 5, 6] * 2
+        assert script.received_ids() == [1, 2, 3, 4, 5, 6] * 2
 
 
 def test_tee_left_early_has_sent_what_was_handed_on_and_waits_for_nothing() -> None:
-    with Peer(Silent()) as peer:
+    with Peer(SilentScript()) as peer:
         sink = sink_for(peer)
         for passed in sink.tee(iter([batch(1, 2), batch(3)])):
             assert len(passed["index"]) == 2
@@ -560,7 +560,7 @@ def test_tee_has_a_length_only_if_the_loader_has() -> None:
 @pytest.mark.usefixtures("descriptors")
 def test_raise_tells_every_call_from_the_first_failure() -> None:
     """Sticky, and with the counts; a `close` after that has nothing new to say."""
-    with Peer(Leaves(hears=5, acks=2)) as peer:
+    with Peer(LeavingScript(hears=5, acks=2)) as peer:
         sink = sink_for(peer)
         sink.send(batch(*range(5)))
         with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}.*3 samples un-acked") as first:
@@ -577,7 +577,7 @@ def test_raise_tells_every_call_from_the_first_failure() -> None:
 
 
 def test_rows_accepted_when_the_peer_goes_in_the_middle_of_a_batch() -> None:
-    with Peer(Leaves(hears=10)) as peer:
+    with Peer(LeavingScript(hears=10)) as peer:
         sink = sink_for(peer, **rows(10))
         with pytest.raises(ConnectionClosedError) as caught:
             sink.send(batch(*range(25)))
@@ -587,7 +587,7 @@ def test_rows_accepted_when_the_peer_goes_in_the_middle_of_a_batch() -> None:
 
 def test_close_is_the_first_to_say_that_samples_were_lost() -> None:
     """If no other call has; and then not again."""
-    with Peer(Leaves(hears=2)) as peer:
+    with Peer(LeavingScript(hears=2)) as peer:
         sink = sink_for(peer)
         sink.send(batch(1, 2))
         with pytest.raises(ConnectionClosedError) as caught:
@@ -599,7 +599,7 @@ def test_close_is_the_first_to_say_that_samples_were_lost() -> None:
 @pytest.mark.usefixtures("descriptors")
 def test_warn_logs_the_loss_once_drops_and_counts(caplog: pytest.LogCaptureFixture) -> None:
     """`wait` and `close` raise nothing either: a run doesn't die because the learner ended first."""
-    with Peer(Leaves(hears=2, acks=1)) as peer:
+    with Peer(LeavingScript(hears=2, acks=1)) as peer:
         sink = sink_for(peer, on_error="warn")
         sink.send(batch(1, 2))
         sink.wait()
@@ -618,7 +618,7 @@ def test_warn_logs_the_loss_once_drops_and_counts(caplog: pytest.LogCaptureFixtu
 
 
 def test_warn_counts_the_part_of_a_batch_that_was_not_accepted() -> None:
-    with Peer(Leaves(hears=10)) as peer:
+    with Peer(LeavingScript(hears=10)) as peer:
         sink = sink_for(peer, on_error="warn", **rows(10))
         sink.send(batch(*range(25)))
         assert (sink.stats().samples_sent, sink.stats().dropped) == (10, 15)
@@ -639,7 +639,7 @@ def test_warn_is_about_the_peer_and_not_about_the_data_or_a_closed_sink() -> Non
 
 def test_warn_still_raises_when_a_timeout_passes() -> None:
     """A learner that is slow is not gone."""
-    with Peer(Silent()) as peer:
+    with Peer(SilentScript()) as peer:
         sink = sink_for(peer, on_error="warn")
         sink.send(batch(1))
         for call in (sink.wait, sink.close):
@@ -648,7 +648,7 @@ def test_warn_still_raises_when_a_timeout_passes() -> None:
 
 
 def test_warn_still_raises_when_nothing_is_acked_for_too_long() -> None:
-    with Peer(Silent()) as peer:
+    with Peer(SilentScript()) as peer:
         sink = sink_for(peer, on_error="warn", stall_timeout=SHORT_S, **rows(10))
         sink.send(batch(*range(10)))
         for call in (sink.wait, lambda: sink.send(batch(1)), sink.close):
@@ -657,7 +657,7 @@ def test_warn_still_raises_when_nothing_is_acked_for_too_long() -> None:
         assert sink.stats().dropped == 0
 
 
-class Directory:
+class FakeResolver:
     """Resolves every name to ``address``, or to nothing, and counts how often it was asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -673,22 +673,22 @@ class Directory:
 
 
 @pytest.fixture
-def directory(monkeypatch: pytest.MonkeyPatch) -> Directory:
-    return Directory(monkeypatch)
+def directory(monkeypatch: pytest.MonkeyPatch) -> FakeResolver:
+    return FakeResolver(monkeypatch)
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def never_greets(line: Line) -> None:
-    line.hear_all()
+def never_greets(conn: PeerConnection) -> None:
+    conn.receive_all()
 
 
 @pytest.mark.usefixtures("descriptors")
 @pytest.mark.parametrize("reason", ["refused", "unknown", "silent"])
 def test_warn_covers_a_learner_that_cannot_be_connected_to_until_it_can(
-    reason: str, refusing: socket.socket, directory: Directory, caplog: pytest.LogCaptureFixture
+    reason: str, refusing: socket.socket, directory: FakeResolver, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second send does not even try; `connect` does, raises as ever, and makes sends work again."""
     with Peer(Script()) as learner, Peer(never_greets) as mute:
@@ -718,10 +718,10 @@ def test_warn_covers_a_learner_that_cannot_be_connected_to_until_it_can(
         assert (sink.stats().samples_acked, sink.stats().dropped) == (2, 13)
         sink.close()
         assert len(warnings_of(caplog)) == 1
-        assert bytes(learner.lines[0].received)[:16] == np.array([8, 9]).tobytes()
+        assert bytes(learner.connections[0].received)[:16] == np.array([8, 9]).tobytes()
 
 
-def test_warn_does_not_outlive_close_where_nothing_could_be_connected(directory: Directory) -> None:
+def test_warn_does_not_outlive_close_where_nothing_could_be_connected(directory: FakeResolver) -> None:
     sink = EchoSink("learner", 7, EXAMPLE, on_error="warn", connect_timeout=SHORT_S)
     sink.send(batch(1))
     sink.close()
@@ -732,7 +732,7 @@ def test_warn_does_not_outlive_close_where_nothing_could_be_connected(directory:
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_connect_says_that_the_connection_died(on_error: Any) -> None:
-    with Peer(Leaves(hears=1)) as peer:
+    with Peer(LeavingScript(hears=1)) as peer:
         sink = sink_for(peer, on_error=on_error)
         sink.send(batch(1))
         if on_error == "warn":
@@ -748,7 +748,7 @@ def test_connect_says_that_the_connection_died(on_error: Any) -> None:
             sink.send(batch(1, 2))
             assert sink.stats().dropped == 2
         sink.close()
-        assert len(peer.lines) == 1
+        assert len(peer.connections) == 1
 
 
 # Timeouts and calls from elsewhere while it connects.
@@ -766,17 +766,17 @@ def test_the_timeout_of_send_bounds_connecting() -> None:
         sink.close()
 
 
-class Held(Script):
+class HeldScript(Script):
     """Greets only when told to, and says when it was connected to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.connected, self.go = threading.Event(), threading.Event()
 
-    def __call__(self, line: Line) -> None:
+    def __call__(self, conn: PeerConnection) -> None:
         self.connected.set()
         assert self.go.wait(PATIENCE_S)
-        super().__call__(line)
+        super().__call__(conn)
 
 
 def start(call: Callable[[], object]) -> tuple[threading.Thread, list[BaseException | None]]:
@@ -797,7 +797,7 @@ def start(call: Callable[[], object]) -> tuple[threading.Thread, list[BaseExcept
 
 @pytest.mark.usefixtures("descriptors")
 def test_the_timeout_of_send_bounds_waiting_for_another_thread_that_connects() -> None:
-    held = Held()
+    held = HeldScript()
     with Peer(held) as peer:
         sink = sink_for(peer, connect_timeout=PATIENCE_S)
         thread, outcome = start(lambda: sink.send(batch(1)))
@@ -809,8 +809,8 @@ def test_the_timeout_of_send_bounds_waiting_for_another_thread_that_connects() -
         assert outcome == [None]
         sink.wait(PATIENCE_S)
         sink.close()
-        assert held.heard() == [1] * 9
-        assert len(peer.lines) == 1
+        assert held.received_ids() == [1] * 9
+        assert len(peer.connections) == 1
 
 
 @pytest.mark.usefixtures("descriptors")
@@ -818,11 +818,11 @@ def test_the_timeout_of_send_bounds_waiting_for_another_thread_that_connects() -
 @pytest.mark.parametrize("greets", [True, False], ids=["that succeeds", "that fails"])
 def test_close_does_not_wait_for_another_thread_that_connects(greets: bool, on_error: Any) -> None:
     """That thread finds the sink closed, and leaves no connection behind."""
-    held = Held()
+    held = HeldScript()
     with Peer(held if greets else never_greets) as peer:
         sink = sink_for(peer, connect_timeout=PATIENCE_S if greets else 3 * SHORT_S, on_error=on_error)
         thread, outcome = start(lambda: sink.send(batch(1)))
-        while not peer.lines:
+        while not peer.connections:
             assert thread.is_alive()
             time.sleep(0.001)
         began = time.monotonic()
@@ -833,15 +833,15 @@ def test_close_does_not_wait_for_another_thread_that_connects(greets: bool, on_e
         assert isinstance(outcome[0], ConnectionClosedError if greets else (ConnectionClosedError, TimeoutError))
         with pytest.raises(ConnectionClosedError, match="closed"):
             sink.send(batch(2))
-        assert len(peer.lines) == 1
+        assert len(peer.connections) == 1
         if greets:
-            assert held.heard() == []
+            assert held.received_ids() == []
 
 
 @pytest.mark.usefixtures("descriptors")
 def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
     answers: list[str] = []
-    held = Held()
+    held = HeldScript()
 
     def handler(*_: object) -> None:
         for call in (lambda: sink.send(batch(2)), sink.connect):
@@ -852,9 +852,9 @@ def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
                 answers.append(str(error))
         held.go.set()
 
-    def interrupt(line: Line) -> None:
+    def interrupt(conn: PeerConnection) -> None:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-        held(line)
+        held(conn)
 
     before = signal.signal(signal.SIGUSR1, handler)
     try:
@@ -864,8 +864,8 @@ def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
             sink.wait(PATIENCE_S)
             sink.send(batch(3))
             sink.close()
-            assert held.heard() == [1, 3]
-            assert len(peer.lines) == 1
+            assert held.received_ids() == [1, 3]
+            assert len(peer.connections) == 1
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert len(answers) == 2
@@ -885,7 +885,7 @@ def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
         (100, {}),
         (6, rows(2)),
         (100, rows(2)),
-        (1, rows(7, replay=13)),
+        (1, rows(7, resent=13)),
         (7, {"resend_acked": 1}),
         (7, {"resend_acked": 0}),
     ],
@@ -894,13 +894,13 @@ def test_a_signal_handler_that_interrupts_connecting_is_turned_away() -> None:
 def test_close_sends_exactly_the_tail_once_more(sent: int, options: dict[str, Any]) -> None:
     """`resend_acked` further payloads: the last samples, in order, cycled if there were fewer."""
     script = Script()
-    replay = options.get("resend_acked", 8)
+    resent = options.get("resend_acked", 8)
     with Peer(script) as peer:
         sink = sink_for(peer, **options)
         sink.send(batch(*range(sent)))
         sink.close()
-        kept = list(range(sent))[max(0, sent - replay) :]
-        assert script.heard() == list(range(sent)) + [kept[i % len(kept)] for i in range(replay)]
+        kept = list(range(sent))[max(0, sent - resent) :]
+        assert script.received_ids() == list(range(sent)) + [kept[i % len(kept)] for i in range(resent)]
         assert sink.stats().samples_sent == sink.stats().samples_acked == sent
 
 
@@ -910,7 +910,7 @@ def test_close_sends_no_tail_when_told_not_to(options: dict[str, Any]) -> None:
     with Peer(script) as peer:
         with sink_for(peer, **options) as sink:
             sink.send(batch(1, 2, 3))
-        assert script.heard() == [1, 2, 3]
+        assert script.received_ids() == [1, 2, 3]
 
 
 def test_close_without_samples_sends_no_tail() -> None:
@@ -918,7 +918,7 @@ def test_close_without_samples_sends_no_tail() -> None:
     with Peer(script) as peer:
         with sink_for(peer):
             pass
-        assert script.heard() == []
+        assert script.received_ids() == []
 
 
 @pytest.mark.usefixtures("descriptors")
@@ -932,14 +932,14 @@ def test_close_is_idempotent_and_send_after_it_raises() -> None:
         with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}.*closed"):
             sink.send(batch(3))
         sink.wait()
-        assert len(script.heard()) == 2 + 8
-        assert len(script.lines) == 1
+        assert len(script.received_ids()) == 2 + 8
+        assert len(script.connections) == 1
 
 
 @pytest.mark.usefixtures("descriptors")
 def test_close_on_a_peer_that_never_acks_gives_up_in_time() -> None:
     """With the count; nothing is left behind, which the fixtures see, and a second `close` has nothing to say."""
-    with Peer(Silent()) as peer:
+    with Peer(SilentScript()) as peer:
         sink = sink_for(peer)
         sink.send(batch(*range(5)))
         with pytest.raises(DeliveryTimeoutError, match="5 samples un-acked") as caught:
@@ -952,10 +952,10 @@ def test_close_on_a_peer_that_never_acks_gives_up_in_time() -> None:
             assert closed.value.unacked == 5
 
 
-@pytest.mark.parametrize("options", [{}, rows(8, replay=13)], ids=["all of it packed", "a part of it packed"])
+@pytest.mark.parametrize("options", [{}, rows(8, resent=13)], ids=["all of it packed", "a part of it packed"])
 def test_a_tail_that_is_not_acked_is_not_counted_as_sent(options: dict[str, Any]) -> None:
     """`close` says that it was not done, while the counts stay those of `send`."""
-    with Peer(Acks(8)) as peer:
+    with Peer(AckingScript(8)) as peer:
         sink = sink_for(peer, **options)
         sink.send(batch(*range(8)))
         with pytest.raises(DeliveryTimeoutError):
@@ -968,7 +968,7 @@ def test_leaving_a_with_block_closes() -> None:
     with Peer(script) as peer:
         with sink_for(peer, resend_at_close=False) as sink:
             sink.send(batch(1, 2))
-        assert script.heard() == [1, 2]
+        assert script.received_ids() == [1, 2]
         with pytest.raises(ConnectionClosedError):
             sink.send(batch(3))
 
@@ -982,7 +982,7 @@ def leave_by_exception(sink: EchoSink) -> None:
 @pytest.mark.usefixtures("descriptors")
 def test_the_exception_of_a_with_block_is_never_masked(caplog: pytest.LogCaptureFixture) -> None:
     """Even when closing fails too: that goes to the log."""
-    with Peer(Leaves(hears=2)) as peer:
+    with Peer(LeavingScript(hears=2)) as peer:
         with pytest.raises(KeyError, match="mine"):
             leave_by_exception(sink_for(peer))
         assert any("KeyError" in record.getMessage() and "un-acked" in record.getMessage() for record in caplog.records)
@@ -993,7 +993,7 @@ def test_a_with_block_left_by_an_exception_delivers_what_was_sent() -> None:
     with Peer(script) as peer:
         with pytest.raises(KeyError, match="mine"):
             leave_by_exception(sink_for(peer, resend_at_close=False))
-        assert script.heard() == [1, 2]
+        assert script.received_ids() == [1, 2]
 
 
 # Other clients.
@@ -1012,11 +1012,11 @@ def test_a_subclass_of_our_client_is_used_as_ours() -> None:
     with Peer(script) as peer:
         with sink_for(peer, client=Mine, connect_timeout=7.0) as sink:
             sink.send(batch(1, 2))
-        assert len(script.heard()) == 2 + 8
+        assert len(script.received_ids()) == 2 + 8
         assert made[0]["connect_timeout"] == 7.0
 
 
-class Fragile:
+class FragileClient:
     """A client that only one thread may use at a time, and that says when two do; its peer is gone after ``lives``."""
 
     def __init__(self, lives: int = 1000) -> None:
@@ -1043,7 +1043,7 @@ class Fragile:
 
 def test_a_foreign_client_is_used_by_one_thread_at_a_time() -> None:
     """The sink is thread-safe; the stock client, for one, mixes the bytes of samples that two threads send."""
-    client = Fragile()
+    client = FragileClient()
     sink = EchoSink("nowhere", 1, EXAMPLE, client=lambda *_: client)
     threads = [threading.Thread(target=sink.send, args=({"index": 1},)) for _ in range(2)]
     for thread in threads:
@@ -1056,7 +1056,7 @@ def test_a_foreign_client_is_used_by_one_thread_at_a_time() -> None:
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_errors_of_a_foreign_client_are_translated(on_error: Any) -> None:
-    client = Fragile(lives=2)
+    client = FragileClient(lives=2)
     client.overlap.set()
     sink = EchoSink("learner", 7, EXAMPLE, client=lambda *_: client, on_error=on_error)
     if on_error == "warn":
@@ -1095,9 +1095,9 @@ def close_too_soon(sink: EchoSink) -> None:
 
 @pytest.mark.parametrize("fails", [wait_for_one_that_dies, close_too_soon])
 def test_no_error_that_is_over_keeps_a_sink(fails: Callable[[EchoSink], None]) -> None:
-    def silent(line: Line) -> None:
-        line.greet({"index": np.array(0)})
-        line.hear_all()
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake({"index": np.array(0)})
+        conn.receive_all()
 
     gc.disable()
     try:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def needed_for(adapter: str, extra: str) -> Iterator[None]:
+def require_extra(adapter: str, extra: str) -> Iterator[None]:
     """Around the import of a trainer: if it is not installed, an ImportError of one line that names the extra."""
     try:
         yield

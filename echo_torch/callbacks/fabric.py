@@ -12,7 +12,7 @@ from echo_torch.ranks import cpu_group
 from echo_torch.sink import EchoSink
 
 
-class Stateful:
+class StatefulCallback:
     """Holds the policy, and saves its state."""
 
     def __init__(self, sink: EchoSink, **policy: Any) -> None:
@@ -28,12 +28,12 @@ class Stateful:
         if state_dict.get("rank") == _rank():
             self.policy.load_state_dict(state_dict)
 
-    def _set_up(self) -> None:
+    def _setup_policy(self) -> None:
         self.policy.group = self.policy.group or cpu_group()
         self.policy.setup()
 
 
-class FabricSinkCallback(Stateful):
+class FabricSinkCallback(StatefulCallback):
     """For ``Fabric(callbacks=[...])``: does its work on ``fabric.call(event, ...)``, for each method here.
 
     Keywords that an event does not know are ignored. ``fabric.save(path, {"sink": callback, ...})`` waits, and saves
@@ -47,7 +47,7 @@ class FabricSinkCallback(Stateful):
 
     def on_train_start(self, **_: Any) -> None:
         """Connect; raises as `EchoSink.connect`."""
-        self._set_up()
+        self._setup_policy()
 
     def on_train_batch_end(
         self, outputs: Any = None, batch: Any = None, batch_idx: int = 0, *, padding: int = 0, **_: Any

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from echo_torch.callbacks import loop, needed_for
+from echo_torch.callbacks import loop, require_extra
 from echo_torch.sink import EchoSink
 
-with needed_for(__name__, "ignite"):
+with require_extra(__name__, "ignite"):
     from ignite.engine import Engine, Events
 
 
@@ -44,7 +44,7 @@ class SinkHandler(loop.SinkCallback):
         if send not in ("batch", "output"):
             raise ValueError(f"send: got {send!r}, expected 'batch' or 'output'")
         if send == "output" and policy.get("select") is None:
-            policy["select"] = _output
+            policy["select"] = _select_output
         super().__init__(sink, **policy)
 
     def attach(self, engine: Engine) -> None:
@@ -59,13 +59,15 @@ class SinkHandler(loop.SinkCallback):
         engine.add_event_handler(Events.TERMINATE, self._terminated)
         engine.add_event_handler(Events.COMPLETED, self.on_train_end)
 
-        def raised(error: BaseException) -> None:  # without the engine, which may be collected while it is told
+        def reraise_alone(error: BaseException) -> None:  # without the engine, which may be collected while it is told
             if not isinstance(error, GeneratorExit):  # of an interrupted run that nobody resumes
                 self.on_exception(error)
-            if engine._event_handlers[Events.EXCEPTION_RAISED][-1][0] is raised:  # there are none but such as this
+            if (
+                engine._event_handlers[Events.EXCEPTION_RAISED][-1][0] is reraise_alone
+            ):  # there are none but such as this
                 raise error
 
-        engine.add_event_handler(Events.EXCEPTION_RAISED, raised)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, reraise_alone)
         handlers = engine._event_handlers[Events.EXCEPTION_RAISED]
         handlers.insert(0, handlers.pop())  # for none is called after one that raises
 
@@ -82,5 +84,5 @@ class SinkHandler(loop.SinkCallback):
             self.on_epoch_end()
 
 
-def _output(batch: Any, output: Any) -> Any:
+def _select_output(batch: Any, output: Any) -> Any:
     return output

@@ -43,46 +43,48 @@ class SinkCallback(StatsCallback):
         for stage in self._stages:
             if stage not in STAGES:
                 raise ValueError(f"stages: got {stage!r}, expected some of {', '.join(map(repr, STAGES))}")
-        self._skips = skip_padding
+        self._skips_padding = skip_padding
         self._select = getattr(policy.get("select"), "__qualname__", None)
-        self._running = "fit"
+        self._running_stage = "fit"
 
     @property
     def state_key(self) -> str:
         return str(self._generate_state_key(peer=self.policy.sink.peer, stages=self._stages, select=self._select))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._running = stage
-        if self._sends():
-            self._set_up()
+        self._running_stage = stage
+        if self._sends_in_this_run():
+            self._setup_policy()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if trainer.state.stage in self._stages:  # which is "sanity_check" in one
-            padding = loop.padding(trainer.train_dataloader, batch_idx) if self._skips and trainer.training else 0
+            padding = (
+                loop.padding(trainer.train_dataloader, batch_idx) if self._skips_padding and trainer.training else 0
+            )
             self.policy.on_batch_end(batch, outputs, padding=padding)
-            self._tell_loggers_if_due(trainer)
+            self._log_metrics_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.stage in self._stages:
             self.policy.on_epoch_end()
-            self._tell_loggers(trainer)
+            self._log_metrics(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._sends():
+        if self._sends_in_this_run():
             self.policy.on_exception(exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self._sends():
+        if self._sends_in_this_run():
             self.policy.on_train_end()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        if self._running == "fit":  # what is loaded to be tested does not take the counts back
+        if self._running_stage == "fit":  # what is loaded to be tested does not take the counts back
             super().load_state_dict(state_dict)
 
-    def _sends(self) -> bool:
-        parts = ("train", "validate") if self._running == "fit" else (self._running,)
+    def _sends_in_this_run(self) -> bool:
+        parts = ("train", "validate") if self._running_stage == "fit" else (self._running_stage,)
         return any(stage in self._stages for stage in parts)
 
     on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = on_train_epoch_end

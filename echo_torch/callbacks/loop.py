@@ -94,15 +94,17 @@ class SinkCallback(LoaderSender):
         self.skipped = 0
         """Batches that this process did not send, or not in full, because there was no room for them."""
         self._select = select
-        self._every = check_count("every_n_batches", every_n_batches, least=1)
-        self._each_epoch = flush == "epoch"
-        self._timeout = check_timeout("flush_timeout", flush_timeout)
-        self._raises = on_stall == "raise"
-        self._closes = close
-        self._batches = 0
-        self._connected_in: int | None = None  # the process
-        self._stalled_at: int | None = None  # how many samples were acked when the learner was found to be stalled
-        self._over = False  # by an error, or closed: nothing is waited for
+        self._every_n = check_count("every_n_batches", every_n_batches, least=1)
+        self._flushes_each_epoch = flush == "epoch"
+        self._flush_timeout = check_timeout("flush_timeout", flush_timeout)
+        self._raises_on_stall = on_stall == "raise"
+        self._closes_sink = close
+        self._batch_count = 0
+        self._connected_pid: int | None = None  # the process
+        self._acked_when_stalled: int | None = (
+            None  # how many samples were acked when the learner was found to be stalled
+        )
+        self._ended = False  # by an error, or closed: nothing is waited for
 
     def setup(self) -> None:
         """Before the first step: connect, so that a wrong address is an error here.
@@ -110,10 +112,10 @@ class SinkCallback(LoaderSender):
         Raises:
             OSError, TimeoutError, HandshakeError, SpecMismatchError: as `EchoSink.connect`.
         """
-        self._over = False
-        if self._connected_in != os.getpid():
+        self._ended = False
+        if self._connected_pid != os.getpid():
             self.sink.connect()
-            self._connected_in = os.getpid()
+            self._connected_pid = os.getpid()
 
     def on_batch_end(self, batch: Any, outputs: Any = None, *, padding: int = 0) -> None:
         """After the step on ``batch``: send it.
@@ -129,39 +131,39 @@ class SinkCallback(LoaderSender):
             ConnectionClosedError: the learner is gone (``on_error="raise"`` of the sink).
             DeliveryTimeoutError: no room for ``flush_timeout`` seconds (``on_stall="raise"``).
         """
-        self._batches += 1
-        if self._batches % self._every:
+        self._batch_count += 1
+        if self._batch_count % self._every_n:
             return
-        chosen = batch
+        selected = batch
         if self._select is not None:
             with torch.no_grad():
-                chosen = self._select(batch, optree.tree_map(_detached, outputs, none_is_leaf=True))
-        if chosen is None:
+                selected = self._select(batch, optree.tree_map(_detach, outputs, none_is_leaf=True))
+        if selected is None:
             return
-        timeout = self._patience(0.0)
-        if timeout is not None and self._connected_in != os.getpid():  # as in a worker, where this connects
+        timeout = self._next_timeout(0.0)
+        if timeout is not None and self._connected_pid != os.getpid():  # as in a worker, where this connects
             timeout = max(timeout, CONNECT_S)
         try:
-            self.sink.send(chosen, timeout=timeout, skip_last=padding)
-            self._connected_in = os.getpid()
+            self.sink.send(selected, timeout=timeout, skip_last=padding)
+            self._connected_pid = os.getpid()
         except DeliveryTimeoutError as error:
             self.skipped += 1
-            self._stalled("no room for a batch, which is not sent", error, once=True)
-            self.sink._drop_rest(chosen, padding, error.rows_accepted)
+            self._report_stall("no room for a batch, which is not sent", error, once=True)
+            self.sink._drop_rest(selected, padding, error.rows_accepted)
         else:
-            self._moves()
+            self._report_recovery()
 
     def _send_from_loader(self, batch: Any) -> None:
         self.on_batch_end(batch)
 
     def on_epoch_end(self) -> None:
         """Wait until everything sent is acked; raises as `EchoSink.wait`, but for what ``on_stall`` lets pass."""
-        if self._each_epoch:
+        if self._flushes_each_epoch:
             self._flush("the end of the epoch")
 
     def on_checkpoint(self) -> None:
         """Before a checkpoint is written: as `on_epoch_end`."""
-        if self._each_epoch:
+        if self._flushes_each_epoch:
             self._flush("a checkpoint")
 
     def on_exception(self, error: BaseException) -> None:
@@ -169,13 +171,13 @@ class SinkCallback(LoaderSender):
 
         Never raises, so that ``error`` is the one that is seen. Until the next `setup`, nothing is waited for any more.
         """
-        if self._over:
+        if self._ended:
             return
-        self._over = True
-        seconds = 0.0 if self._stalls() else EXCEPTION_FLUSH_S
+        self._ended = True
+        seconds = 0.0 if self._is_stalled() else EXCEPTION_FLUSH_S
         try:
-            if self._closes:
-                self._connected_in = None
+            if self._closes_sink:
+                self._connected_pid = None
                 self.sink.close(seconds)
             else:
                 self.sink.wait(seconds)
@@ -184,18 +186,18 @@ class SinkCallback(LoaderSender):
 
     def on_train_end(self) -> None:
         """Wait until everything sent is acked, whatever ``flush`` says, and close if ``close``; raises likewise."""
-        if self._over:
+        if self._ended:
             return
         try:
             self._flush("the end of the training")
         finally:
-            if self._closes:
-                self._over = True  # a later end, of a `with` block for one, finds nothing left to do
+            if self._closes_sink:
+                self._ended = True  # a later end, of a `with` block for one, finds nothing left to do
                 self._close()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of this callback, and the sink's `EchoSink.state_dict`."""
-        return {"batches": self._batches, "skipped": self.skipped, "sink": self.sink.state_dict()}
+        return {"batches": self._batch_count, "skipped": self.skipped, "sink": self.sink.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; raises as `EchoSink.load_state_dict`."""
@@ -204,7 +206,7 @@ class SinkCallback(LoaderSender):
         batches = check_count("state['batches']", state.get("batches"), least=0)  # type: ignore[arg-type]
         skipped = check_count("state['skipped']", state.get("skipped"), least=0)  # type: ignore[arg-type]
         self.sink.load_state_dict(state.get("sink") or {})
-        self._batches, self.skipped = batches, skipped
+        self._batch_count, self.skipped = batches, skipped
 
     def __enter__(self: _Self) -> _Self:
         self.setup()
@@ -220,48 +222,52 @@ class SinkCallback(LoaderSender):
         return {**self.__dict__, "group": None}  # no process group can be pickled
 
     def _flush(self, when: str) -> None:
-        if self._over:
+        if self._ended:
             return
         try:
             # With a group, all ranks have the same patience, or the first to lose it would not wait for the others.
-            self.sink.wait(self._patience(STALLED_FLUSH_S) if self.group is None else self._timeout, self.group)
+            self.sink.wait(
+                self._next_timeout(STALLED_FLUSH_S) if self.group is None else self._flush_timeout, self.group
+            )
         except DeliveryTimeoutError as error:
-            self._stalled(f"at {when}", error)
+            self._report_stall(f"at {when}", error)
         else:
-            self._moves()
+            self._report_recovery()
 
     def _close(self) -> None:
-        self._connected_in = None  # so that another `setup` finds that it is closed
+        self._connected_pid = None  # so that another `setup` finds that it is closed
         try:
-            self.sink.close(self._patience(STALLED_FLUSH_S))
+            self.sink.close(self._next_timeout(STALLED_FLUSH_S))
         except DeliveryTimeoutError as error:
-            self._stalled("on closing", error)
+            self._report_stall("on closing", error)
 
-    def _patience(self, stalled: float) -> float | None:
-        """How long to wait for the learner: at most ``stalled`` seconds, once that was in vain, until it acks again."""
-        if self._raises or not self._stalls():
-            return self._timeout
-        return stalled if self._timeout is None else min(stalled, self._timeout)
+    def _next_timeout(self, timeout_if_stalled: float) -> float | None:
+        """How long to wait for the learner: at most ``timeout_if_stalled`` seconds, once that was in vain, until it acks again."""
+        if self._raises_on_stall or not self._is_stalled():
+            return self._flush_timeout
+        return timeout_if_stalled if self._flush_timeout is None else min(timeout_if_stalled, self._flush_timeout)
 
-    def _stalls(self) -> bool:
+    def _is_stalled(self) -> bool:
         """Whether the learner was waited for in vain, and has acked nothing since."""
-        return self._stalled_at is not None and self.sink.stats().samples_acked == self._stalled_at
+        return self._acked_when_stalled is not None and self.sink.stats().samples_acked == self._acked_when_stalled
 
-    def _stalled(self, when: str, error: DeliveryTimeoutError, *, once: bool = False) -> None:
+    def _report_stall(self, when: str, error: DeliveryTimeoutError, *, once: bool = False) -> None:
         """Raise, or warn; if ``once``, not again while the learner is known to be stalled."""
-        known = self._stalled_at is not None
+        already_stalled = self._acked_when_stalled is not None
         stats = self.sink.stats()
-        self._stalled_at = stats.samples_acked if stats.in_flight else None  # with a group, others may have stalled
-        if self._raises:
+        self._acked_when_stalled = (
+            stats.samples_acked if stats.in_flight else None
+        )  # with a group, others may have stalled
+        if self._raises_on_stall:
             raise error
-        if not (once and known):
+        if not (once and already_stalled):
             _log.warning("%s: %s; the training goes on; %d batches skipped so far", when, error, self.skipped)
 
-    def _moves(self) -> None:
+    def _report_recovery(self) -> None:
         """There was room, or all is acked; but room may have been left."""
-        if self._stalled_at is not None and not self._stalls():
+        if self._acked_when_stalled is not None and not self._is_stalled():
             _log.warning("%s: takes samples again; %d batches skipped so far", self.sink.peer, self.skipped)
-            self._stalled_at = None
+            self._acked_when_stalled = None
 
 
 def padding(loader: Any, batch_idx: int) -> int:
@@ -282,5 +288,5 @@ def padding(loader: Any, batch_idx: int) -> int:
     return max(0, seen - own)
 
 
-def _detached(leaf: Any) -> Any:
+def _detach(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf

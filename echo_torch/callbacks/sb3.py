@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from echo_torch.callbacks import loop, needed_for
+from echo_torch.callbacks import loop, require_extra
 from echo_torch.callbacks.sb3_samples import example, rollout, transitions
 from echo_torch.sink import EchoSink
 
-with needed_for(__name__, "sb3"):
+with require_extra(__name__, "sb3"):
     from stable_baselines3.common.callbacks import BaseCallback
 
 __all__ = ["SinkCallback", "example"]
@@ -45,19 +45,19 @@ class SinkCallback(loop.SinkCallback, BaseCallback):
             raise ValueError(f"on: got {on!r}, expected 'step' or 'rollout'")
         super().__init__(sink, **policy)
         BaseCallback.__init__(self, verbose)
-        self._on = on
+        self._sends_on = on
 
     def _init_callback(self) -> None:
-        self._example = example(self.model, self._on)
+        self._example = example(self.model, self._sends_on)
         self.setup()
 
     def _on_step(self) -> bool:
-        if self._on == "step":
+        if self._sends_on == "step":
             self.on_batch_end(transitions(self.model, self.locals, self._example), self.locals)
         return True
 
     def _on_rollout_end(self) -> None:
-        if self._on == "rollout":
+        if self._sends_on == "rollout":
             self.on_batch_end(rollout(self.model), self.locals)
         if hasattr(self.model, "rollout_buffer"):
             self.on_epoch_end()

@@ -32,9 +32,9 @@ def example(model: BaseAlgorithm, on: Literal["step", "rollout"] = "step") -> di
             raise ValueError(f"on: got 'rollout', but {type(model).__name__} has no rollout_buffer; use 'step'")
         fresh = copy.copy(model.rollout_buffer)
         fresh.reset()  # after training, some of its arrays have other shapes
-        return _each(lambda array: array[0], _flattened(fresh))
+        return _map_leaves(lambda array: array[0], _flatten_buffer(fresh))
     # Of copies, for they draw from the spaces' random numbers.
-    obs = _normalized(model, copy.deepcopy(model.observation_space).sample())
+    obs = _cast_normalized(model, copy.deepcopy(model.observation_space).sample())
     action = copy.deepcopy(model.action_space).sample()
     ends = {"terminated": np.False_, "truncated": np.False_}
     return {"obs": obs, "action": action, "reward": np.float32(0), "next_obs": obs, **ends}
@@ -55,7 +55,7 @@ def transitions(model: BaseAlgorithm, step: Mapping[str, Any], like: dict[str, A
         info = step["infos"][index]
         truncated[index] = info.get("TimeLimit.truncated", False)
         if "terminal_observation" in info:
-            _put(next_obs, int(index), info["terminal_observation"])
+            _set_row(next_obs, int(index), info["terminal_observation"])
     made = {
         "obs": model._last_obs,
         "action": step.get("clipped_actions", step["actions"]),  # of on-policy algorithms, and of others
@@ -64,15 +64,15 @@ def transitions(model: BaseAlgorithm, step: Mapping[str, Any], like: dict[str, A
         "terminated": ended & ~truncated,
         "truncated": truncated,
     }
-    return _each(lambda one, all_envs: np.asarray(all_envs, np.asarray(one).dtype), like, made)
+    return _map_leaves(lambda one, all_envs: np.asarray(all_envs, np.asarray(one).dtype), like, made)
 
 
 def rollout(model: BaseAlgorithm) -> dict[str, Any]:
     """What an on-policy algorithm is about to train on, leaves ``(n_steps * n_envs, *shape)``: steps in order."""
-    return _flattened(model.rollout_buffer)
+    return _flatten_buffer(model.rollout_buffer)
 
 
-def _normalized(model: BaseAlgorithm, obs: Any) -> Any:
+def _cast_normalized(model: BaseAlgorithm, obs: Any) -> Any:
     """With the dtype of what is normalised, which may be integers by its space."""
     wrapper = model.get_vec_normalize_env()
     if wrapper is None or not wrapper.norm_obs:
@@ -82,19 +82,19 @@ def _normalized(model: BaseAlgorithm, obs: Any) -> Any:
     return np.float32(obs)
 
 
-def _flattened(buffer: Any) -> dict[str, Any]:
+def _flatten_buffer(buffer: Any) -> dict[str, Any]:
     arrays = {name: getattr(buffer, name) for name in _ROLLOUT}
-    return _each(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
+    return _map_leaves(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
 
 
-def _put(obs: Any, index: int, last: Any) -> None:
+def _set_row(obs: Any, index: int, last: Any) -> None:
     if isinstance(obs, dict):
         for name, leaf in obs.items():
-            _put(leaf, index, last[name])
+            _set_row(leaf, index, last[name])
     else:
         obs[index] = last
 
 
-def _each(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
+def _map_leaves(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = optree.tree_map(function, *trees)
     return made

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from echo_torch.callbacks import needed_for
+from echo_torch.callbacks import require_extra
 from echo_torch.callbacks.loop import SinkCallback
 
-with needed_for(__name__, "torchrl"):
+with require_extra(__name__, "torchrl"):
     from torchrl.trainers.trainers import TrainerHookBase
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class SinkHook(SinkCallback, TrainerHookBase):
         trainer.register_op("shutdown", self.on_train_end)
 
     def _send(self, batch: TensorDictBase) -> TensorDictBase:
-        self.on_batch_end(_frames(batch))
+        self.on_batch_end(_flatten_frames(batch))
         return batch
 
 
@@ -68,11 +68,11 @@ class SinkCollectorHook(SinkCallback):
 
     def __call__(self, collected: TensorDictBase) -> None:
         self.setup()
-        self.on_batch_end(_frames(collected))
+        self.on_batch_end(_flatten_frames(collected))
         self.on_epoch_end()
 
 
-def _frames(batch: TensorDictBase) -> TensorDictBase:
+def _flatten_frames(batch: TensorDictBase) -> TensorDictBase:
     """Flat, and without padding, as torchrl itself puts a batch into a replay buffer."""
     mask = batch.get(("collector", "mask"), None)
     return batch.reshape(-1) if mask is None else batch[mask]

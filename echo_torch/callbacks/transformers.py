@@ -61,7 +61,7 @@ class SinkTrainerMixin(StatsMixin):
         policy = kw.keys() & inspect.signature(loop.SinkCallback).parameters
         callback = SinkCallback(sink, **{name: kw.pop(name) for name in policy})
         self.sink_policy = callback.policy
-        self._collates = send == "collated"
+        self._sends_in_collate = send == "collated"
         super().__init__(*args, **kw)
         self.add_callback(callback)
 
@@ -75,13 +75,13 @@ class SinkTrainerMixin(StatsMixin):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         batch = copy.copy(inputs)  # trainers may pop from it
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self._collates:
+        if not self._sends_in_collate:
             self.sink_policy.on_batch_end(batch, loss)
         return loss
 
     def get_train_dataloader(self) -> Any:
         collator = self.data_collator  # type: ignore[has-type]
-        self.data_collator = SinkCollate(self.sink_policy, collator) if self._collates else collator
+        self.data_collator = SinkCollate(self.sink_policy, collator) if self._sends_in_collate else collator
         try:
             return super().get_train_dataloader()
         finally:

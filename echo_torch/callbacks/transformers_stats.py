@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from echo_torch.callbacks import loop, needed_for
+from echo_torch.callbacks import loop, require_extra
 
-with needed_for("echo_torch.callbacks.transformers", "transformers"):
+with require_extra("echo_torch.callbacks.transformers", "transformers"):
     from transformers import Trainer, TrainerCallback
 
-LOGGED = ("samples_sent", "in_flight", "dropped", "blocked_seconds", "sent_per_second", "ack_p99_seconds")
+LOGGED_STATS = ("samples_sent", "in_flight", "dropped", "blocked_seconds", "sent_per_second", "ack_p99_seconds")
 """Not all, for what is logged is printed, too."""
 
 
@@ -19,7 +19,7 @@ class StatsCallback(TrainerCallback):
     policy: loop.SinkCallback
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if _is_of_steps(logs):
+        if _is_training_log(logs):
             stats = _stats(self.policy)
             logs.update(stats)
             state.log_history[-1].update(stats)
@@ -38,9 +38,9 @@ class StatsMixin(Trainer):
 
 def _stats(policy: loop.SinkCallback) -> dict[str, Any]:
     stats = policy.sink.stats()
-    return {f"echo/{name}": getattr(stats, name) for name in LOGGED}
+    return {f"echo/{name}": getattr(stats, name) for name in LOGGED_STATS}
 
 
-def _is_of_steps(logs: dict[str, Any]) -> bool:
+def _is_training_log(logs: dict[str, Any]) -> bool:
     """And not of an evaluation, whose numbers go elsewhere, too, or of the end; nor has them already."""
     return "loss" in logs and not any(name.startswith("echo/") for name in logs)

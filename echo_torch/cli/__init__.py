@@ -1,6 +1,6 @@
 """The command line: what is wrong between here and a learner, how much goes through, and a learner to try it with.
 
-Each command is a module with `add_to`, which describes its arguments, and a function that runs it and gives the exit
+Each command is a module with `add_command`, which describes its arguments, and a function that runs it and gives the exit
 code: 0, or 1 after one line on stderr that says what is wrong and what to do about it. Arguments that are wrong exit
 with 2, as argparse has it.
 """
@@ -46,5 +46,5 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Look into what goes from PyTorch to an echo server.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (doctor, bench, example, serve):
-        command.add_to(commands)
+        command.add_command(commands)
     return parser

@@ -50,7 +50,7 @@ def add_tls(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-name", metavar="NAME", help="whom the proxy's certificate is for (default: HOST)")
 
 
-def tls_of(options: argparse.Namespace) -> TLS | None:
+def tls_from_options(options: argparse.Namespace) -> TLS | None:
     """What `add_tls` has found."""
     try:
         tls = TLS(options.tls_ca, options.tls_cert, options.tls_key, options.tls_name)
@@ -83,7 +83,7 @@ def port_or_any(text: str) -> int:
     return int(text)
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
     return int(text)
@@ -104,24 +104,24 @@ def sample_spec(text: str) -> SampleSpec:
     module, _, name = text.partition(":")
     if not (module and name):
         raise ArgumentTypeError(f"got {text!r}, expected MODULE:OBJECT, such as mymodule:dataset")
-    found = _imported(module)
+    found = _import_module(module)
     for part in name.split("."):
         if not hasattr(found, part):
             raise ArgumentTypeError(f"{text}: {getattr(found, '__name__', type(found).__name__)} has no {part!r}")
         found = getattr(found, part)
-    sample = _attempt(lambda: _sample_of(found), f"{text}: getting a sample from it")
+    sample = _call_user_code(lambda: _take_sample(found), f"{text}: getting a sample from it")
     try:
         return SampleSpec(sample)
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(f"{text}: {error}") from error
 
 
-def _imported(module: str) -> Any:
+def _import_module(module: str) -> Any:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     try:
-        return _attempt(lambda: importlib.import_module(module), f"importing {module}")
+        return _call_user_code(lambda: importlib.import_module(module), f"importing {module}")
     except ArgumentTypeError as problem:
         missing = problem.__cause__
         if isinstance(missing, ModuleNotFoundError) and missing.name and f"{module}.".startswith(f"{missing.name}."):
@@ -130,7 +130,7 @@ def _imported(module: str) -> Any:
         raise
 
 
-def _sample_of(found: Any) -> Any:
+def _take_sample(found: Any) -> Any:
     if callable(found) and not isinstance(found, Dataset):
         found = found()
     if isinstance(found, IterableDataset):
@@ -138,7 +138,7 @@ def _sample_of(found: Any) -> Any:
     return found[0] if isinstance(found, Dataset) else found
 
 
-def _attempt(call: Callable[[], Any], what: str) -> Any:
+def _call_user_code(call: Callable[[], Any], what: str) -> Any:
     """The user's code, which may raise anything, and may be a program that exits when it is imported."""
     try:
         return call()

@@ -15,9 +15,9 @@ from echo_torch.samples.leaf import Array
 from echo_torch.sink import EchoSink
 from echo_torch.wire.connect import peer_name
 
-from .arguments import add_address, add_tls, count, seconds, tls_of
+from .arguments import add_address, add_tls, positive_int, seconds, tls_from_options
 from .errors import CommandError, one_line
-from .reach import TIMEOUT_S, reach
+from .reach import REACH_TIMEOUT_S, reach
 from .table import table
 
 # Most bytes of one batch, and most that wait in the sink, so that the last of them arrive soon after time is up.
@@ -29,7 +29,7 @@ _BACKLOG_SAMPLES = 4096
 STALL_S = 10.0
 
 
-class _Run(NamedTuple):
+class _Measurement(NamedTuple):
     """What was measured."""
 
     samples: int
@@ -41,7 +41,7 @@ class _Run(NamedTuple):
     blocked_s: float
 
 
-def add_to(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="measure how many samples this machine gets into an echo server",
@@ -50,7 +50,7 @@ def add_to(commands: Any) -> None:
     )
     add_address(parser)
     parser.add_argument("--seconds", type=seconds, default=3.0, help="how long to send (default: %(default)g)")
-    parser.add_argument("--batch-size", type=count, default=256, help="samples per send (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=256, help="samples per send (default: %(default)s)")
     add_tls(parser)
     parser.set_defaults(run=run)
 
@@ -58,8 +58,8 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     host, port = options.address
     peer = peer_name(host, port)
-    tls = tls_of(options)
-    leaves = reach(host, port, TIMEOUT_S, tls=tls)
+    tls = tls_from_options(options)
+    leaves = reach(host, port, REACH_TIMEOUT_S, tls=tls)
     payload = sum(leaf.nbytes for leaf in leaves)
     size = min(options.batch_size, max(1, BATCH_BYTES // payload))
     try:
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, HandshakeError, SpecMismatchError) as error:
         raise CommandError(f"{error}; is the learner still running?") from error
     print(f"sent {measured.samples:,} samples, all acknowledged; the last {measured.repeated:,} twice\n")
-    print(_report(measured, payload))
+    print(_results_table(measured, payload))
     return 0
 
 
@@ -95,7 +95,7 @@ def _zeros(shape: tuple[int, ...], itemsize: int) -> Array:
     return zeros
 
 
-def _send(sink: EchoSink, batch: list[Array], limit_s: float) -> _Run:
+def _send(sink: EchoSink, batch: list[Array], limit_s: float) -> _Measurement:
     """Send for ``limit_s`` seconds and until all is acknowledged; raises as `EchoSink`, whose end that is."""
     with sink:
         began, cpu_s = time.perf_counter(), time.process_time()
@@ -109,10 +109,10 @@ def _send(sink: EchoSink, batch: list[Array], limit_s: float) -> _Run:
             raise
         wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
     stats = sink.stats()
-    return _Run(stats.samples_acked, stats.maybe_duplicated, wall_s, cpu_s, stats.blocked_seconds)
+    return _Measurement(stats.samples_acked, stats.maybe_duplicated, wall_s, cpu_s, stats.blocked_seconds)
 
 
-def _report(measured: _Run, payload: int) -> str:
+def _results_table(measured: _Measurement, payload: int) -> str:
     rate = measured.samples / measured.wall_s
     rows = [
         ("samples/s", f"{rate:,.0f}", ""),

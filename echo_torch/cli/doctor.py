@@ -11,18 +11,18 @@ from echo_torch.samples.leaf import Leaf
 from echo_torch.wire.connect import peer_name
 from echo_torch.wire.protocol import WireLeaf
 
-from .arguments import HELP_ON_EXAMPLES, add_address, add_tls, sample_spec, seconds, tls_of
+from .arguments import HELP_ON_EXAMPLES, add_address, add_tls, sample_spec, seconds, tls_from_options
 from .errors import CommandError
-from .reach import TIMEOUT_S, reach
+from .reach import REACH_TIMEOUT_S, reach
 from .table import table
 
 _REMEDY = "start the server as the command `example` prints it, or send what the server expects"
-_CANNOT_TELL = """\
+_DTYPE_WARNING = """\
 warning: the wire tells the size of items and not their dtype: float32 and int32 look the same here, and so do float64
 and int64, bfloat16 and float16, or two leaves of one size and shape that are swapped; compare with the learner"""
 
 
-def add_to(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
         help="say what is wrong between here and an echo server",
@@ -36,7 +36,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--timeout",
         type=seconds,
-        default=TIMEOUT_S,
+        default=REACH_TIMEOUT_S,
         metavar="SECONDS",
         help="to reach the server in (default: %(default)g)",
     )
@@ -47,22 +47,22 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     host, port = options.address
     peer = peer_name(host, port)
-    theirs = reach(host, port, options.timeout, _tell, tls_of(options))
+    theirs = reach(host, port, options.timeout, _print_step, tls_from_options(options))
     if options.example is None:
-        print("\n" + table([("leaf", "server", ""), *_numbered(map(_size, theirs))], "><<"), end="\n\n")
+        print("\n" + table([("leaf", "server", ""), *_numbered(map(_size_cells, theirs))], "><<"), end="\n\n")
         verdict = "give --example to compare with what you send"
     else:
         ours = options.example.leaves
-        rows = _numbered(itertools.starmap(_compared, _pairs(theirs, ours)))
+        rows = _numbered(itertools.starmap(_comparison_row, _paired_leaves(theirs, ours)))
         print("\n" + table([("leaf", "server", "", "example", "", "", ""), *rows], "><<<<<<"), end="\n\n")
         if theirs != [leaf.wire for leaf in ours]:
-            raise CommandError(f"{peer}: {_mismatch(theirs, ours)}")
+            raise CommandError(f"{peer}: {_describe_mismatch(theirs, ours)}")
         verdict = "the example fits"
-    print(f"{_CANNOT_TELL}\n\nOK: {peer} takes samples; {verdict}")
+    print(f"{_DTYPE_WARNING}\n\nOK: {peer} takes samples; {verdict}")
     return 0
 
 
-def _tell(step: str, took_s: float, what: str) -> None:
+def _print_step(step: str, took_s: float, what: str) -> None:
     print(f"{step:9}  {1e3 * took_s:7.2f} ms  {what}", flush=True)
 
 
@@ -70,29 +70,29 @@ def _numbered(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
     return ((str(index), *row) for index, row in enumerate(rows))
 
 
-def _pairs(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> Iterable[tuple[WireLeaf | None, Leaf | None]]:
+def _paired_leaves(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> Iterable[tuple[WireLeaf | None, Leaf | None]]:
     return itertools.zip_longest(theirs, ours)
 
 
-def _size(leaf: WireLeaf | None) -> tuple[str, str]:
+def _size_cells(leaf: WireLeaf | None) -> tuple[str, str]:
     return (f"{leaf.itemsize}-byte", str(list(leaf.shape))) if leaf else ("nothing", "")
 
 
-def _compared(server: WireLeaf | None, leaf: Leaf | None) -> tuple[str, ...]:
+def _comparison_row(server: WireLeaf | None, leaf: Leaf | None) -> tuple[str, ...]:
     what = f"{leaf.path} {leaf.dtype}".lstrip() if leaf else ""
     differs = "" if server and leaf and server == leaf.wire else "DIFFERS"
-    return (*_size(server), *_size(leaf.wire if leaf else None), what, differs)
+    return (*_size_cells(server), *_size_cells(leaf.wire if leaf else None), what, differs)
 
 
-def _mismatch(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> str:
+def _describe_mismatch(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> str:
     """What differs first, how much else does, and what to do."""
     differing = [
         (index, server, leaf)
-        for index, (server, leaf) in enumerate(_pairs(theirs, ours))
+        for index, (server, leaf) in enumerate(_paired_leaves(theirs, ours))
         if not (server and leaf) or server != leaf.wire
     ]
     index, server, leaf = differing[0]
-    expected = f"server expects {' items '.join(_size(server))}" if server else "server expects nothing more"
+    expected = f"server expects {' items '.join(_size_cells(server))}" if server else "server expects nothing more"
     got = f"example has {leaf} ({leaf.wire.itemsize}-byte items)" if leaf else "example has nothing more"
     others = f", and {len(differing) - 1:,} more differ" if len(differing) > 1 else ""
     return f"leaf {index} differs: {expected}, {got}{others}; {_remedy(theirs, ours)}"

@@ -22,7 +22,7 @@ from .errors import CommandError
 _INDENT = "    "
 
 
-def add_to(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "example",
         help="print the line that starts an echo server for a torch example",

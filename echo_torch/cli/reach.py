@@ -23,15 +23,17 @@ from echo_torch.wire.tls_socket import TlsSocket, certificate_names, do_tls_hand
 from .errors import CommandError
 
 # Seconds to reach a server: even one on another continent answers in less.
-TIMEOUT_S = 5.0
+REACH_TIMEOUT_S = 5.0
 # Seconds in which a server that only waits for us to speak has noticed that we will not.
-_HANG_UP_S = 1.0
+_EOF_REPLY_TIMEOUT_S = 1.0
 
-Tell = Callable[[str, float, str], object]
+ReportStep = Callable[[str, float, str], object]
 """Is told of each step when it is done: its name, its seconds, what was found."""
 
 
-def reach(host: str, port: int, timeout: float, tell: Tell = lambda *_: None, tls: TLS | None = None) -> WireLeaves:
+def reach(
+    host: str, port: int, timeout: float, report_step: ReportStep = lambda *_: None, tls: TLS | None = None
+) -> WireLeaves:
     """The leaves of one sample of the server at ``host:port``, to which no connection is left.
 
     Raises:
@@ -43,50 +45,50 @@ def reach(host: str, port: int, timeout: float, tell: Tell = lambda *_: None, tl
     try:
         addresses = resolve(host, port, deadline)
     except (OSError, UnicodeError) as error:
-        why = _reason(error, peer)
+        why = _reason_without_peer(error, peer)
         raise CommandError(f"{peer}: the name does not resolve ({why}); check it, or give an IP address") from error
     known = perf_counter()
-    tell("resolve", known - began, ", ".join(dict.fromkeys(address[0] for _, address in addresses)))
+    report_step("resolve", known - began, ", ".join(dict.fromkeys(address[0] for _, address in addresses)))
     try:
         sock = connect(addresses, peer, deadline, socket.socket if tls is None else TlsSocket)
     except OSError as error:
-        raise CommandError(_no_connection(error, peer)) from error
+        raise CommandError(_describe_connect_error(error, peer)) from error
     connected = perf_counter()
     with closing(sock):
-        tell("connect", connected - known, _remote(sock) or peer)
+        report_step("connect", connected - known, _remote_address(sock) or peer)
         if tls is not None:
-            _secure(cast(TlsSocket, sock), tls, host, peer, deadline)
+            _start_tls(cast(TlsSocket, sock), tls, host, peer, deadline)
             secured = perf_counter()
-            tell("TLS", secured - connected, _certified(cast(TlsSocket, sock)))
+            report_step("TLS", secured - connected, _describe_certificate(cast(TlsSocket, sock)))
             connected = secured
-        leaves = _greeting(sock, peer, deadline)
+        leaves = _read_handshake(sock, peer, deadline)
     payload = sum(leaf.nbytes for leaf in leaves)
     arrays = f"{len(leaves):,} array{'s' * (len(leaves) != 1)}"
     what = f"an echo server, wire version {VERSION}, {arrays} and {payload:,} bytes per sample"
-    tell("handshake", perf_counter() - connected, what)
+    report_step("handshake", perf_counter() - connected, what)
     if payload == 0:
         raise CommandError(f"{peer}: samples of no bytes are nothing to send; give the server another example")
     return leaves
 
 
-def _reason(error: Exception, peer: str) -> str:
+def _reason_without_peer(error: Exception, peer: str) -> str:
     """What an error says beside the peer's name."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.removeprefix(f"{peer}: ").removesuffix(f" ({peer})")
 
 
-def _no_connection(error: OSError, peer: str) -> str:
-    why = _reason(error, peer)
+def _describe_connect_error(error: OSError, peer: str) -> str:
+    why = _reason_without_peer(error, peer)
     if isinstance(error, ConnectionRefusedError):
         return f"{peer}: nobody listens there ({why}); start the learner first, or check the port"
     if isinstance(error, TimeoutError):
         return f"{peer}: nothing answers there ({why}); check the address, and whether a firewall drops what is sent"
     if isinstance(error, ConnectionClosedError):
-        return _hung_up(error)
+        return _describe_disconnect(error)
     return f"{peer}: no way there ({why}); check the address and the network"
 
 
-def _remote(sock: socket.socket) -> str | None:
+def _remote_address(sock: socket.socket) -> str | None:
     """Which of the addresses it was; None if it has hung up on us already."""
     try:
         return peer_name(*sock.getpeername()[:2])
@@ -94,25 +96,25 @@ def _remote(sock: socket.socket) -> str | None:
         return None
 
 
-def _secure(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) -> None:
+def _start_tls(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) -> None:
     try:
         do_tls_handshake(sock, tls, host, peer, deadline)
     except ConnectionClosedError as error:
-        raise CommandError(_hung_up(error)) from error
+        raise CommandError(_describe_disconnect(error)) from error
     except (HandshakeError, TimeoutError) as error:
         raise CommandError(str(error)) from error
 
 
-def _certified(sock: TlsSocket) -> str:
+def _describe_certificate(sock: TlsSocket) -> str:
     """What the proxy has shown of itself."""
     return (
         f"{sock.ssl_object.version()}, with a certificate for {certificate_names(sock.ssl_object) or 'nobody by name'}"
     )
 
 
-def _greeting(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
+def _read_handshake(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
     if not isinstance(sock, TlsSocket) and not select.select([sock], [], [], clamp_timeout(deadline.remaining()))[0]:
-        raise CommandError(_silent(sock, peer, deadline))
+        raise CommandError(_describe_silence(sock, peer, deadline))
     try:
         return do_handshake(sock, peer, deadline)
     except HandshakeError as error:
@@ -121,23 +123,23 @@ def _greeting(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
             remedy = "install an echo-torch and an id-echo that speak the same"
         raise CommandError(f"{error}; {remedy}") from error
     except ConnectionClosedError as error:
-        raise CommandError(_hung_up(error)) from error
+        raise CommandError(_describe_disconnect(error)) from error
     except TimeoutError as error:
         raise CommandError(f"{error}; check the network, and whether that is an echo server") from error
 
 
-def _hung_up(error: ConnectionClosedError) -> str:
+def _describe_disconnect(error: ConnectionClosedError) -> str:
     return f"{error}; a proxy or a forwarded port with nothing behind it does so: check that the learner runs"
 
 
-def _silent(sock: socket.socket, peer: str, deadline: Deadline) -> str:
+def _describe_silence(sock: socket.socket, peer: str, deadline: Deadline) -> str:
     """What a peer is that accepts and does not greet: hung, or one that waits for us to speak first.
 
     The latter hangs up when we do.
     """
     try:
         sock.shutdown(socket.SHUT_WR)
-        sock.settimeout(_HANG_UP_S)
+        sock.settimeout(_EOF_REPLY_TIMEOUT_S)
         waits = sock.recv(1) != MAGIC[:1]
     except TimeoutError:
         waits = False

@@ -10,21 +10,21 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
-from .arguments import HELP_ON_EXAMPLES, count, port_or_any, sample_spec
+from .arguments import HELP_ON_EXAMPLES, port_or_any, positive_int, sample_spec
 from .errors import CommandError
 
 # Seconds between two lines, and between two looks at the bar.
-_LINE_S = 1.0
-_BAR_S = 0.2
+_LINE_INTERVAL_S = 1.0
+_BAR_INTERVAL_S = 0.2
 
 
-class _Count:
+class _SampleCounter:
     """Samples that were taken out of the server."""
 
     samples = 0
 
 
-def add_to(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve",
         help="run an echo server that takes samples and counts them",
@@ -40,7 +40,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument(
         "--batch-size",
-        type=count,
+        type=positive_int,
         default=32,
         help="samples per batch; below 32, id-echo may hang under load (default: %(default)s)",
     )
@@ -58,33 +58,33 @@ def run(options: argparse.Namespace) -> int:
         server.start()
     except RuntimeError as error:
         raise CommandError(f"port {options.port}: {error}; choose another with --port, or 0 for any") from error
-    taken = _Count()
+    counter = _SampleCounter()
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         try:
             print(
                 f"listening on port {server.port} for samples of {options.example.describe()}; Ctrl-C ends", flush=True
             )
-            _watch(pool.submit(_drain, server, options.batch_size, taken), taken)
+            _show_progress(pool.submit(_drain, server, options.batch_size, counter), counter)
         except KeyboardInterrupt:
             pass
         finally:
             server.close()
     took_s = time.monotonic() - began
-    print(f"took {taken.samples:,} samples in {took_s:.1f} s, in full batches of {options.batch_size}")
+    print(f"took {counter.samples:,} samples in {took_s:.1f} s, in full batches of {options.batch_size}")
     return 0
 
 
-def _drain(server: Any, batch_size: int, taken: _Count) -> None:
+def _drain(server: Any, batch_size: int, counter: _SampleCounter) -> None:
     while server.sample() is not None:
-        taken.samples += batch_size
+        counter.samples += batch_size
 
 
-def _watch(draining: Future[None], taken: _Count) -> None:
+def _show_progress(draining: Future[None], counter: _SampleCounter) -> None:
     """Show how many samples were taken until the draining ends, which by itself it only does with an error."""
     with _display() as (show, pause_s):
         while not wait([draining], pause_s).done:
-            show(taken.samples)
+            show(counter.samples)
     draining.result()
 
 
@@ -96,13 +96,13 @@ def _display() -> Iterator[tuple[Callable[[int], object], float]]:
     except ImportError:
         tqdm = None
     if tqdm is None or not sys.stderr.isatty():
-        yield _Lines().show, _LINE_S
+        yield _LinePrinter().show, _LINE_INTERVAL_S
     else:
         with tqdm(unit=" samples", unit_scale=True, miniters=0) as bar:
-            yield lambda samples: bar.update(samples - bar.n), _BAR_S
+            yield lambda samples: bar.update(samples - bar.n), _BAR_INTERVAL_S
 
 
-class _Lines:
+class _LinePrinter:
     """A line on stderr for every count that is not the one before."""
 
     def __init__(self) -> None:

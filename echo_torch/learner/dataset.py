@@ -1,6 +1,6 @@
 """The learner's side: what an ``echo.Server`` receives, as batches of tensors for a training loop.
 
-A `Taker` thread asks the server, checks and converts; the threads that iterate wait for it. What a batch is worth:
+A `Prefetcher` thread asks the server, checks and converts; the threads that iterate wait for it. What a batch is worth:
 
 * on a device, or with ``copy=True``, it is the caller's, and the next one is made while the caller works on it;
 * with ``copy=False`` on the CPU it is the server's memory, until the next one is asked for. So the next one is not
@@ -20,8 +20,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from echo_torch.support import accelerator
 
-from .prefetch import Taker, turn_of
-from .unpack import Convert, Mover, Unpacker, Uploader, copied, shared
+from .prefetch import Prefetcher, sample_lock_for
+from .unpack import Convert, SynchronousUploader, Unpacker, Uploader, copy_arrays, wrap_arrays
 
 _ONE_CONSUMER = (
     "with copy=False the batch of one would be overwritten as the other asks for its own; drop the iterator of the "
@@ -82,23 +82,23 @@ class EchoDataset(IterableDataset[Any]):
             raise TypeError(f"server: got {server!r}, expected an echo.Server, or what has its sample()")
         if not isinstance(copy, bool):
             raise TypeError(f"copy: got {copy!r}, expected True or False")
-        convert = _converter(_usable(device), copy)
+        convert = _choose_converter(_resolve_device(device), copy)
         unpacker = Unpacker(example, convert)
-        self._tree = unpacker.tree
-        self._lent = convert is shared
-        self._on_stream = isinstance(convert, Uploader)
-        self._taker = Taker(
+        self._unflatten = unpacker.unflatten
+        self._shares_memory = convert is wrap_arrays
+        self._on_accelerator = isinstance(convert, Uploader)
+        self._prefetcher = Prefetcher(
             server.sample,
-            lambda sample: _Batch(unpacker.tensors(sample.batch, server), sample.info),
+            lambda sample: _Batch(unpacker.to_tensors(sample.batch, server), sample.info),
             getattr(server, "close", lambda: None),
-            turn=turn_of(server),
-            ahead=not self._lent,
+            sample_lock=sample_lock_for(server),
+            read_ahead=not self._shares_memory,
         )
-        self._process = os.getpid()
+        self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._consumer: weakref.ref[_Batches] | None = None
+        self._consumer: weakref.ref[_BatchIterator] | None = None
         self._info: Any = None
-        weakref.finalize(self, self._taker.stop).atexit = False
+        weakref.finalize(self, self._prefetcher.stop).atexit = False
 
     @property
     def info(self) -> Any:
@@ -107,67 +107,67 @@ class EchoDataset(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         self._check_process()
-        return _Batches(self)
+        return _BatchIterator(self)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"an EchoDataset cannot be pickled or copied: {self._remedy()}")
 
-    def _next(self, asking: _Batches) -> _Batch | None:
+    def _next(self, iterator: _BatchIterator) -> _Batch | None:
         """The next batch for one of the iterations; None at the end."""
         self._check_process()
-        if self._lent:
-            self._lend_to(asking)
-        batch = self._taker.next()
+        if self._shares_memory:
+            self._check_single_consumer(iterator)
+        batch = self._prefetcher.next()
         if batch is not None:
             self._info = batch.info
-            if self._on_stream:
+            if self._on_accelerator:
                 for tensor in batch.tensors:
                     accelerator.record_current_stream(tensor)
         return batch
 
-    def _lend_to(self, asking: _Batches) -> None:
+    def _check_single_consumer(self, iterator: _BatchIterator) -> None:
         """Raise RuntimeError if another consumer may still use the last batch, or is to use the next."""
         here = threading.current_thread()
         with self._lock:
             current = None if self._consumer is None else self._consumer()
-            if current is not None and current is not asking and not current.over:
+            if current is not None and current is not iterator and not current.exhausted:
                 raise RuntimeError(f"another iteration over this EchoDataset goes on; {_ONE_CONSUMER}")
-            thread = asking.thread
+            thread = iterator.thread
             if thread is not None and thread is not here and thread.is_alive():
                 raise RuntimeError(f"{thread.name} iterates over this EchoDataset; {_ONE_CONSUMER}")
-            asking.thread = here
-            self._consumer = weakref.ref(asking)
+            iterator.thread = here
+            self._consumer = weakref.ref(iterator)
 
     def _check_process(self) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self._pid:
             here = "a DataLoader's worker" if get_worker_info() is not None else f"process {os.getpid()}"
             raise RuntimeError(f"an EchoDataset cannot be used in {here}: {self._remedy()}")
 
     def _remedy(self) -> str:
         return (
-            f"its server takes samples in process {self._process} only; iterate there, in a DataLoader with "
+            f"its server takes samples in process {self._pid} only; iterate there, in a DataLoader with "
             "num_workers=0 (the server receives in threads of its own, and batches are made in another)"
         )
 
 
-class _Batches(Iterator[Any]):
+class _BatchIterator(Iterator[Any]):
     """One iteration; keeps the dataset."""
 
     def __init__(self, dataset: EchoDataset) -> None:
         self._dataset = dataset
-        self.over = False
+        self.exhausted = False
         self.thread: threading.Thread | None = None
         """That a batch was lent to, if any was."""
 
     def __next__(self) -> Any:
-        batch = None if self.over else self._dataset._next(self)
+        batch = None if self.exhausted else self._dataset._next(self)
         if batch is None:
-            self.over = True
+            self.exhausted = True
             raise StopIteration
-        return self._dataset._tree(batch.tensors)
+        return self._dataset._unflatten(batch.tensors)
 
 
-def _usable(device: torch.device | str | int | None) -> torch.device:
+def _resolve_device(device: torch.device | str | int | None) -> torch.device:
     """The device that is meant, with its index."""
     try:
         return torch.empty(0, device="cpu" if device is None else device).device
@@ -176,9 +176,9 @@ def _usable(device: torch.device | str | int | None) -> torch.device:
         raise ValueError(f"device: got {device!r}, which cannot be used here: {why}") from None
 
 
-def _converter(device: torch.device, copy: bool) -> Convert:
+def _choose_converter(device: torch.device, copy: bool) -> Convert:
     if device.type == accelerator.device_type():
         return Uploader(device)
     if device.type != "cpu":
-        return Mover(device)
-    return copied if copy else shared
+        return SynchronousUploader(device)
+    return copy_arrays if copy else wrap_arrays

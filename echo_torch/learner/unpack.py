@@ -32,7 +32,7 @@ class Unpacker:
 
     Args:
         example: one sample, as `EchoSink` takes it.
-        convert: `shared`, `copied`, or an `Uploader`.
+        convert: `wrap_arrays`, `copy_arrays`, or an `Uploader`.
 
     Raises:
         TypeError: a leaf is no dense array of numbers, or of a dtype of which there are no tensors.
@@ -42,14 +42,14 @@ class Unpacker:
     def __init__(self, example: Any, convert: Convert) -> None:
         self._spec = SampleSpec(example)
         self._convert = convert
-        self._known: tuple[Any, ...] = ()
+        self._last_layout: tuple[Any, ...] = ()
         self._dtypes: list[torch.dtype] = []
         for leaf in self._spec.leaves:
             if not isinstance(leaf.dtype, torch.dtype):
                 raise TypeError(f"example{leaf.path}: got numpy dtype {leaf.dtype}, expected one that PyTorch has")
             self._dtypes.append(leaf.dtype)
 
-    def tensors(self, batch: Any, owner: object) -> list[torch.Tensor]:
+    def to_tensors(self, batch: Any, owner: object) -> list[torch.Tensor]:
         """One per leaf, ``(batch_size, *leaf.shape)``, of the example's dtype.
 
         Args:
@@ -60,51 +60,55 @@ class Unpacker:
             SpecMismatchError: the server was not made for samples like the example.
         """
         arrays, treespec = optree.tree_flatten(batch)
-        looks = (treespec, *map(_look, arrays))
-        if looks != self._known:
+        layout = (treespec, *map(_layout_of_array, arrays))
+        if layout != self._last_layout:
             self._check(arrays, treespec)
-            self._known = looks
+            self._last_layout = layout
         tensors = self._convert(arrays, owner)
         pairs = zip(tensors, self._dtypes, strict=True)
         return [tensor if tensor.dtype is dtype else tensor.view(dtype) for tensor, dtype in pairs]
 
-    def tree(self, tensors: Sequence[torch.Tensor]) -> Any:
+    def unflatten(self, tensors: Sequence[torch.Tensor]) -> Any:
         """In the example's containers."""
         return self._spec.unflatten(tensors)
 
     def _check(self, arrays: Sequence[Any], treespec: Any) -> None:
         keys, leaves = key_paths(treespec), self._spec.leaves
-        if keys != [leaf.key_path for leaf in leaves] or not all(map(_holds, leaves, arrays)):
+        if keys != [leaf.key_path for leaf in leaves] or not all(map(_fits, leaves, arrays)):
             raise server_batch_error(leaves, keys, arrays)
 
 
-def _look(array: Any) -> object:
+def _layout_of_array(array: Any) -> object:
     return (array.shape, array.dtype) if isinstance(array, np.ndarray) else None
 
 
-def _holds(leaf: Leaf, array: Any) -> bool:
+def _fits(leaf: Leaf, array: Any) -> bool:
     """Whether an array is one of samples of this leaf. Any dtype of their size will do for bytes."""
     if not isinstance(array, np.ndarray) or not array.ndim or array.shape[1:] != leaf.shape:
         return False
-    bytes_do = leaf.torch_only and torch_dtype(array.dtype) is not None and array.itemsize == leaf.wire_dtype.itemsize
-    return bytes_do or array.dtype == leaf.wire_dtype
+    fits_as_bytes = (
+        leaf.torch_only and torch_dtype(array.dtype) is not None and array.itemsize == leaf.wire_dtype.itemsize
+    )
+    return fits_as_bytes or array.dtype == leaf.wire_dtype
 
 
-class _Shown:
+class _WritableArray:
     """The memory of an array, for numpy to take it for writable, and to keep what it belongs to."""
 
     def __init__(self, array: Array, owner: object) -> None:
         interface = array.__array_interface__
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
-        self._kept = (array, owner)
+        self._keep_alive = (array, owner)
 
 
-def shared(arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
+def wrap_arrays(arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
     """Tensors of the same memory."""
-    return [torch.from_numpy(np.asarray(_Shown(array, owner)) if array.size else array.copy()) for array in arrays]
+    return [
+        torch.from_numpy(np.asarray(_WritableArray(array, owner)) if array.size else array.copy()) for array in arrays
+    ]
 
 
-def copied(arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
+def copy_arrays(arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
     """Tensors of their own, copied in this thread: PyTorch would take some from those that train, and wait for them."""
     return [torch.from_numpy(array.copy()) for array in arrays]
 
@@ -125,7 +129,7 @@ class Uploader:
         if self._stream is None:
             accelerator.dedicate_thread(self._device)
             self._stream = accelerator.new_stream(self._device)
-        sources = shared(arrays, owner)
+        sources = wrap_arrays(arrays, owner)
         copies = [accelerator.empty_like(source, self._stream) for source in sources]
         for target, source in zip(copies, sources, strict=True):
             accelerator.run_on_stream(self._stream, functools.partial(target.copy_, source, non_blocking=True))
@@ -133,11 +137,11 @@ class Uploader:
         return copies
 
 
-class Mover:
+class SynchronousUploader:
     """Makes tensors on a device without streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def __call__(self, arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
-        return [tensor.to(self._device) for tensor in copied(arrays, owner)]
+        return [tensor.to(self._device) for tensor in copy_arrays(arrays, owner)]

@@ -66,7 +66,7 @@ class Training:
         return outputs
 
 
-class Line:
+class Channel:
     """A sink to a server that others used before, and what arrives from it; there is room for 12 digits in flight."""
 
     def __init__(self, server: Learner) -> None:
@@ -95,11 +95,11 @@ def server() -> Iterator[Learner]:
 
 
 @pytest.fixture
-def line(server: Learner) -> Iterator[Line]:
-    line = Line(server)
-    yield line
+def channel(server: Learner) -> Iterator[Channel]:
+    channel = Channel(server)
+    yield channel
     server.resume()
-    line.sink.close()
+    channel.sink.close()
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -107,16 +107,16 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_trained_on_arrives_and_each_epoch_ends_with_everything_acked(workers: int, line: Line) -> None:
+def test_what_is_trained_on_arrives_and_each_epoch_ends_with_everything_acked(workers: int, channel: Channel) -> None:
     training = Training()
-    SinkHandler(line.sink).attach(training.engine)
-    seen = line.in_flight_at(training.engine, Events.EPOCH_COMPLETED)
+    SinkHandler(channel.sink).attach(training.engine)
+    seen = channel.in_flight_at(training.engine, Events.EPOCH_COMPLETED)
     training.run(workers, max_epochs=3)
     assert seen == [0, 0, 0]
-    assert line.arrived() == numbers_of(training.record) == Counter(dict.fromkeys(range(COUNT), 3))
-    line.sink.send(Digits(1)[0])  # it stays open
-    line.sink.wait()
-    assert line.arrived() - numbers_of(training.record) == Counter([0])
+    assert channel.arrived() == numbers_of(training.record) == Counter(dict.fromkeys(range(COUNT), 3))
+    channel.sink.send(Digits(1)[0])  # it stays open
+    channel.sink.wait()
+    assert channel.arrived() - numbers_of(training.record) == Counter([0])
 
 
 def test_outputs_are_sent_detached_or_what_select_makes_of_both() -> None:
@@ -172,26 +172,26 @@ def test_outputs_are_sent_detached_or_what_select_makes_of_both() -> None:
     ids=["terminate", "terminate_skip_completed", "max_iters", "terminate_epoch", "terminate_epoch_skip_completed"],
 )
 def test_a_run_or_an_epoch_that_is_cut_short_ends_with_everything_acked(
-    stop: Callable[[Engine], None], options: dict[str, Any], events: list[Events], batches: int, line: Line
+    stop: Callable[[Engine], None], options: dict[str, Any], events: list[Events], batches: int, channel: Channel
 ) -> None:
     training = Training()
-    SinkHandler(line.sink).attach(training.engine)
+    SinkHandler(channel.sink).attach(training.engine)
     training.engine.add_event_handler(Events.ITERATION_COMPLETED(once=EPOCH + 2), stop)
-    seen = line.in_flight_at(training.engine, *events)
+    seen = channel.in_flight_at(training.engine, *events)
     training.run(**(options or {"max_epochs": 3}))
     assert seen == [0] * len(events)
     assert len(training.record) == batches
-    assert line.arrived() == numbers_of(training.record)
+    assert channel.arrived() == numbers_of(training.record)
 
 
 @pytest.mark.parametrize("stop", ["", "terminate", "skip_completed"])
 def test_at_the_end_of_a_run_it_waits_whatever_flush_says_and_closes_if_told_to(
-    stop: str, line: Line, monkeypatch: pytest.MonkeyPatch
+    stop: str, channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training, wait = Training(), line.sink.wait
+    training, wait = Training(), channel.sink.wait
     waits, at_epoch = [], []
-    monkeypatch.setattr(line.sink, "wait", lambda *args: waits.append(wait(*args)))
-    SinkHandler(line.sink, flush="end", close=True).attach(training.engine)
+    monkeypatch.setattr(channel.sink, "wait", lambda *args: waits.append(wait(*args)))
+    SinkHandler(channel.sink, flush="end", close=True).attach(training.engine)
     training.engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda: at_epoch.append(len(waits)))
     if stop:
         training.engine.add_event_handler(
@@ -199,82 +199,82 @@ def test_at_the_end_of_a_run_it_waits_whatever_flush_says_and_closes_if_told_to(
         )
     training.run(max_epochs=2)
     assert (at_epoch, len(waits)) == ([0], 1)
-    assert line.sink.stats().in_flight == 0
+    assert channel.sink.stats().in_flight == 0
     with pytest.raises(ConnectionClosedError, match="closed"):
-        line.sink.send(Digits(1)[0])
-    assert line.arrived() == numbers_of(training.record)
+        channel.sink.send(Digits(1)[0])
+    assert channel.arrived() == numbers_of(training.record)
 
 
-def test_early_stopping_and_an_evaluator_with_a_handler_of_its_own(line: Line) -> None:
+def test_early_stopping_and_an_evaluator_with_a_handler_of_its_own(channel: Channel) -> None:
     """The sink is one: what is evaluated is sent between the epochs, and is acked before the trainer goes on."""
     training = Training()
     evaluated: list[Item] = []
     evaluator = Engine(lambda engine, batch: evaluated.append(batch))
-    SinkHandler(line.sink).attach(training.engine)
-    SinkHandler(line.sink).attach(evaluator)
+    SinkHandler(channel.sink).attach(training.engine)
+    SinkHandler(channel.sink).attach(evaluator)
 
     @training.engine.on(Events.EPOCH_COMPLETED)
     def evaluate() -> None:
         evaluator.run(DataLoader(Digits(20, first=200), BATCH))
 
-    seen = line.in_flight_at(training.engine, Events.EPOCH_COMPLETED)
+    seen = channel.in_flight_at(training.engine, Events.EPOCH_COMPLETED)
     evaluator.add_event_handler(
         Events.COMPLETED, EarlyStopping(patience=1, score_function=lambda _: 0.0, trainer=training.engine)
     )
     training.run(max_epochs=9)
     assert seen == [0, 0]
     assert len(training.record) == 2 * EPOCH
-    assert line.arrived() == numbers_of(training.record) + numbers_of(evaluated)
+    assert channel.arrived() == numbers_of(training.record) + numbers_of(evaluated)
 
 
-def test_one_handler_may_serve_a_trainer_and_its_evaluator(line: Line) -> None:
+def test_one_handler_may_serve_a_trainer_and_its_evaluator(channel: Channel) -> None:
     training = Training()
     evaluated: list[Item] = []
     evaluator = Engine(lambda engine, batch: evaluated.append(batch))
-    handler = SinkHandler(line.sink)
+    handler = SinkHandler(channel.sink)
     handler.attach(training.engine)
     handler.attach(evaluator)
     training.engine.add_event_handler(
         Events.EPOCH_COMPLETED, lambda: evaluator.run(DataLoader(Digits(20, first=200), BATCH))
     )
-    seen = line.in_flight_at(training.engine, Events.EPOCH_COMPLETED, Events.COMPLETED)
+    seen = channel.in_flight_at(training.engine, Events.EPOCH_COMPLETED, Events.COMPLETED)
     training.run(max_epochs=2)
     assert seen == [0, 0, 0]
-    assert line.arrived() == numbers_of(training.record) + numbers_of(evaluated)
+    assert channel.arrived() == numbers_of(training.record) + numbers_of(evaluated)
 
 
-def test_an_interrupted_run_goes_on_with_nothing_in_flight_meanwhile(line: Line) -> None:
+def test_an_interrupted_run_goes_on_with_nothing_in_flight_meanwhile(channel: Channel) -> None:
     training = Training()
-    SinkHandler(line.sink).attach(training.engine)
+    SinkHandler(channel.sink).attach(training.engine)
     training.engine.add_event_handler(Events.ITERATION_COMPLETED(every=7), training.engine.interrupt)
     for batches in (7, 14, 15):
         training.run(max_epochs=3)
-        assert line.sink.stats().in_flight == 0
+        assert channel.sink.stats().in_flight == 0
         assert len(training.record) == batches
-    assert line.arrived() == numbers_of(training.record) == Counter(dict.fromkeys(range(COUNT), 3))
+    assert channel.arrived() == numbers_of(training.record) == Counter(dict.fromkeys(range(COUNT), 3))
 
 
-def test_an_interrupted_engine_may_be_dropped(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_interrupted_engine_may_be_dropped(channel: Channel, caplog: pytest.LogCaptureFixture) -> None:
     """It raises GeneratorExit in itself then, which fails nothing and closes nothing."""
     training = Training()
-    SinkHandler(line.sink, close=True).attach(training.engine)
+    SinkHandler(channel.sink, close=True).attach(training.engine)
     training.engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), training.engine.interrupt)
     training.run(max_epochs=1)
     record = training.record
     del training
     gc.collect()
-    line.sink.send(record[0])
-    assert line.arrived() == numbers_of([*record, record[0]])
+    channel.sink.send(record[0])
+    assert channel.arrived() == numbers_of([*record, record[0]])
     assert warnings_of(caplog) == []
 
 
-def test_an_engine_may_run_again(line: Line) -> None:
+def test_an_engine_may_run_again(channel: Channel) -> None:
     training = Training()
-    SinkHandler(line.sink).attach(training.engine)
+    SinkHandler(channel.sink).attach(training.engine)
     for epochs in (1, 2):
         training.run(max_epochs=1)
-        assert line.sink.stats().in_flight == 0
-        assert line.arrived() == numbers_of(training.record) == Counter(dict.fromkeys(range(COUNT), epochs))
+        assert channel.sink.stats().in_flight == 0
+        assert channel.arrived() == numbers_of(training.record) == Counter(dict.fromkeys(range(COUNT), epochs))
 
 
 # Failures of the training.
@@ -290,90 +290,92 @@ def raising(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [BrokenError("loss is nan"), KeyboardInterrupt()])
 def test_an_error_of_the_training_comes_out_as_it_was_raised_with_everything_delivered(
-    error: BaseException, workers: int, line: Line
+    error: BaseException, workers: int, channel: Channel
 ) -> None:
     training = Training(EPOCH + 3, raising(error))
-    SinkHandler(line.sink).attach(training.engine)
+    SinkHandler(channel.sink).attach(training.engine)
     with pytest.raises(type(error)) as raised:
         training.run(workers, max_epochs=2)
     assert raised.value is error
     assert (error.__cause__, error.__context__) == (None, None)
-    assert line.sink.stats().in_flight == 0
+    assert channel.sink.stats().in_flight == 0
     assert len(training.record) == EPOCH + 3
-    assert line.arrived() == numbers_of(training.record)
+    assert channel.arrived() == numbers_of(training.record)
 
 
-def test_ctrl_c_comes_out_with_everything_delivered(line: Line) -> None:
+def test_ctrl_c_comes_out_with_everything_delivered(channel: Channel) -> None:
     """A real one; with ``close`` the sink is closed then."""
     training = Training(EPOCH + 3, lambda: signal.raise_signal(signal.SIGINT))
-    SinkHandler(line.sink, close=True).attach(training.engine)
+    SinkHandler(channel.sink, close=True).attach(training.engine)
     with pytest.raises(KeyboardInterrupt):
         training.run(max_epochs=2)
-    assert line.arrived() == numbers_of(training.record)
+    assert channel.arrived() == numbers_of(training.record)
     with pytest.raises(ConnectionClosedError, match="closed"):
-        line.sink.send(Digits(1)[0])
+        channel.sink.send(Digits(1)[0])
 
 
-def test_an_error_of_a_handler_comes_out_too(line: Line) -> None:
+def test_an_error_of_a_handler_comes_out_too(channel: Channel) -> None:
     """Raised at the end of an epoch, ignite tells of it once; of one in an iteration, twice."""
     error = BrokenError("no disk")
     training = Training()
-    SinkHandler(line.sink).attach(training.engine)
+    SinkHandler(channel.sink).attach(training.engine)
     training.engine.add_event_handler(Events.EPOCH_COMPLETED, raising(error))
     with pytest.raises(BrokenError) as raised:
         training.run(max_epochs=2)
     assert raised.value is error
-    assert line.arrived() == numbers_of(training.record)
+    assert channel.arrived() == numbers_of(training.record)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["attached_first", "attached_last"])
-def test_a_handler_of_errors_that_raises_finds_everything_delivered(first: bool, line: Line) -> None:
+def test_a_handler_of_errors_that_raises_finds_everything_delivered(first: bool, channel: Channel) -> None:
     training = Training(EPOCH + 3, raising(BrokenError()))
     seen: list[int] = []
 
     def raises(error: Exception) -> None:
-        seen.append(line.sink.stats().in_flight)
+        seen.append(channel.sink.stats().in_flight)
         raise RuntimeError("of the user") from error
 
     if first:
         training.engine.add_event_handler(Events.EXCEPTION_RAISED, raises)
-    SinkHandler(line.sink).attach(training.engine)
+    SinkHandler(channel.sink).attach(training.engine)
     if not first:
         training.engine.add_event_handler(Events.EXCEPTION_RAISED, raises)
     with pytest.raises(RuntimeError, match="of the user"):
         training.run(max_epochs=2)
     assert seen == [0, 0]
-    assert line.arrived() == numbers_of(training.record)
+    assert channel.arrived() == numbers_of(training.record)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["attached_first", "attached_last"])
-def test_an_error_that_another_handler_swallows_stays_swallowed_and_the_run_goes_on(first: bool, line: Line) -> None:
+def test_an_error_that_another_handler_swallows_stays_swallowed_and_the_run_goes_on(
+    first: bool, channel: Channel
+) -> None:
     training = Training(EPOCH + 3, raising(BrokenError()))
     swallowed: list[BaseException] = []
     if first:
         training.engine.add_event_handler(Events.EXCEPTION_RAISED, swallowed.append)
-    SinkHandler(line.sink).attach(training.engine)
+    SinkHandler(channel.sink).attach(training.engine)
     if not first:
         training.engine.add_event_handler(Events.EXCEPTION_RAISED, swallowed.append)
-    seen = line.in_flight_at(training.engine, Events.EPOCH_COMPLETED, Events.COMPLETED)
+    seen = channel.in_flight_at(training.engine, Events.EPOCH_COMPLETED, Events.COMPLETED)
     training.run(max_epochs=3)
     assert [type(error) for error in swallowed] == [BrokenError]
     assert seen == [0, 0, 0, 0]
     assert len(training.record) == 2 * EPOCH + 3
-    assert line.arrived() == numbers_of(training.record)
+    assert channel.arrived() == numbers_of(training.record)
 
 
-def test_two_handlers_on_one_engine_send_to_two_servers_and_let_an_error_out(line: Line) -> None:
+def test_two_handlers_on_one_engine_send_to_two_servers_and_let_an_error_out(channel: Channel) -> None:
     training = Training(EPOCH + 3, raising(BrokenError()))
     with learner() as second, sink_to(second, resend_at_close=False) as sink:
         SinkHandler(sink, every_n_batches=2).attach(training.engine)
-        SinkHandler(line.sink).attach(training.engine)
+        SinkHandler(channel.sink).attach(training.engine)
         with pytest.raises(BrokenError):
             training.run(max_epochs=2)
         assert sink.stats().in_flight == 0
-        assert line.sink.stats().in_flight == 0
+        assert channel.sink.stats().in_flight == 0
         assert arrived(second, sink.stats().samples_sent) == numbers_of(training.record[1::2])
-    assert line.arrived() == numbers_of(training.record)
+    assert channel.arrived() == numbers_of(training.record)
 
 
 # A learner that is slow, or not there.
@@ -381,11 +383,11 @@ def test_two_handlers_on_one_engine_send_to_two_servers_and_let_an_error_out(lin
 
 @pytest.mark.parametrize("on_stall", ["warn", "raise"])
 def test_a_learner_that_stalls_neither_hangs_the_run_nor_harms_its_checkpoints(
-    on_stall: Any, line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    on_stall: Any, channel: Channel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From the second epoch on, of which the first batches fill what room there is."""
     training = Training()
-    handler = SinkHandler(line.sink, flush_timeout=SHORT_S, on_stall=on_stall)
+    handler = SinkHandler(channel.sink, flush_timeout=SHORT_S, on_stall=on_stall)
     handler.attach(training.engine)
     saver = DiskSaver(tmp_path, require_empty=False)
     training.engine.add_event_handler(
@@ -396,7 +398,7 @@ def test_a_learner_that_stalls_neither_hangs_the_run_nor_harms_its_checkpoints(
     @training.engine.on(Events.EPOCH_COMPLETED)
     def stall() -> None:
         weights.append({name: weight.clone() for name, weight in training.model.state_dict().items()})
-        line.server.pause()
+        channel.server.pause()
 
     began = time.monotonic()
     if on_stall == "raise":
@@ -407,19 +409,21 @@ def test_a_learner_that_stalls_neither_hangs_the_run_nor_harms_its_checkpoints(
         training.run(max_epochs=3)
         assert len(training.record) == 3 * EPOCH
         assert handler.skipped > 0
-        told = warnings_of(caplog)
-        assert any("no room for a batch, which is not sent" in text and "the training goes on" in text for text in told)
-        assert any(text.startswith("at the end of the epoch") and "samples un-acked" in text for text in told)
+        warnings = warnings_of(caplog)
+        assert any(
+            "no room for a batch, which is not sent" in text and "the training goes on" in text for text in warnings
+        )
+        assert any(text.startswith("at the end of the epoch") and "samples un-acked" in text for text in warnings)
     assert time.monotonic() - began < 20
     saved = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert len(saved) == len(weights) == (1 if on_stall == "raise" else 3)
     for path, expected in zip(saved, weights, strict=True):
         found = torch.load(path, weights_only=True)["model"]
         assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    line.server.resume()
-    line.sink.wait()
-    assert line.arrived() <= numbers_of(training.record)
-    assert line.arrived().total() >= COUNT
+    channel.server.resume()
+    channel.sink.wait()
+    assert channel.arrived() <= numbers_of(training.record)
+    assert channel.arrived().total() >= COUNT
 
 
 def test_a_wrong_address_fails_before_the_first_step() -> None:
@@ -436,23 +440,23 @@ def test_a_wrong_address_fails_before_the_first_step() -> None:
 # Checkpoints.
 
 
-def test_checkpoints_amid_an_epoch_and_a_resumed_run(line: Line, tmp_path: Path) -> None:
+def test_checkpoints_amid_an_epoch_and_a_resumed_run(channel: Channel, tmp_path: Path) -> None:
     """The run that is resumed goes on with the counts, so that each third batch of all is sent."""
     first, second = Training(EPOCH + 3, raising(BrokenError())), Training()
-    handler = SinkHandler(line.sink, every_n_batches=3)
+    handler = SinkHandler(channel.sink, every_n_batches=3)
     handler.attach(first.engine)
     checkpoint = Checkpoint({"sink": handler, "engine": first.engine}, DiskSaver(tmp_path), n_saved=1)
     amid = Events.ITERATION_COMPLETED(once=EPOCH + 2)
     first.engine.add_event_handler(amid, handler.on_checkpoint)
-    seen = line.in_flight_at(first.engine, amid)
+    seen = channel.in_flight_at(first.engine, amid)
     first.engine.add_event_handler(amid, checkpoint)
     with pytest.raises(BrokenError):
         first.run(max_epochs=3)
     assert seen == [0]
 
-    assert line.arrived() == numbers_of(first.record[2::3])
+    assert channel.arrived() == numbers_of(first.record[2::3])
 
-    with sink_to(line.server, resend_at_close=False) as sink:
+    with sink_to(channel.server, resend_at_close=False) as sink:
         resumed = SinkHandler(sink, every_n_batches=3)
         resumed.attach(second.engine)
         saved = torch.load(next(tmp_path.iterdir()), weights_only=True)
@@ -461,7 +465,7 @@ def test_checkpoints_amid_an_epoch_and_a_resumed_run(line: Line, tmp_path: Path)
         assert len(second.record) == 2 * EPOCH - 2
         assert sink.acked_through == 4
         both = numbers_of(first.record[2::3] + second.record[1::3])
-        assert line.arrived(sink.stats().samples_sent) == both
+        assert channel.arrived(sink.stats().samples_sent) == both
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from leaks import freeze
 from learner_process import Learner
 from torch.multiprocessing import ProcessRaisedException
-from training import Classifier, Digits, Item, arrived, came, learner, numbers_of, sink_to
+from training import Classifier, Digits, Item, arrived, learner, numbers_of, sink_to, wait_for_numbers
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 
@@ -396,7 +396,7 @@ def test_each_rank_sends_its_shard(tmp_path: Path) -> None:
         assert arrived(by_hand, 2) == Counter([0, 1])
 
 
-class EachItsOwn:
+class ClientPerRank:
     """Connects each rank to a learner of its own."""
 
     def __init__(self, ports: list[int]) -> None:
@@ -411,7 +411,7 @@ def test_all_ranks_end_when_the_learner_of_one_stalls(tmp_path: Path) -> None:
     """Ranks that are spawned, each with a learner; the second takes what it is sent in the first epoch, and no more."""
     with learner() as lively, learner() as stalls:
         stalls.pause()
-        sink = sink_to(lively, client=EachItsOwn([lively.port, stalls.port]))
+        sink = sink_to(lively, client=ClientPerRank([lively.port, stalls.port]))
         callback = ReportingSink(tmp_path, sink, flush_timeout=1.0, on_stall="raise")
         spawning = trainer(tmp_path, callback, strategy="ddp_spawn", devices=2, max_epochs=9)
         with pytest.raises(ProcessRaisedException, match="DeliveryTimeoutError"):
@@ -437,7 +437,7 @@ def test_ranks_that_lightning_starts_wait_for_their_workers(tmp_path: Path, stra
         ranks.fit(Model(), sending)
         expected = Counter(dict.fromkeys(range(SAMPLES), 2))
         exits = 2 * 2 * (1 if persistent else 2)
-        assert expected <= came(received, expected) <= Counter(dict.fromkeys(range(SAMPLES), 2 + exits))
+        assert expected <= wait_for_numbers(received, expected) <= Counter(dict.fromkeys(range(SAMPLES), 2 + exits))
 
 
 # Fabric.

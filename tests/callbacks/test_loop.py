@@ -18,9 +18,9 @@ import pytest
 import torch
 from calls import eventually, running
 from learner_process import Learner
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from training import STALLING, Classifier, Digits, Item, arrived, learner, numbers_of, sink_to
+from training import STALLING_COUNT, Classifier, Digits, Item, arrived, learner, numbers_of, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, numpy_example
 from echo_torch.callbacks import loop
@@ -252,7 +252,7 @@ class BrokenError(Exception):
 def fail(callback: SinkCallback, step: Step, error: BaseException, at: int = 4) -> None:
     """A loop that ``error`` ends after so many batches, of 4 digits each, were told of."""
     with callback:
-        for index, batch in enumerate(batches(STALLING)):
+        for index, batch in enumerate(batches(STALLING_COUNT)):
             callback.on_batch_end(batch, step(batch))
             if index == at:
                 raise error
@@ -276,7 +276,7 @@ def test_an_error_is_never_masked_by_a_learner_that_is_gone(caplog: pytest.LogCa
         sink = sink_to(server, reconnect=0.0)
         callback = SinkCallback(sink, close=True)
         callback.setup()
-        for batch in batches(STALLING):
+        for batch in batches(STALLING_COUNT):
             callback.on_batch_end(batch)
         server.kill()
         callback.on_exception(BrokenError())
@@ -292,12 +292,12 @@ def test_an_error_waits_for_a_stalled_learner_for_a_bounded_time(
         sink = sink_to(server)
         began = time.monotonic()
         with pytest.raises(BrokenError):
-            fail(SinkCallback(sink, flush_timeout=LONG_S), trained([]), BrokenError(), at=STALLING // 4 - 1)
+            fail(SinkCallback(sink, flush_timeout=LONG_S), trained([]), BrokenError(), at=STALLING_COUNT // 4 - 1)
         assert time.monotonic() - began < LONG_S / 2
         assert [text for text in warnings_of(caplog) if text.startswith("after BrokenError: ") and "un-acked" in text]
         server.resume()
         sink.close()
-        assert arrived(server, STALLING).total() >= STALLING
+        assert arrived(server, STALLING_COUNT).total() >= STALLING_COUNT
 
 
 def test_an_error_of_another_sink_is_an_error_as_any() -> None:
@@ -306,12 +306,12 @@ def test_an_error_of_another_sink_is_an_error_as_any() -> None:
         sink = sink_to(server, resend_at_close=False)
         callback = SinkCallback(sink, close=True)
         callback.setup()
-        for batch in batches(STALLING):
+        for batch in batches(STALLING_COUNT):
             callback.on_batch_end(batch)
         assert sink.stats().in_flight > 0
         callback.on_exception(DeliveryTimeoutError("another learner stalls"))
         assert sink.stats().in_flight == 0
-        assert arrived(server, STALLING) == Counter(range(STALLING))
+        assert arrived(server, STALLING_COUNT) == Counter(range(STALLING_COUNT))
 
 
 def test_after_an_error_nothing_waits_any_more_until_the_next_setup(server: Learner) -> None:
@@ -321,7 +321,7 @@ def test_after_an_error_nothing_waits_any_more_until_the_next_setup(server: Lear
         callback.setup()
         callback.on_exception(BrokenError())
         server.pause()
-        for batch in batches(STALLING):
+        for batch in batches(STALLING_COUNT):
             callback.on_batch_end(batch)
         began = time.monotonic()
         callback.on_exception(BrokenError())
@@ -385,7 +385,7 @@ def test_a_stalled_learner_is_named_and_the_training_goes_on(caplog: pytest.LogC
             assert time.monotonic() - began < LONG_S / 2
             assert len(record) == 100
             sent = sink.stats().samples_sent
-            assert 0 < sent < STALLING
+            assert 0 < sent < STALLING_COUNT
             assert callback.skipped >= 100 - sent // 4 - 1
             first, second = warnings_of(caplog)
             assert "no room for a batch" in first
@@ -416,7 +416,7 @@ def test_a_learner_that_stalls_with_room_left_is_waited_for_once(
         with sink_to(server) as sink, SinkCallback(sink, flush_timeout=1.0) as callback:
             began = time.monotonic()
             for _ in range(4):
-                for batch in batches(STALLING, 16):
+                for batch in batches(STALLING_COUNT, 16):
                     callback.on_batch_end(batch)
                 callback.on_epoch_end()
             assert time.monotonic() - began < 3.0
@@ -426,7 +426,7 @@ def test_a_learner_that_stalls_with_room_left_is_waited_for_once(
             eventually(lambda: sink.stats().samples_acked > stalled_at)
             callback.on_train_end()
             assert "takes samples again" in warnings_of(caplog)[-1]
-            assert (callback.skipped, sink.stats().samples_acked) == (0, 4 * STALLING)
+            assert (callback.skipped, sink.stats().samples_acked) == (0, 4 * STALLING_COUNT)
 
 
 def test_a_learner_that_stalls_on_another_rank_is_not_taken_for_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +451,7 @@ def test_a_stalled_learner_ends_the_training_if_told_to() -> None:
         began = time.monotonic()
         callback = SinkCallback(sink, flush_timeout=SHORT_S, on_stall="raise")
         with pytest.raises(DeliveryTimeoutError, match="samples un-acked") as raised:
-            fail(callback, trained([]), BrokenError("it went on for too long"), at=STALLING // 4 - 1)
+            fail(callback, trained([]), BrokenError("it went on for too long"), at=STALLING_COUNT // 4 - 1)
         assert time.monotonic() - began < LONG_S / 2
         assert raised.value.unacked > 0
         assert callback.skipped == 1
@@ -465,7 +465,7 @@ def test_a_stalled_learner_ends_the_training_at_a_flush_if_told_to() -> None:
         sink = sink_to(server)
         callback = SinkCallback(sink, flush_timeout=SHORT_S, on_stall="raise")
         callback.setup()
-        for batch in batches(STALLING):
+        for batch in batches(STALLING_COUNT):
             callback.on_batch_end(batch)
         with pytest.raises(DeliveryTimeoutError, match="samples un-acked"):
             callback.on_epoch_end()
@@ -489,7 +489,7 @@ def test_closing_a_stalled_learner_is_named_too(caplog: pytest.LogCaptureFixture
     with learner() as server:
         server.pause()
         with SinkCallback(sink_to(server), flush_timeout=SHORT_S, close=True) as callback:
-            for batch in batches(STALLING):
+            for batch in batches(STALLING_COUNT):
                 callback.on_batch_end(batch)
         at_the_end, on_closing = warnings_of(caplog)
     assert "at the end of the training" in at_the_end
@@ -599,10 +599,10 @@ def test_the_first_batch_may_take_as_long_as_connecting() -> None:
     """In a worker nobody has connected before; and a slow handshake is no learner that stalls."""
     sample = numpy_example(Digits(1)[0])
 
-    def greets_late(line: Line) -> None:
+    def greets_late(conn: PeerConnection) -> None:
         time.sleep(3 * SHORT_S)
-        line.greet(sample)
-        line.hear_all(sum(leaf.nbytes for leaf in sample.values()))
+        conn.send_handshake(sample)
+        conn.receive_all(sum(leaf.nbytes for leaf in sample.values()))
 
     with Peer(greets_late) as peer:
         sink = EchoSink("127.0.0.1", peer.port, Digits(1)[0], resend_at_close=False)

@@ -59,19 +59,19 @@ class Reach(gymnasium.Env[Tree, np.ndarray]):
         self._steps = 0
         self._episodes += 1
         self._at = np.array([self._episodes, 0], np.float32)
-        return self._seen(), {}
+        return self._observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[Tree, float, bool, bool, Tree]:
         self._steps += 1
         self._at = self._at + action
         over = self._steps == 5
-        return self._seen(), float(self._at.sum()), over and self._episodes % 2 == 1, over, {}
+        return self._observation(), float(self._at.sum()), over and self._episodes % 2 == 1, over, {}
 
-    def _seen(self) -> Tree:
+    def _observation(self) -> Tree:
         return {"at": self._at.copy(), "phase": self._steps}
 
 
-class Account(gymnasium.Wrapper[Any, Any, Any, Any]):
+class RecordingEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Keeps the transitions of an environment; at one of them it ``fails`` instead."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], fails_at: int | None, fails: Callable[[], None]) -> None:
@@ -95,7 +95,7 @@ class Account(gymnasium.Wrapper[Any, Any, Any, Any]):
         return obs, reward, terminated, truncated, info
 
 
-class AsFromProcesses(VecEnvWrapper):
+class Float64Rewards(VecEnvWrapper):
     """Gives rewards in float64, as ``SubprocVecEnv`` does."""
 
     def reset(self) -> Any:
@@ -106,7 +106,7 @@ class AsFromProcesses(VecEnvWrapper):
         return (obs, rewards.astype(np.float64), *rest)
 
 
-class Steps(gymnasium.Env[Any, int]):
+class CountingEnv(gymnasium.Env[Any, int]):
     """Adds up the actions, in integers, and ends after 100 steps."""
 
     action_space = spaces.Discrete(9)
@@ -117,21 +117,21 @@ class Steps(gymnasium.Env[Any, int]):
 
     def reset(self, **_: Any) -> tuple[Any, Tree]:
         self._sum = self._time = 0
-        return self._seen(), {}
+        return self._observation(), {}
 
     def step(self, action: int) -> tuple[Any, float, bool, bool, Tree]:
         self._sum += int(action)
         self._time += 1
-        return self._seen(), 1.0, self._time == 100, False, {}
+        return self._observation(), 1.0, self._time == 100, False, {}
 
-    def _seen(self) -> Any:
+    def _observation(self) -> Any:
         total = np.array([self._sum])
         return (
             {"sum": total, "time": np.array([self._time])} if isinstance(self.observation_space, spaces.Dict) else total
         )
 
 
-class Given(VecEnvWrapper):
+class RecordingVecEnv(VecEnvWrapper):
     """Keeps the observations that it gives, of one environment."""
 
     def __init__(self, venv: Any) -> None:
@@ -139,13 +139,13 @@ class Given(VecEnvWrapper):
         self.given: list[Any] = []
 
     def reset(self) -> Any:
-        return self._kept(self.venv.reset())
+        return self._record(self.venv.reset())
 
     def step_wait(self) -> Any:
         obs, *rest = self.venv.step_wait()
-        return (self._kept(obs), *rest)
+        return (self._record(obs), *rest)
 
-    def _kept(self, obs: Any) -> Any:
+    def _record(self, obs: Any) -> Any:
         self.given.append(optree.tree_map(lambda leaf: leaf[0].copy(), obs))
         return obs
 
@@ -169,13 +169,13 @@ class Envs:
         fails_at: int | None = None,
         fails: Callable[[], None] = lambda: None,
     ) -> None:
-        self._accounts = [Account(make(), fails_at if index == 0 else None, fails) for index in range(N_ENVS)]
-        self.env = DummyVecEnv([lambda account=account: account for account in self._accounts])
+        self._recorders = [RecordingEnv(make(), fails_at if index == 0 else None, fails) for index in range(N_ENVS)]
+        self.env = DummyVecEnv([lambda account=account: account for account in self._recorders])
 
     @property
     def made(self) -> list[Tree]:
         """The transitions of all steps that all environments made, step by step."""
-        return [one for step in zip(*(account.made for account in self._accounts), strict=False) for one in step]
+        return [one for step in zip(*(account.made for account in self._recorders), strict=False) for one in step]
 
 
 class Watch(BaseCallback):
@@ -203,7 +203,7 @@ def ppo(envs: Envs, kind: type[PPO] = PPO) -> PPO:
 
 
 def dqn(envs: Envs) -> DQN:
-    return DQN("MlpPolicy", AsFromProcesses(envs.env), learning_starts=100, buffer_size=1000, seed=1, device="cpu")
+    return DQN("MlpPolicy", Float64Rewards(envs.env), learning_starts=100, buffer_size=1000, seed=1, device="cpu")
 
 
 def sac(envs: Envs) -> SAC:
@@ -239,7 +239,7 @@ def stacked(samples: list[Tree], like: Tree) -> Tree:
     return optree.tree_map(lambda one, *leaves: np.stack(leaves).astype(np.asarray(one).dtype), like, *samples)
 
 
-def same(got: Tree, expected: Tree) -> bool:
+def is_same(got: Tree, expected: Tree) -> bool:
     equal = optree.tree_map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), got, expected)
     return all(optree.tree_leaves(equal))
 
@@ -260,7 +260,7 @@ def learns(model: Any, envs: Envs, server: Learner) -> None:
             assert watch.rollouts == [0, 0]
         assert len(envs.made) == sink.stats().samples_sent == 2 * ROLLOUT
         got = take(server, 2 * ROLLOUT, before)
-    assert same(got, stacked(envs.made, example(model)))
+    assert is_same(got, stacked(envs.made, example(model)))
     assert got["terminated"].any()
     assert got["truncated"].any()
 
@@ -308,20 +308,22 @@ def test_rollouts_arrive_as_they_are_trained_on(env: Callable[[], gymnasium.Env[
             for step in range(N_STEPS)
             for index in range(N_ENVS)
         ]
-    assert same(got, stacked(expected, example(model, "rollout")))
+    assert is_same(got, stacked(expected, example(model, "rollout")))
     assert np.ptp(got["advantages"]) > 0
 
 
 @pytest.mark.parametrize("in_a_dict", [False, True])
 def test_normalised_observations_are_no_integers(in_a_dict: bool) -> None:
     """Though the space says so."""
-    env = Given(VecNormalize(DummyVecEnv([lambda: Steps(in_a_dict)]), norm_obs_keys=["sum"] if in_a_dict else None))
+    env = RecordingVecEnv(
+        VecNormalize(DummyVecEnv([lambda: CountingEnv(in_a_dict)]), norm_obs_keys=["sum"] if in_a_dict else None)
+    )
     model = DQN("MultiInputPolicy" if in_a_dict else "MlpPolicy", env, learning_starts=10, buffer_size=50, device="cpu")
     with Learner(numpy_example(example(model)), BATCH) as server, sink_for(model, server) as sink:
         model.learn(BATCH, callback=SinkCallback(sink))
         got = take(server, BATCH)
     *before, _ = env.given
-    assert same(got["obs"], stacked(before, example(model)["obs"]))
+    assert is_same(got["obs"], stacked(before, example(model)["obs"]))
     normalised = got["obs"]["sum"] if in_a_dict else got["obs"]
     assert len(np.unique(normalised)) > BATCH // 2
     if in_a_dict:
@@ -369,7 +371,7 @@ def test_learning_may_go_on_through_the_same_callback(server: Learner) -> None:
         for _ in range(2):
             model.learn(ROLLOUT, callback=callback, reset_num_timesteps=False)
             assert sink.stats().in_flight == 0
-        assert same(take(server, 2 * ROLLOUT, before), stacked(envs.made, example(model)))
+        assert is_same(take(server, 2 * ROLLOUT, before), stacked(envs.made, example(model)))
 
 
 @pytest.mark.parametrize("close", [False, True])
@@ -379,13 +381,13 @@ def test_the_sink_stays_open_unless_told_to_close_it(close: bool, server: Learne
     model = dqn(envs)
     with sink_for(model, server) as sink:
         model.learn(2 * BATCH, callback=SinkCallback(sink, close=close))
-        assert same(take(server, 2 * BATCH, before), stacked(envs.made, example(model)))
+        assert is_same(take(server, 2 * BATCH, before), stacked(envs.made, example(model)))
         if close:
             with pytest.raises(ConnectionClosedError, match="closed"):
                 sink.send(example(model))
         else:
             model.learn(2 * BATCH, callback=SinkCallback(sink))
-            assert same(take(server, 4 * BATCH, before), stacked(envs.made, example(model)))
+            assert is_same(take(server, 4 * BATCH, before), stacked(envs.made, example(model)))
 
 
 def test_the_step_at_which_another_callback_stops_is_sent_but_no_rollout_that_is_cut_short() -> None:
@@ -405,7 +407,7 @@ def test_the_step_at_which_another_callback_stops_is_sent_but_no_rollout_that_is
         assert BATCH < len(envs.made) < ROLLOUT
         assert other.stats().samples_sent == 0
         whole = len(envs.made) // BATCH * BATCH
-        assert same(take(steps, whole), stacked(envs.made[:whole], example(model)))
+        assert is_same(take(steps, whole), stacked(envs.made[:whole], example(model)))
 
 
 # Failures of the training.
@@ -432,7 +434,7 @@ def test_an_error_of_the_training_comes_out_with_everything_delivered(
     assert raised.value is error
     assert sink.stats().in_flight == 0
     assert len(envs.made) == sink.stats().samples_sent == ROLLOUT + 64
-    assert same(take(server, ROLLOUT + 64, before), stacked(envs.made, example(model)))
+    assert is_same(take(server, ROLLOUT + 64, before), stacked(envs.made, example(model)))
 
 
 def test_ctrl_c_comes_out_with_everything_delivered(server: Learner) -> None:
@@ -443,7 +445,7 @@ def test_ctrl_c_comes_out_with_everything_delivered(server: Learner) -> None:
     with sink_for(model, server) as sink:
         with pytest.raises(KeyboardInterrupt), SinkCallback(sink, close=True) as callback:
             model.learn(9 * ROLLOUT, callback=callback)
-        assert same(take(server, ROLLOUT + 64, before), stacked(envs.made, example(model)))
+        assert is_same(take(server, ROLLOUT + 64, before), stacked(envs.made, example(model)))
         with pytest.raises(ConnectionClosedError, match="closed"):
             sink.send(example(model))
 
@@ -490,11 +492,11 @@ def test_a_learner_that_stalls_neither_hangs_the_training_nor_harms_its_checkpoi
             model.learn(4 * ROLLOUT, callback=callbacks)
             assert len(envs.made) == 4 * ROLLOUT
             assert callback.skipped > 0
-            told = [record.message for record in caplog.records]
+            warnings = [record.message for record in caplog.records]
             assert any(
-                "no room for a batch, which is not sent" in text and "the training goes on" in text for text in told
+                "no room for a batch, which is not sent" in text and "the training goes on" in text for text in warnings
             )
-            assert any(text.startswith("at the end of the epoch") and "samples un-acked" in text for text in told)
+            assert any(text.startswith("at the end of the epoch") and "samples un-acked" in text for text in warnings)
         assert time.monotonic() - began < LONG_S
         server.resume()
         sink.wait()

@@ -20,7 +20,7 @@ from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, SerialEnv
 from torchrl.trainers import DefaultOptimizationStepper, Trainer
-from training import IMAGES, LABELS, STALLING, Classifier, arrived, learner, sink_to
+from training import IMAGES, LABELS, STALLING_COUNT, Classifier, arrived, learner, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, numpy_example
 from echo_torch.callbacks.torchrl import SinkCollectorHook, SinkHook
@@ -28,7 +28,7 @@ from echo_torch.callbacks.torchrl import SinkCollectorHook, SinkHook
 EPISODE = 5
 """Frames of an episode; those of a batch are no multiple of it."""
 BATCH = 12
-LONG = 2 + STALLING // BATCH + 2
+LONG = 2 + STALLING_COUNT // BATCH + 2
 """Batches of a training that stalls if its learner does from the second on."""
 
 pytestmark = [
@@ -77,7 +77,7 @@ class Digits(EnvBase):
         pass
 
 
-class Most(torch.nn.Module):
+class ArgmaxPolicy(torch.nn.Module):
     """The digit that the classifier finds most likely."""
 
     def __init__(self, classifier: Classifier) -> None:
@@ -89,7 +89,7 @@ class Most(torch.nn.Module):
 
 
 def collector_of(env: Any, classifier: Classifier | None = None, kind: Any = Collector, **options: Any) -> Any:
-    policy = TensorDictModule(Most(classifier or Classifier()), in_keys=["image"], out_keys=["action"])
+    policy = TensorDictModule(ArgmaxPolicy(classifier or Classifier()), in_keys=["image"], out_keys=["action"])
     return kind(env, policy, auto_register_policy_transforms=False, **{"frames_per_batch": BATCH, **options})
 
 
@@ -387,7 +387,7 @@ def test_workers_of_a_collector_send_what_they_collect() -> None:
     with learner(busy=0.3) as server:
         sink = sink_to(server, max_inflight_msgs=8)
         collector = collector_of(
-            [Digits, Second],
+            [Digits, LaterDigits],
             kind=MultiSyncCollector,
             frames_per_batch=many,
             total_frames=2 * many,
@@ -402,12 +402,12 @@ def test_workers_of_a_collector_send_what_they_collect() -> None:
         assert got.keys() >= given.keys()
 
 
-class Second(Digits):
+class LaterDigits(Digits):
     def __init__(self) -> None:
         super().__init__(900)
 
 
-class Fails(Digits):
+class FailingDigits(Digits):
     def __init__(self) -> None:
         super().__init__(900, fails_at=900 + BATCH + 3)
 
@@ -415,7 +415,7 @@ class Fails(Digits):
 def test_a_worker_that_fails_has_sent_what_it_collected() -> None:
     with learner() as server:
         collector = collector_of(
-            [Digits, Fails],
+            [Digits, FailingDigits],
             kind=MultiSyncCollector,
             frames_per_batch=2 * BATCH,
             total_frames=6 * BATCH,

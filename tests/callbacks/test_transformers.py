@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from calls import eventually
 from learner_process import Learner
-from spawned import Spawned, answer
+from spawned import HelperProcess, answer_request
 from torch.utils.data import default_collate
-from training import STALLING, Classifier, Digits, Item, arrived, learner, numbers_of, sink_to
+from training import STALLING_COUNT, Classifier, Digits, Item, arrived, learner, numbers_of, sink_to
 from transformers import BatchEncoding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from echo_torch import DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.callbacks.transformers import SinkCallback, SinkTrainerMixin
-from echo_torch.callbacks.transformers_stats import LOGGED
+from echo_torch.callbacks.transformers_stats import LOGGED_STATS
 from echo_torch.ranks import cpu_group
 
 COUNT = 36
@@ -34,15 +34,15 @@ BATCH = 8
 STEPS = 5
 """Of an epoch; the last batch has half as many samples."""
 PAYLOAD = 272
-MANY = 4 * STALLING
+MANY = 4 * STALLING_COUNT
 SLOW = {"busy": 0.03}
 """A learner that is seconds behind, as soon as it got more than it can hold."""
 MANY_PER_STEP = {"per_device_train_batch_size": 32}
 """20 steps of an epoch with that many."""
-HELD = Digits(64, first=1000)
+HELD_OUT = Digits(64, first=1000)
 """For evaluations."""
 
-FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+IGNORE_FORK_WARNING = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 class Recorder(Classifier):
@@ -116,7 +116,7 @@ def sink(server: Learner) -> Iterator[EchoSink]:
         yield sink
 
 
-class AtEnds(TrainerCallback):
+class CallAtEnds(TrainerCallback):
     """Calls ``look`` at the end of each epoch, and of the training, and keeps what it gives."""
 
     def __init__(self, look: Callable[[], Any]) -> None:
@@ -131,14 +131,14 @@ class AtEnds(TrainerCallback):
         self.end.append(self._look())
 
 
-def watch(trainer: Trainer, sink: EchoSink) -> AtEnds:
+def watch(trainer: Trainer, sink: EchoSink) -> CallAtEnds:
     """Looks after the sink's own callback: how many samples are acked, and how many are not."""
 
     def look() -> tuple[int, int]:
         stats = sink.stats()
         return stats.samples_acked, stats.in_flight
 
-    callback = AtEnds(look)
+    callback = CallAtEnds(look)
     trainer.add_callback(callback)
     return callback
 
@@ -160,7 +160,7 @@ def mostly_arrived(server: Learner, expected: Counter[int], at_most: int) -> Non
     assert got.total() <= expected.total() + at_most
 
 
-@FORKS
+@IGNORE_FORK_WARNING
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_trained_on_arrives_by_the_end_of_each_epoch(
     workers: int, server: Learner, sink: EchoSink, tmp_path: Path
@@ -173,14 +173,14 @@ def test_what_is_trained_on_arrives_by_the_end_of_each_epoch(
     exactly_arrived(server, sink, trainer.model.numbers)
 
 
-@FORKS
+@IGNORE_FORK_WARNING
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_collated_arrives_by_the_end_of_each_epoch(
     workers: int, server: Learner, sink: EchoSink, tmp_path: Path
 ) -> None:
     """Evaluation data is collated too, and not sent."""
     args = {"dataloader_num_workers": workers, "eval_strategy": "epoch"}
-    trainer = trainer_for(sink, tmp_path, args=args, send="collated", eval_dataset=HELD)
+    trainer = trainer_for(sink, tmp_path, args=args, send="collated", eval_dataset=HELD_OUT)
     watched = watch(trainer, sink)
     trainer.train()
     assert watched.epochs == [(COUNT, 0), (2 * COUNT, 0)]
@@ -204,10 +204,10 @@ def test_evaluation_and_prediction_are_not_sent_and_a_second_fit_is(
     server: Learner, sink: EchoSink, tmp_path: Path
 ) -> None:
     args = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
-    trainer = trainer_for(sink, tmp_path, args=args, eval_dataset=HELD)
+    trainer = trainer_for(sink, tmp_path, args=args, eval_dataset=HELD_OUT)
     trainer.train()
     trainer.evaluate()
-    trainer.predict(HELD)
+    trainer.predict(HELD_OUT)
     exactly_arrived(server, sink, trainer.model.numbers)
     trainer.train()
     assert trainer.model.numbers.total() == 4 * COUNT
@@ -225,7 +225,7 @@ def test_early_stopping_ends_with_everything_acked(server: Learner, sink: EchoSi
         "load_best_model_at_end": True,
     }
     stopping = EarlyStoppingCallback(early_stopping_patience=1)
-    trainer = trainer_for(sink, tmp_path, args=args, eval_dataset=HELD, callbacks=[stopping])
+    trainer = trainer_for(sink, tmp_path, args=args, eval_dataset=HELD_OUT, callbacks=[stopping])
     watched = watch(trainer, sink)
     trainer.train()
     assert watched.epochs == [(COUNT, 0), (2 * COUNT, 0)]
@@ -327,7 +327,7 @@ def test_everything_is_acked_when_a_checkpoint_is_written(
             model=Recorder(),
             args=arguments(tmp_path, num_train_epochs=1, **MANY_PER_STEP, **args),
             train_dataset=Digits(MANY),
-            eval_dataset=HELD,
+            eval_dataset=HELD_OUT,
             compute_metrics=lambda _: {"evaluations": next(evaluations)},
             sink=sink,
         )
@@ -366,7 +366,7 @@ def divide(steps: int) -> None:
         raise ZeroDivisionError("in the model")
 
 
-@FORKS
+@IGNORE_FORK_WARNING
 @pytest.mark.parametrize(("fail", "error"), [(divide, ZeroDivisionError), (interrupt, KeyboardInterrupt)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_or_an_interrupt_comes_out_and_what_was_trained_on_arrives(
@@ -381,7 +381,7 @@ def test_an_error_or_an_interrupt_comes_out_and_what_was_trained_on_arrives(
         exactly_arrived(server, sink, trainer.model.numbers)
 
 
-@FORKS
+@IGNORE_FORK_WARNING
 def test_an_error_leaves_what_workers_have_collated_to_them(server: Learner, sink: EchoSink, tmp_path: Path) -> None:
     """They read ahead, so more arrives than was trained on."""
     trainer = trainer_for(sink, tmp_path, Recorder(divide), args={"dataloader_num_workers": 2}, send="collated")
@@ -443,7 +443,7 @@ def intact(path: Path, weights: dict[int, Item]) -> bool:
 SAVING = {"save_strategy": "steps", "save_steps": 20, "num_train_epochs": 1}
 
 
-@FORKS
+@IGNORE_FORK_WARNING
 @pytest.mark.parametrize(("send", "workers"), [("trained", 0), ("collated", 0), ("collated", 2)])
 def test_a_training_goes_on_without_a_stalled_learner_and_says_so(
     send: str, workers: int, server: Learner, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -471,7 +471,7 @@ def test_a_training_goes_on_without_a_stalled_learner_and_says_so(
             assert arrived(server, sink.stats().samples_acked) <= trainer.model.numbers
 
 
-@FORKS
+@IGNORE_FORK_WARNING
 @pytest.mark.parametrize(("send", "workers"), [("trained", 0), ("collated", 2)])
 def test_on_stall_raise_ends_the_training_and_leaves_the_checkpoint_intact(
     send: str, workers: int, server: Learner, tmp_path: Path
@@ -551,7 +551,7 @@ def test_a_callback_flushes_what_others_send_beside_the_mixin(server: Learner, s
         exactly_arrived(slow, other, trainer.model.numbers)
 
 
-class Rank(Spawned):
+class Rank(HelperProcess):
     """One of two ranks of a job, which trains when it is told to."""
 
     def __init__(self, rank: int, port: int, path: Path) -> None:
@@ -573,15 +573,15 @@ def test_losses_are_logged_with_stats(server: Learner, sink: EchoSink, tmp_path:
     args = {"logging_strategy": "steps", "logging_steps": 2, "eval_strategy": "epoch"}
     reporter = Reporter()
     if mixin:
-        trainer: Trainer = trainer_for(sink, tmp_path, args=args, eval_dataset=HELD, callbacks=[reporter])
+        trainer: Trainer = trainer_for(sink, tmp_path, args=args, eval_dataset=HELD_OUT, callbacks=[reporter])
     else:
-        kinds = {"args": arguments(tmp_path, **args), "train_dataset": Digits(COUNT), "eval_dataset": HELD}
+        kinds = {"args": arguments(tmp_path, **args), "train_dataset": Digits(COUNT), "eval_dataset": HELD_OUT}
         trainer = Trainer(model=Recorder(), callbacks=[reporter, SinkCallback(sink)], **kinds)
     trainer.train()
     logged = [logs for logs in trainer.state.log_history if "loss" in logs]
     assert [logs["step"] for logs in logged] == [2, 4, 6, 8, 10]
     for logs in logged:
-        assert {name for name in logs if name.startswith("echo/")} == {f"echo/{name}" for name in LOGGED}
+        assert {name for name in logs if name.startswith("echo/")} == {f"echo/{name}" for name in LOGGED_STATS}
     sent = [logs["echo/samples_sent"] for logs in logged]
     assert sent == ([16, 32, 36 + 8, 36 + 24, 72] if mixin else [0] * 5)
     assert sum("echo/in_flight" in logs for logs in reporter.logs) == (len(logged) if mixin else 0)
@@ -650,7 +650,7 @@ def _serve_rank(pipe: Pipe, rank: int, port: int, path: Path) -> None:
     training = _Training(rank, port, path)
     pipe.send(None)
     while True:
-        answer(pipe, training)
+        answer_request(pipe, training)
 
 
 @pytest.mark.slow

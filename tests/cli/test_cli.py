@@ -28,7 +28,7 @@ import optree
 import pytest
 import torch
 from learner_process import Learner
-from peers import Line, Peer, Script, full_queue, greeting
+from peers import Peer, PeerConnection, Script, full_queue, greeting
 
 from echo_torch import EchoSink, numpy_example
 from echo_torch.cli import bench, main
@@ -110,17 +110,17 @@ def without_times(text: str) -> str:
     return re.sub(r"^(\w+) +\d+\.\d+ ms", r"\1 T ms", text, flags=re.MULTILINE)
 
 
-def silence(line: Line) -> None:
+def silence(conn: PeerConnection) -> None:
     """Says nothing, and stays whatever the client does."""
-    line.hear_all()
-    assert line.received == b""
+    conn.receive_all()
+    assert conn.received == b""
 
 
 def say(data: bytes) -> Script:
-    def script(line: Line) -> None:
-        line.say(data)
-        line.hear_all()
-        assert line.received == b""
+    def script(conn: PeerConnection) -> None:
+        conn.send(data)
+        conn.receive_all()
+        assert conn.received == b""
 
     return script
 
@@ -257,8 +257,8 @@ def test_doctor_of_a_learner_that_is_stopped(run) -> None:
             assert (learner.take(32)["obs"] == 1).all()
 
 
-def nothing_there(line: Line) -> None:
-    line.hang_up()
+def nothing_there(conn: PeerConnection) -> None:
+    conn.close()
 
 
 ECHO = greeting(NUMPY_SAMPLE)
@@ -455,9 +455,9 @@ def test_bench_sends_items_of_any_size(run) -> None:
 def test_bench_makes_no_batch_that_does_not_fit_into_memory(run, monkeypatch) -> None:
     monkeypatch.setattr(bench, "BATCH_BYTES", 4100)
 
-    def take_all(line: Line) -> None:
-        line.greet([np.zeros(1000, np.uint8)])
-        line.hear_all(ack_every=1000)
+    def take_all(conn: PeerConnection) -> None:
+        conn.send_handshake([np.zeros(1000, np.uint8)])
+        conn.receive_all(ack_every=1000)
 
     with Peer(take_all) as peer:
         code, out, _ = run("bench", f"127.0.0.1:{peer.port}", "--seconds", "0.01")
@@ -475,7 +475,7 @@ def test_bench_names_what_numpy_cannot_make(run) -> None:
 
 def test_bench_gives_up_on_a_learner_that_does_not_drain(run, monkeypatch) -> None:
     monkeypatch.setattr(bench, "STALL_S", 0.2)
-    with Peer(lambda line: (line.greet(NUMPY_SAMPLE), line.hear_all())) as peer:
+    with Peer(lambda conn: (conn.send_handshake(NUMPY_SAMPLE), conn.receive_all())) as peer:
         code, _, err = run("bench", f"127.0.0.1:{peer.port}", "--seconds", "60")
     assert code == 1
     problem = rf"FAILED: 127\.0\.0\.1:{peer.port}: nothing was acknowledged for 0.2 s, and [\d,]+ samples are left; "
@@ -483,10 +483,10 @@ def test_bench_gives_up_on_a_learner_that_does_not_drain(run, monkeypatch) -> No
 
 
 def test_bench_of_a_learner_that_goes_away(run) -> None:
-    def script(line: Line) -> None:
-        line.greet(NUMPY_SAMPLE)
-        line.hear(24 * 100)
-        line.hang_up()
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(NUMPY_SAMPLE)
+        conn.receive(24 * 100)
+        conn.close()
 
     with Peer(script) as peer:
         code, _, err = run("bench", f"127.0.0.1:{peer.port}", "--seconds", "60")

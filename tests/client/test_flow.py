@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from clock import Clock
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 from echo_torch import DeliveryTimeoutError, TcpClient
 from echo_torch.client import flow
@@ -164,13 +164,13 @@ def test_a_learner_that_pauses_after_it_was_fast_still_gets_all_of_the_ring(time
     paused = threading.Event()
     block = [np.zeros((50, size), np.uint8)]
 
-    def script(line: Line) -> None:
-        line.greet(np.zeros(size, np.uint8))
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(np.zeros(size, np.uint8))
         buffer, heard, acked = bytearray(1 << 22), 0, 0
-        while acked < fast_rows and (count := line.sock.recv_into(buffer)):
+        while acked < fast_rows and (count := conn.sock.recv_into(buffer)):
             heard += count
             whole = min(fast_rows, heard // size)
-            line.ack(whole - acked)
+            conn.ack(whole - acked)
             acked = whole
         paused.wait(30)
 

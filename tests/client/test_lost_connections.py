@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import SOON_S, Gate, eventually
-from leaks import our_threads, threads_end
-from peers import Line, Peer, Script, Scripts
+from calls import HANG_TIMEOUT_S, Gate, eventually
+from leaks import assert_threads_end, our_threads
+from peers import Peer, PeerConnection, Script, Scripts
 from torch.utils.data import DataLoader
 
 from echo_torch import (
@@ -44,20 +44,20 @@ def sample(number: int) -> dict[str, Any]:
     return {"id": np.array(number, np.int64)}
 
 
-def numbers(line: Line) -> list[int]:
+def numbers(conn: PeerConnection) -> list[int]:
     """The ids of the whole payloads that a connection carried."""
-    whole = len(line.received) // SIZE * SIZE
-    return np.frombuffer(bytes(line.received[:whole]), np.int64).tolist()
+    whole = len(conn.received) // SIZE * SIZE
+    return np.frombuffer(bytes(conn.received[:whole]), np.int64).tolist()
 
 
-def hears(count: int, acked: int = 0, more_bytes: int = 0, end: Script = Line.hang_up) -> Script:
+def hears(count: int, acked: int = 0, more_bytes: int = 0, end: Script = PeerConnection.close) -> Script:
     """Hears so many samples and bytes, acks some, and goes."""
 
-    def script(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(count * SIZE + more_bytes)
-        line.ack(acked)
-        end(line)
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(count * SIZE + more_bytes)
+        conn.ack(acked)
+        end(conn)
 
     return script
 
@@ -65,33 +65,33 @@ def hears(count: int, acked: int = 0, more_bytes: int = 0, end: Script = Line.ha
 def leaves_at(go: Gate) -> Script:
     """Stays until it is told to go."""
 
-    def end(line: Line) -> None:
+    def end(conn: PeerConnection) -> None:
         go.wait()
-        line.hang_up()
+        conn.close()
 
     return end
 
 
-def acks_all(line: Line) -> None:
-    line.greet(SAMPLE)
-    line.hear_all(ack_every=SIZE)
+def acks_all(conn: PeerConnection) -> None:
+    conn.send_handshake(SAMPLE)
+    conn.receive_all(ack_every=SIZE)
 
 
-def silent(line: Line) -> None:
-    line.greet(SAMPLE)
-    line.hear_all()
+def silent(conn: PeerConnection) -> None:
+    conn.send_handshake(SAMPLE)
+    conn.receive_all()
 
 
-def goes_at_once(line: Line) -> None:
-    line.greet(SAMPLE)
-    line.hang_up()
+def goes_at_once(conn: PeerConnection) -> None:
+    conn.send_handshake(SAMPLE)
+    conn.close()
 
 
 def peer_of(*scripts: Script) -> Peer:
     return Peer(Scripts(*scripts))
 
 
-def connect(peer: Peer, *args: Any, reconnect: float = SOON_S, **options: Any) -> TcpClient:
+def connect(peer: Peer, *args: Any, reconnect: float = HANG_TIMEOUT_S, **options: Any) -> TcpClient:
     return TcpClient("127.0.0.1", peer.port, SAMPLE, *args, reconnect=reconnect, **options)
 
 
@@ -120,7 +120,7 @@ def ends_within(seconds: float) -> Iterator[None]:
 # What is sent again.
 
 
-@pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["FIN", "RST"])
+@pytest.mark.parametrize("end", [PeerConnection.close, PeerConnection.reset], ids=["FIN", "RST"])
 @pytest.mark.parametrize("more_bytes", [0, 3])
 @pytest.mark.parametrize(("resend_acked", "acked"), [(0, 0), (0, 4), (2, 0), (2, 1), (2, 4), (8, 4), (8, 6)])
 def test_the_last_acked_and_all_unacked_are_sent_again_in_order(
@@ -129,21 +129,21 @@ def test_the_last_acked_and_all_unacked_are_sent_again_in_order(
     """And what was written of a payload by half is written whole."""
     heard = threading.Event()
 
-    def first(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(6 * SIZE + more_bytes)
-        line.ack(acked)
-        heard.wait(SOON_S)
-        end(line)
+    def first(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(6 * SIZE + more_bytes)
+        conn.ack(acked)
+        heard.wait(HANG_TIMEOUT_S)
+        end(conn)
 
     with peer_of(first, acks_all) as peer:
         with connect(peer, buffer_bytes=100 * SIZE, resend_acked=resend_acked) as client:
             send(client, *range(7))
             eventually(lambda: client.in_flight == 7 - acked)
             heard.set()
-            client.wait(SOON_S)
+            client.wait(HANG_TIMEOUT_S)
             counts = client.counts()
-        again = numbers(peer.lines[1])
+        again = numbers(peer.connections[1])
     first_again = max(0, acked - resend_acked)
     assert again == list(range(first_again, 7))
     assert (counts.sent, counts.unacked, counts.reconnects, counts.maybe_lost) == (7, 0, 1, 0)
@@ -153,13 +153,13 @@ def test_the_last_acked_and_all_unacked_are_sent_again_in_order(
 def test_acks_of_what_was_acked_before_settle_nothing_new() -> None:
     go = threading.Event()
 
-    def second(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(10 * SIZE)
-        line.ack(8)  # of which 6 had been acked before
-        assert go.wait(SOON_S)
-        line.ack(2)
-        line.hear_all(ack_every=SIZE)
+    def second(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(10 * SIZE)
+        conn.ack(8)  # of which 6 had been acked before
+        assert go.wait(HANG_TIMEOUT_S)
+        conn.ack(2)
+        conn.receive_all(ack_every=SIZE)
 
     with peer_of(hears(10, acked=6), second) as peer, connect(peer, resend_acked=8) as client:
         send(client, *range(10))
@@ -168,7 +168,7 @@ def test_acks_of_what_was_acked_before_settle_nothing_new() -> None:
             client.wait(0.1)
         assert caught.value.unacked == 2
         go.set()
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert client.in_flight == 0
 
 
@@ -177,10 +177,10 @@ def test_a_second_cut_in_the_middle_of_the_first_ones_repetition_loses_nothing()
     with peer_of(hears(10, acked=10), hears(5, acked=5), hears(3), acks_all) as peer:
         with connect(peer, resend_acked=8) as client:
             send(client, *range(10))
-            client.wait(SOON_S)
-            eventually(lambda: len(peer.lines) == 4 and len(peer.lines[3].received) == 8 * SIZE)
+            client.wait(HANG_TIMEOUT_S)
+            eventually(lambda: len(peer.connections) == 4 and len(peer.connections[3].received) == 8 * SIZE)
             counts = client.counts()
-        carried = [numbers(line)[:8] for line in peer.lines]
+        carried = [numbers(conn)[:8] for conn in peer.connections]
     assert carried == [list(range(8)), [2, 3, 4, 5, 6], [2, 3, 4], list(range(2, 10))]
     assert counts.reconnects == 3
     assert counts.sent == 10
@@ -191,75 +191,75 @@ def test_what_is_sent_again_counts_against_the_window() -> None:
     """No more than the window is un-acked on the new connection either."""
     most = 0
 
-    def counting(line: Line) -> None:
+    def counting(conn: PeerConnection) -> None:
         nonlocal most
-        line.greet(SAMPLE)
-        line.sock.setblocking(False)
+        conn.send_handshake(SAMPLE)
+        conn.sock.setblocking(False)
         unacked, left = 0, 0
-        deadline = time.monotonic() + SOON_S
+        deadline = time.monotonic() + HANG_TIMEOUT_S
         while time.monotonic() < deadline:
             time.sleep(0.01)  # for whatever the window lets through to come
             try:
-                data = line.sock.recv(1 << 16)
+                data = conn.sock.recv(1 << 16)
             except BlockingIOError:
                 data = b""
             else:
                 if not data:
                     return
-            line.received += data
+            conn.received += data
             left += len(data)
             unacked += left // SIZE
             left %= SIZE
             most = max(most, unacked)
             if unacked:
-                line.ack()
+                conn.ack()
                 unacked -= 1
 
     with peer_of(hears(4, acked=1), counting) as peer:
         with connect(peer, 4, buffer_bytes=100 * SIZE, resend_acked=8) as client:
             send(client, *range(30))
-            client.wait(SOON_S)
-        assert numbers(peer.lines[1]) == list(range(30))
+            client.wait(HANG_TIMEOUT_S)
+        assert numbers(peer.connections[1]) == list(range(30))
     assert most == 4
 
 
 def test_an_idle_connection_that_dies_is_opened_again_and_its_tail_sent_again() -> None:
     go = threading.Event()
 
-    def first(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(20 * SIZE)
-        line.ack(20)
-        assert go.wait(SOON_S)
-        line.hang_up()
+    def first(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(20 * SIZE)
+        conn.ack(20)
+        assert go.wait(HANG_TIMEOUT_S)
+        conn.close()
 
     with peer_of(first, acks_all) as peer, connect(peer, resend_acked=8) as client:
         send(client, *range(20))
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         go.set()
-        eventually(lambda: len(peer.lines) == 2 and len(peer.lines[1].received) == 8 * SIZE)
-        assert numbers(peer.lines[1]) == list(range(12, 20))
+        eventually(lambda: len(peer.connections) == 2 and len(peer.connections[1].received) == 8 * SIZE)
+        assert numbers(peer.connections[1]) == list(range(12, 20))
         assert client.counts() == client.counts()._replace(sent=20, unacked=0, resent=8, maybe_duplicated=8)
 
 
 def test_a_cut_in_the_repeated_tail_of_close() -> None:
     """Whatever its connection had acked of it, the last one acks the tail of everything."""
 
-    def first(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(10 * SIZE)
-        line.ack(10)
-        line.hear(4 * SIZE)
-        line.ack(3)
-        line.hang_up()
+    def first(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(10 * SIZE)
+        conn.ack(10)
+        conn.receive(4 * SIZE)
+        conn.ack(3)
+        conn.close()
 
     with peer_of(first, acks_all) as peer:
         client = connect(peer, resend_acked=8, resend_at_close=True)
         send(client, *range(10))
-        client.close(SOON_S)
+        client.close(HANG_TIMEOUT_S)
         counts = client.counts()
-        assert numbers(peer.lines[0]) == [*range(10), 2, 3, 4, 5]
-        assert numbers(peer.lines[1]) == [5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9]
+        assert numbers(peer.connections[0]) == [*range(10), 2, 3, 4, 5]
+        assert numbers(peer.connections[1]) == [5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9]
     assert counts == (10, 0, 1, counts.resent, counts.resent + 8, 0)
     assert counts.resent >= 9
 
@@ -270,28 +270,28 @@ def test_many_cuts_at_any_byte(options: dict[str, Any]) -> None:
     chance = np.random.default_rng(0)
     seen: list[list[int]] = []
 
-    def cut(line: Line) -> None:
-        line.greet(SAMPLE)
+    def cut(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
         left = int(chance.integers(1, 40 * SIZE))
         received = 0
         try:
-            while left and (data := line.sock.recv(left)):
-                line.received += data
+            while left and (data := conn.sock.recv(left)):
+                conn.received += data
                 left -= len(data)
-                line.ack(len(line.received) // SIZE - received)
-                received = len(line.received) // SIZE
+                conn.ack(len(conn.received) // SIZE - received)
+                received = len(conn.received) // SIZE
         finally:
-            seen.append(numbers(line))
-        (line.hang_up if chance.integers(2) else line.reset)()
+            seen.append(numbers(conn))
+        (conn.close if chance.integers(2) else conn.reset)()
 
     with peer_of(*[cut] * 150, acks_all) as peer:
         client = connect(peer, **options, resend_acked=3, resend_at_close=True)
         sent = 0
         while len(seen) < 150:
-            client.send(sample(sent), timeout=SOON_S)
+            client.send(sample(sent), timeout=HANG_TIMEOUT_S)
             sent += 1
-        client.close(SOON_S)
-        seen.append(numbers(peer.lines[-1]))
+        client.close(HANG_TIMEOUT_S)
+        seen.append(numbers(peer.connections[-1]))
         counts = client.counts()
     arrived = [number for part in seen for number in part]
     assert set(arrived) == set(range(sent))
@@ -318,7 +318,7 @@ def test_each_reconnect_is_one_warning_with_cause_and_counts(caplog: pytest.LogC
     caplog.set_level(logging.INFO)
     with peer_of(hears(10, acked=6), acks_all) as peer, connect(peer, resend_acked=2) as client:
         send(client, *range(10))
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         infos = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     name = f"127.0.0.1:{peer.port}"
@@ -361,7 +361,7 @@ def test_a_timeout_says_that_the_connection_is_lost() -> None:
         with pytest.raises(DeliveryTimeoutError, match=r"3 samples un-acked; the connection was lost 0\.\d s ago"):
             client.wait(SHORT_S)
         peer.listen()
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert client.counts().reconnects == 1
 
 
@@ -375,7 +375,7 @@ def test_when_the_time_is_up_who_waits_is_told(call: str, descriptors: None) -> 
         peer.refuse()
         send(client, 0, 1, 2)
         calls = {"send": lambda: send(client, *range(3, 100)), "wait": client.wait, "close": client.close}
-        with ends_within(SOON_S), pytest.raises(ConnectionClosedError) as caught:
+        with ends_within(HANG_TIMEOUT_S), pytest.raises(ConnectionClosedError) as caught:
             calls[call]()
         text = str(caught.value)
         cause = "connection lost: the peer closed the connection"
@@ -394,7 +394,7 @@ def test_a_server_that_serves_nobody_does_not_renew_the_time() -> None:
     with peer_of(hears(1), goes_at_once) as peer:
         client = connect(peer, reconnect=SHORT_S)
         send(client, 0)
-        with ends_within(SOON_S), pytest.raises(ConnectionClosedError, match="1 samples un-acked"):
+        with ends_within(HANG_TIMEOUT_S), pytest.raises(ConnectionClosedError, match="1 samples un-acked"):
             client.wait()
         assert 1 <= client.counts().reconnects < 10
         client.close()
@@ -407,45 +407,45 @@ RENEWED_S, ONE_OF_12_S = 1.0, 0.1
 def test_progress_renews_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each connection acks one more sample, and all together take longer than one may."""
 
-    def one_more(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(2 * SIZE)
+    def one_more(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(2 * SIZE)
         time.sleep(ONE_OF_12_S)
-        line.ack()
-        line.hang_up()
+        conn.ack()
+        conn.close()
 
     with peer_of(*[one_more] * 12, acks_all) as peer, connect(peer, resend_acked=0, reconnect=RENEWED_S) as client:
         send(client, *range(20))
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert client.counts().reconnects == 12
 
 
-@pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["FIN", "RST"])
+@pytest.mark.parametrize("end", [PeerConnection.close, PeerConnection.reset], ids=["FIN", "RST"])
 def test_an_idle_connection_may_be_cut_as_often_as_it_likes(end: Script) -> None:
     """What was sent is acked again each time, for which nobody has to wait; so no time is running out."""
     served = threading.Semaphore(0)
 
-    def serves_and_goes(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(3 * SIZE)
-        line.ack(3)
+    def serves_and_goes(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(3 * SIZE)
+        conn.ack(3)
         time.sleep(ONE_OF_12_S)
-        end(line)
+        end(conn)
         served.release()
 
     with peer_of(*[serves_and_goes] * 12, acks_all) as peer, connect(peer, reconnect=RENEWED_S) as client:
         send(client, 0, 1, 2)
         for _ in range(12):
-            assert served.acquire(timeout=SOON_S)
+            assert served.acquire(timeout=HANG_TIMEOUT_S)
         send(client, 3)
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert client.counts().reconnects == 12
 
 
 def greets_with(other: Any) -> Script:
-    def script(line: Line) -> None:
-        line.greet(other)
-        line.hear_all()
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(other)
+        conn.receive_all()
 
     return script
 
@@ -454,7 +454,7 @@ def greets_with(other: Any) -> Script:
     ("other", "kind", "says"),
     [
         (greets_with({"id": np.zeros(2, np.int32)}), SpecMismatchError, "Server spec mismatch"),
-        (lambda line: line.say(b"HTTP/1.1 503 Service Unavailable\r\n"), HandshakeError, "magic"),
+        (lambda conn: conn.send(b"HTTP/1.1 503 Service Unavailable\r\n"), HandshakeError, "magic"),
     ],
     ids=["another spec", "another service"],
 )
@@ -462,29 +462,32 @@ def test_another_server_is_the_end_at_once(other: Script, kind: type[Exception],
     with peer_of(hears(3, acked=1), other) as peer:
         client = connect(peer, reconnect=60.0)
         send(client, 0, 1, 2)
-        with ends_within(SOON_S), pytest.raises(ConnectionClosedError, match=f"{says}.*2 samples un-acked") as caught:
+        with (
+            ends_within(HANG_TIMEOUT_S),
+            pytest.raises(ConnectionClosedError, match=f"{says}.*2 samples un-acked") as caught,
+        ):
             client.wait()
         assert caught.value.unacked == 2
         assert [type(cause) for cause in causes(caught.value)] == [ConnectionClosedError, kind]
         client.close()
-        assert len(peer.lines) == 2
+        assert len(peer.connections) == 2
 
 
 @pytest.mark.parametrize("said", [b"\x01" * 4, b"\x02"])
 def test_a_peer_that_breaks_the_protocol_is_not_called_again(said: bytes) -> None:
-    def breaks(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(3 * SIZE)
-        line.say(said)
-        line.hear_all()
+    def breaks(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(3 * SIZE)
+        conn.send(said)
+        conn.receive_all()
 
     with peer_of(breaks) as peer:
         client = connect(peer)
         send(client, 0, 1, 2)
         with pytest.raises(ProtocolError, match="3 samples un-acked"):
-            client.wait(SOON_S)
+            client.wait(HANG_TIMEOUT_S)
         client.close()
-        assert len(peer.lines) == 1
+        assert len(peer.connections) == 1
 
 
 def test_a_stall_is_no_reason_to_reconnect() -> None:
@@ -497,24 +500,27 @@ def test_a_stall_is_no_reason_to_reconnect() -> None:
                 client.wait()
         with pytest.raises(DeliveryTimeoutError):
             client.close(SHORT_S)
-        assert len(peer.lines) == 1
+        assert len(peer.connections) == 1
 
 
 def test_connections_that_come_and_go_without_an_ack_are_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a balancer that ends idle connections to a server that hangs: nobody would ever be told."""
     monkeypatch.setattr(reconnect, "BACKOFF_S", (0.001, 0.02))
 
-    def hangs(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(SIZE)
+    def hangs(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(SIZE)
         time.sleep(SHORT_S / 4)
-        line.hang_up()
+        conn.close()
 
     with peer_of(hangs) as peer:
         client = connect(peer, stall_timeout=SHORT_S)
         send(client, 0)
         for _ in range(2):
-            with ends_within(SOON_S), pytest.raises(DeliveryTimeoutError, match=r"stall_timeout.*1 samples un-acked"):
+            with (
+                ends_within(HANG_TIMEOUT_S),
+                pytest.raises(DeliveryTimeoutError, match=r"stall_timeout.*1 samples un-acked"),
+            ):
                 client.wait()
         assert client.counts().reconnects >= 1
         with pytest.raises(DeliveryTimeoutError):
@@ -536,9 +542,9 @@ def test_without_reconnect_a_loss_is_final() -> None:
         client = connect(peer, reconnect=0.0)
         send(client, 0, 1, 2)
         with pytest.raises(ConnectionClosedError, match="3 samples un-acked"):
-            client.wait(SOON_S)
+            client.wait(HANG_TIMEOUT_S)
         client.close()
-        assert len(peer.lines) == 1
+        assert len(peer.connections) == 1
 
 
 # Ends while there is no connection.
@@ -569,8 +575,8 @@ def test_close_waits_for_the_connection_to_come_back() -> None:
         peer.refuse()
         send(client, 0, 1, 2)
         threading.Timer(SHORT_S, peer.listen).start()
-        client.close(SOON_S)
-        assert numbers(peer.lines[1])[:3] == [0, 1, 2]
+        client.close(HANG_TIMEOUT_S)
+        assert numbers(peer.connections[1])[:3] == [0, 1, 2]
         assert client.counts().maybe_lost == 0
 
 
@@ -583,7 +589,7 @@ def test_close_does_not_wait_long_for_nothing_but_the_tail(
         client = connect(peer, reconnect=60.0, resend_at_close=True)
         peer.refuse()
         send(client, 0, 1, 2)
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         with ends_within(SHORT_S + 2):
             client.close()
         assert client.counts().maybe_lost == 3
@@ -600,7 +606,7 @@ def test_a_loss_that_nobody_waits_for_is_logged(reconnect: float, caplog: pytest
         peer.refuse()
         send(client, 0, 1, 2)
         go.open()
-        threads_end()
+        assert_threads_end()
         assert "3 samples un-acked" in caplog.messages[-1]
         with pytest.raises(ConnectionClosedError, match="3 samples un-acked"):  # and the next call says so all the same
             client.close()
@@ -652,8 +658,8 @@ def test_a_logging_handler_cannot_stop_the_thread(call: str, descriptors: None) 
     with handling(handler), peer_of(hears(3), acks_all) as peer:
         client = connect(peer, 4)
         send(client, 0, 1, 2)
-        client.wait(SOON_S)
-        client.close(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
+        client.close(HANG_TIMEOUT_S)
         assert client.counts().reconnects == 1
     kind = OSError if call == "raises" else RuntimeError
     assert type(handler.outcomes[0]) is kind
@@ -669,8 +675,8 @@ def test_a_logging_handler_may_close() -> None:
     with handling(handler), peer_of(hears(3), acks_all) as peer:
         client = connect(peer, resend_at_close=True, resend_acked=2)
         send(client, 0, 1, 2)
-        threads_end()
-        assert numbers(peer.lines[1]) == [0, 1, 2, 1, 2]
+        assert_threads_end()
+        assert numbers(peer.connections[1]) == [0, 1, 2, 1, 2]
         assert client.closed
         client.close()
     assert set(handler.outcomes) == {None}
@@ -685,8 +691,8 @@ def test_a_client_dropped_without_a_connection_ends_and_says_so(
         peer.refuse()
         send(client, 0, 1, 2)
         del client
-        with ends_within(SOON_S):
-            threads_end()
+        with ends_within(HANG_TIMEOUT_S):
+            assert_threads_end()
     said = caplog.messages[-1]
     assert said.startswith(f"127.0.0.1:{peer.port}: connection lost: the peer closed the connection; not open again")
     assert said.endswith("; ended with 3 samples un-acked")
@@ -700,15 +706,15 @@ def test_a_client_dropped_without_a_connection_delivers_when_there_is_one() -> N
         del client
         time.sleep(0.1)
         peer.listen()
-        threads_end()
-        assert numbers(peer.lines[1]) == [0, 1, 2, 1, 2]
+        assert_threads_end()
+        assert numbers(peer.connections[1]) == [0, 1, 2, 1, 2]
 
 
 def test_there_is_one_thread_before_and_after() -> None:
     with peer_of(hears(3), acks_all) as peer, connect(peer) as client:
         before = our_threads()
         send(client, 0, 1, 2)
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert our_threads() == before
         assert len(before) == 1
 
@@ -717,22 +723,22 @@ def test_a_forked_child_holds_no_copy_of_a_connection_that_is_being_opened() -> 
     """The peer sees the end of the parent's connection although a child lives on."""
     accepted, left = threading.Event(), threading.Event()
 
-    def slow(line: Line) -> None:
+    def slow(conn: PeerConnection) -> None:
         accepted.set()
-        assert line.sock.recv(1) == b""  # the client gave up, in the middle of the handshake
+        assert conn.sock.recv(1) == b""  # the client gave up, in the middle of the handshake
         left.set()
 
     with peer_of(hears(3), slow) as peer:
         client = connect(peer)
         send(client, 0, 1, 2)
-        assert accepted.wait(SOON_S)
+        assert accepted.wait(HANG_TIMEOUT_S)
         child = os.fork()
         if not child:
             stay()
         try:
             with pytest.raises(ConnectionClosedError):
                 client.close(0)
-            assert left.wait(SOON_S)
+            assert left.wait(HANG_TIMEOUT_S)
         finally:
             os.kill(child, 9)
             os.waitpid(child, 0)
@@ -751,25 +757,25 @@ def test_a_sink_reconnects_by_default_and_counts() -> None:
     with peer_of(hears(300, acked=290), acks_all) as peer:
         sink = EchoSink("127.0.0.1", peer.port, SAMPLE).connect()
         sink.send({"id": np.arange(300)})
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         stats = sink.stats()
         assert (stats.reconnects, stats.resent, stats.maybe_duplicated, stats.maybe_lost) == (1, 18, 18, 0)
         sink.close()
         stats = sink.stats()
         assert (stats.samples_sent, stats.maybe_duplicated, stats.maybe_lost) == (300, 26, 0)
-        assert numbers(peer.lines[1]) == [*range(282, 300), *range(292, 300)]
+        assert numbers(peer.connections[1]) == [*range(282, 300), *range(292, 300)]
 
 
 def test_a_sink_without_a_tail_lingers_and_says_how_many_may_be_lost() -> None:
     with peer_of(acks_all) as peer:
         sink = EchoSink("127.0.0.1", peer.port, SAMPLE, resend_at_close=False).connect()
         sink.send({"id": np.arange(300)})
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         began = time.monotonic()
         sink.close()
         assert time.monotonic() - began >= 0.1
         assert sink.stats().maybe_lost == 8
-        assert numbers(peer.lines[0]) == list(range(300))
+        assert numbers(peer.connections[0]) == list(range(300))
 
 
 class SendingCollate:
@@ -792,11 +798,11 @@ def test_a_worker_of_a_loader_gives_up_before_the_loader_does() -> None:
         sink = EchoSink("127.0.0.1", peer.port, SAMPLE)
         loader = DataLoader(list(np.arange(8)), batch_size=4, num_workers=1, collate_fn=SendingCollate(sink))
         batches = iter(loader)
-        eventually(lambda: len(peer.lines) == 1)
+        eventually(lambda: len(peer.connections) == 1)
         peer.refuse()
         go.open()
         with (
-            ends_within(2 + SOON_S),
+            ends_within(2 + HANG_TIMEOUT_S),
             pytest.raises(ConnectionClosedError, match=r"not open again after 2\.\d s.*4 samp"),
         ):
             next(batches)
@@ -813,12 +819,12 @@ def test_a_learner_that_ends_before_its_actors_ends_no_run(caplog: pytest.LogCap
     """With ``on_error="warn"``: said once, and the rest is dropped and counted."""
     go = threading.Event()
 
-    def ends(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(10 * SIZE)
-        line.ack(10)
-        assert go.wait(SOON_S)
-        line.hang_up()
+    def ends(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(10 * SIZE)
+        conn.ack(10)
+        assert go.wait(HANG_TIMEOUT_S)
+        conn.close()
 
     with peer_of(ends) as peer:
         with EchoSink("127.0.0.1", peer.port, SAMPLE, on_error="warn", reconnect=SHORT_S) as sink:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import SOON_S, Gate, alarms, running, says, until
-from leaks import threads_end
+from calls import HANG_TIMEOUT_S, Gate, alarms, check_error, running, until
+from leaks import assert_threads_end
 from learner_process import Learner
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 from echo_torch import (
     ConnectionClosedError,
@@ -44,15 +44,15 @@ def numbers(payloads: bytes) -> list[int]:
     return [int(number) for number in rows["id"]]
 
 
-def acking(line: Line) -> None:
-    line.greet(SAMPLE)
-    line.hear_all(ack_every=SIZE)
+def acking(conn: PeerConnection) -> None:
+    conn.send_handshake(SAMPLE)
+    conn.receive_all(ack_every=SIZE)
 
 
-def silent(line: Line) -> None:
+def silent(conn: PeerConnection) -> None:
     """Reads everything and acks nothing."""
-    line.greet(SAMPLE)
-    line.hear_all()
+    conn.send_handshake(SAMPLE)
+    conn.receive_all()
 
 
 def connect(peer: Peer | Learner, *args: Any, **options: Any) -> TcpClient:
@@ -70,16 +70,16 @@ def test_sends_payloads_in_order_and_waits_for_their_acks() -> None:
             client.wait()
             assert client.in_flight == 0
             assert client.counts().sent == 100
-        assert numbers(peer.lines[0].received) == list(range(100))
+        assert numbers(peer.connections[0].received) == list(range(100))
 
 
 def test_data_may_be_changed_when_send_returns() -> None:
     gate = Gate()
 
-    def late_reader(line: Line) -> None:
-        line.greet(SAMPLE)
+    def late_reader(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
         gate.wait()
-        line.hear_all(ack_every=SIZE)
+        conn.receive_all(ack_every=SIZE)
 
     with Peer(late_reader) as peer:
         with connect(peer) as client:
@@ -90,44 +90,44 @@ def test_data_may_be_changed_when_send_returns() -> None:
                 client.send(data)
             data["x"][:] = -1
             gate.open()
-        assert numbers(peer.lines[0].received) == list(range(10))
+        assert numbers(peer.connections[0].received) == list(range(10))
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 32])
 def test_send_blocks_at_the_window_and_goes_on_with_the_next_ack(window: int) -> None:
     gate = Gate()
 
-    def ack_one_then_all(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(window * SIZE)
+    def ack_one_then_all(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(window * SIZE)
         gate.wait()
-        line.ack()
-        line.hear(SIZE)
-        line.ack(window)
-        line.hear_all(ack_every=SIZE)
+        conn.ack()
+        conn.receive(SIZE)
+        conn.ack(window)
+        conn.receive_all(ack_every=SIZE)
 
     with Peer(ack_one_then_all) as peer, connect(peer, window) as client:
         for number in range(window):
             client.send(sample(number))
         with pytest.raises(DeliveryTimeoutError) as caught:
             client.send(sample(99), timeout=0.05)
-        says(caught.value, DeliveryTimeoutError, client.peer, window)
+        check_error(caught.value, DeliveryTimeoutError, client.peer, window)
         assert caught.value.rows_accepted == 0
         gate.open()
-        client.send(sample(window), timeout=SOON_S)
-        client.wait(SOON_S)
+        client.send(sample(window), timeout=HANG_TIMEOUT_S)
+        client.wait(HANG_TIMEOUT_S)
 
 
 def test_wait_returns_only_when_everything_is_acked() -> None:
     gate = Gate()
 
-    def ack_late(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(3 * SIZE)
-        line.ack(2)
+    def ack_late(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(3 * SIZE)
+        conn.ack(2)
         gate.wait()
-        line.ack()
-        line.hear_all(ack_every=SIZE)
+        conn.ack()
+        conn.receive_all(ack_every=SIZE)
 
     with Peer(ack_late) as peer, connect(peer) as client:
         with until(lambda: client.in_flight == 1):
@@ -135,9 +135,9 @@ def test_wait_returns_only_when_everything_is_acked() -> None:
                 client.send(sample(number))
         with pytest.raises(DeliveryTimeoutError) as caught:
             client.wait(0.05)
-        says(caught.value, DeliveryTimeoutError, client.peer, 1)
+        check_error(caught.value, DeliveryTimeoutError, client.peer, 1)
         gate.open()
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert client.in_flight == 0
 
 
@@ -145,7 +145,7 @@ def test_wait_with_timeout_zero_only_looks() -> None:
     with Peer(acking) as peer, connect(peer) as client:
         client.wait(0)
         client.send(sample(1))
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         client.wait(0)
 
 
@@ -190,7 +190,7 @@ def test_rejects_what_does_not_match_and_goes_on() -> None:
             with pytest.raises(TypeError, match=r"data\['x'\]: got str"):
                 client.send({"id": np.array(1, np.int64), "x": "abc"})
             client.send(sample(5))
-        assert numbers(peer.lines[0].received) == [5]
+        assert numbers(peer.connections[0].received) == [5]
 
 
 def test_send_rows_checks_every_column() -> None:
@@ -205,7 +205,7 @@ def test_send_rows_checks_every_column() -> None:
                 client.send_rows([ids])
             client.send_rows([ids, np.repeat(ids, 3).reshape(4, 3).astype(np.float32)])
             client.send_rows([ids[:0], xs[:0]])
-        assert numbers(peer.lines[0].received) == [0, 1, 2, 3]
+        assert numbers(peer.connections[0].received) == [0, 1, 2, 3]
 
 
 # Construction that fails.
@@ -230,9 +230,9 @@ def test_send_rows_checks_every_column() -> None:
 def test_wrong_greetings_raise_value_errors(
     greeting: bytes, error: type[Exception], match: str, descriptors: None
 ) -> None:
-    def greet(line: Line) -> None:
-        line.say(greeting)
-        line.hang_up()
+    def greet(conn: PeerConnection) -> None:
+        conn.send(greeting)
+        conn.close()
 
     with Peer(greet) as peer, pytest.raises(error, match=match) as caught:
         connect(peer)
@@ -270,35 +270,35 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], desc
 
 
 def test_wait_raises_with_the_count_when_the_peer_hangs_up() -> None:
-    def leave(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(5 * SIZE)
-        line.ack(2)
-        line.hang_up()
+    def leave(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(5 * SIZE)
+        conn.ack(2)
+        conn.close()
 
     with Peer(leave) as peer:
         client = connect(peer)
         for number in range(5):
             client.send(sample(number))
-        for call in (lambda: client.wait(SOON_S), lambda: client.send(sample(5))):
+        for call in (lambda: client.wait(HANG_TIMEOUT_S), lambda: client.send(sample(5))):
             with pytest.raises(ConnectionClosedError) as caught:
                 call()
-            says(caught.value, ConnectionClosedError, client.peer, 3)
+            check_error(caught.value, ConnectionClosedError, client.peer, 3)
         client.close()
 
 
 def test_wait_raises_when_the_peer_resets() -> None:
-    def reset(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(SIZE)
-        line.reset()
+    def reset(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(SIZE)
+        conn.reset()
 
     with Peer(reset) as peer:
         client = connect(peer)
         client.send(sample(0))
         with pytest.raises(ConnectionClosedError) as caught:
-            client.wait(SOON_S)
-        says(caught.value, ConnectionClosedError, client.peer, 1)
+            client.wait(HANG_TIMEOUT_S)
+        check_error(caught.value, ConnectionClosedError, client.peer, 1)
         client.close()
 
 
@@ -320,16 +320,16 @@ def test_calls_blocked_on_a_real_server_that_ends_are_woken(how: str) -> None:
                 getattr(learner, how)()
         assert client.in_flight > 0
         for error in (*outcomes, *waited):
-            says(error, ConnectionClosedError, client.peer, client.in_flight)
+            check_error(error, ConnectionClosedError, client.peer, client.in_flight)
         client.close()
 
 
 def test_blocked_send_is_woken_when_the_peer_hangs_up() -> None:
-    def leave(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(4 * SIZE)
+    def leave(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(4 * SIZE)
         gate.wait()
-        line.hang_up()
+        conn.close()
 
     gate = Gate()
     with Peer(leave) as peer:
@@ -339,14 +339,14 @@ def test_blocked_send_is_woken_when_the_peer_hangs_up() -> None:
         with running(lambda: client.send(sample(4)), client.wait) as outcomes:
             gate.open()
         for error in outcomes:
-            says(error, ConnectionClosedError, client.peer, 4)
+            check_error(error, ConnectionClosedError, client.peer, 4)
         client.close()
 
 
 def test_the_first_failure_is_the_cause_of_all_later_ones() -> None:
-    def leave(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hang_up()
+    def leave(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.close()
 
     with Peer(leave) as peer:
         client = connect(peer)
@@ -362,9 +362,9 @@ def test_the_first_failure_is_the_cause_of_all_later_ones() -> None:
 
 
 def test_the_descriptor_is_freed_when_the_peer_left(descriptors: None) -> None:
-    def leave(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hang_up()
+    def leave(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.close()
 
     with Peer(leave) as peer:
         client = connect(peer)
@@ -380,11 +380,11 @@ def test_the_descriptor_is_freed_when_the_peer_left(descriptors: None) -> None:
 def test_a_peer_that_breaks_the_protocol_is_dropped(said: bytes, match: str) -> None:
     dropped = Gate()
 
-    def misbehave(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(2 * SIZE)
-        line.say(said)
-        line.hear_all()
+    def misbehave(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(2 * SIZE)
+        conn.send(said)
+        conn.receive_all()
         dropped.open()
 
     with Peer(misbehave) as peer:
@@ -392,17 +392,17 @@ def test_a_peer_that_breaks_the_protocol_is_dropped(said: bytes, match: str) -> 
         client.send(sample(0))
         client.send(sample(1))
         with pytest.raises(ProtocolError, match=match) as caught:
-            client.wait(SOON_S)
-        says(caught.value, ProtocolError, client.peer, 2)
+            client.wait(HANG_TIMEOUT_S)
+        check_error(caught.value, ProtocolError, client.peer, 2)
         dropped.wait()
         client.close()
 
 
 def test_an_ack_before_any_send_drops_the_connection() -> None:
-    def eager(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.ack()
-        line.hear_all()
+    def eager(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.ack()
+        conn.receive_all()
 
     with Peer(eager) as peer:
         client = connect(peer)
@@ -410,7 +410,7 @@ def test_an_ack_before_any_send_drops_the_connection() -> None:
             pass
         with pytest.raises(ProtocolError, match="1 acks while 0") as caught:
             client.send(sample(0))
-        says(caught.value, ProtocolError, client.peer, 0)
+        check_error(caught.value, ProtocolError, client.peer, 0)
         client.close()
 
 
@@ -421,12 +421,12 @@ def test_a_peer_that_never_acks_is_a_timeout_and_not_the_end() -> None:
     """Nor a reason to connect again."""
     gate = Gate()
 
-    def stall(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(2 * SIZE)
+    def stall(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(2 * SIZE)
         gate.wait()
-        line.ack(2)
-        line.hear_all(ack_every=SIZE)
+        conn.ack(2)
+        conn.receive_all(ack_every=SIZE)
 
     with Peer(stall) as peer, connect(peer, 2, stall_timeout=0.1) as client:
         client.send(sample(0))
@@ -434,24 +434,24 @@ def test_a_peer_that_never_acks_is_a_timeout_and_not_the_end() -> None:
         for call in (client.wait, lambda: client.send(sample(2))):
             with pytest.raises(DeliveryTimeoutError, match=r"nothing was acked for 0\.1 s") as caught:
                 call()
-            says(caught.value, DeliveryTimeoutError, client.peer, 2)
+            check_error(caught.value, DeliveryTimeoutError, client.peer, 2)
         with until(lambda: client.in_flight == 0):
             gate.open()
         client.send(sample(2))
-        client.wait(SOON_S)
-        assert len(peer.lines) == 1
+        client.wait(HANG_TIMEOUT_S)
+        assert len(peer.connections) == 1
 
 
 def test_a_slow_but_steady_peer_never_stalls() -> None:
     """Each ack comes well inside `stall_timeout`, all of them together take several times as long."""
 
-    def dribble(line: Line) -> None:
-        line.greet(SAMPLE)
+    def dribble(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
         for _ in range(12):
-            line.hear(SIZE)
+            conn.receive(SIZE)
             time.sleep(0.05)
-            line.ack()
-        line.hear_all()
+            conn.ack()
+        conn.receive_all()
 
     with Peer(dribble) as peer, connect(peer, 4, stall_timeout=0.4) as client:
         for number in range(12):
@@ -473,15 +473,15 @@ def test_many_waits_at_once_after_an_idle_time_are_no_stall() -> None:
     rows = 40
     idle = Gate()
 
-    def every_20_ms(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(rows * SIZE)
+    def every_20_ms(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(rows * SIZE)
         for number in range(rows):
             time.sleep(0.02)
-            line.ack()
+            conn.ack()
             if number == rows // 2:
                 idle.open()
-        line.hear_all()
+        conn.receive_all()
 
     with Peer(every_20_ms) as peer, connect(peer, 64, stall_timeout=0.3) as client:
         for number in range(rows):
@@ -490,7 +490,7 @@ def test_many_waits_at_once_after_an_idle_time_are_no_stall() -> None:
         start = threading.Barrier(8)
 
         def wait() -> None:
-            start.wait(SOON_S)
+            start.wait(HANG_TIMEOUT_S)
             client.wait()
 
         with running(*[wait] * 8) as outcomes:
@@ -504,17 +504,17 @@ def test_a_huge_sample_that_is_taken_steadily_is_no_stall() -> None:
     piece = 100_000
     reading = 0.0
 
-    def slow(line: Line) -> None:
+    def slow(conn: PeerConnection) -> None:
         nonlocal reading
-        line.greet(big)
+        conn.send_handshake(big)
         began = time.monotonic()
         for _ in range(20_000_000 // piece):
-            line.hear(piece)
-            line.received.clear()
+            conn.receive(piece)
+            conn.received.clear()
             time.sleep(0.01)
-        line.ack()
+        conn.ack()
         reading = time.monotonic() - began
-        line.hear_all()
+        conn.receive_all()
 
     stall_timeout = 1.0
     with (
@@ -523,7 +523,7 @@ def test_a_huge_sample_that_is_taken_steadily_is_no_stall() -> None:
     ):
         client.send(big)
         client.wait()
-        client.send(big, timeout=SOON_S)
+        client.send(big, timeout=HANG_TIMEOUT_S)
         with pytest.raises(DeliveryTimeoutError):
             client.close(0)
     assert reading > 1.5 * stall_timeout
@@ -534,8 +534,8 @@ def test_a_window_larger_than_the_buffer_is_the_buffer() -> None:
         with connect(peer, 2**40, buffer_bytes=100 * SIZE) as client:
             for number in range(1000):
                 client.send(sample(number))
-            client.wait(SOON_S)
-        assert numbers(peer.lines[0].received) == list(range(1000))
+            client.wait(HANG_TIMEOUT_S)
+        assert numbers(peer.connections[0].received) == list(range(1000))
 
 
 @pytest.mark.parametrize("poller_leaves", [False, True], ids=["all stay", "the first ones give up"])
@@ -546,16 +546,16 @@ def test_all_who_wait_return_soon_after_the_last_ack(poller_leaves: bool) -> Non
     last = 0.0
     go = Gate()
 
-    def dribble(line: Line) -> None:
+    def dribble(conn: PeerConnection) -> None:
         nonlocal last
-        line.greet(SAMPLE)
-        line.hear(rows * SIZE)
+        conn.send_handshake(SAMPLE)
+        conn.receive(rows * SIZE)
         go.wait()
         for _ in range(rows):
             time.sleep(0.01)
-            line.ack()
+            conn.ack()
         last = time.monotonic()
-        line.hear_all(ack_every=SIZE)
+        conn.receive_all(ack_every=SIZE)
 
     with Peer(dribble) as peer, connect(peer, rows) as client:
         for number in range(rows):
@@ -583,7 +583,7 @@ def test_threads_that_send_and_wait_by_turns_hand_over_to_each_other() -> None:
             def run() -> None:
                 for number in range(100):
                     client.send(sample(thread * 100 + number))
-                    client.wait(SOON_S)
+                    client.wait(HANG_TIMEOUT_S)
 
             return run
 
@@ -594,16 +594,16 @@ def test_threads_that_send_and_wait_by_turns_hand_over_to_each_other() -> None:
 
 
 def test_acks_in_a_clump_settle_everything() -> None:
-    def clump(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(32 * SIZE)
-        line.ack(32)
-        line.hear_all(ack_every=SIZE)
+    def clump(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(32 * SIZE)
+        conn.ack(32)
+        conn.receive_all(ack_every=SIZE)
 
     with Peer(clump) as peer, connect(peer) as client:
         for number in range(32):
             client.send(sample(number))
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert client.in_flight == 0
 
 
@@ -626,13 +626,13 @@ def test_sockets_default_timeout_does_not_matter(monkeypatch: pytest.MonkeyPatch
 
 
 def test_close_delivers_what_is_in_flight() -> None:
-    def slow(line: Line) -> None:
-        line.greet(SAMPLE)
+    def slow(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
         for _ in range(8):
-            line.hear(SIZE)
+            conn.receive(SIZE)
             time.sleep(0.01)
-            line.ack()
-        line.hear_all()
+            conn.ack()
+        conn.receive_all()
 
     with Peer(slow) as peer:
         client = connect(peer)
@@ -642,7 +642,7 @@ def test_close_delivers_what_is_in_flight() -> None:
         with pytest.raises(ConnectionClosedError, match="closed"):
             client.send(sample(8))
         client.wait()
-        assert numbers(peer.lines[0].received) == list(range(8))
+        assert numbers(peer.connections[0].received) == list(range(8))
 
 
 def test_close_raises_with_the_count_when_nothing_is_acked(descriptors: None) -> None:
@@ -651,18 +651,18 @@ def test_close_raises_with_the_count_when_nothing_is_acked(descriptors: None) ->
         client.send(sample(0))
         with pytest.raises(DeliveryTimeoutError) as late:
             client.close(timeout=0.05)
-        says(late.value, DeliveryTimeoutError, client.peer, 1)
+        check_error(late.value, DeliveryTimeoutError, client.peer, 1)
         with pytest.raises(ConnectionClosedError) as closed:
-            client.wait(SOON_S)
-        says(closed.value, ConnectionClosedError, client.peer, 1)
+            client.wait(HANG_TIMEOUT_S)
+        check_error(closed.value, ConnectionClosedError, client.peer, 1)
         client.close()
 
 
 def test_close_tells_a_loss_that_nobody_was_told_of() -> None:
-    def leave(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(SIZE)
-        line.hang_up()
+    def leave(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(SIZE)
+        conn.close()
 
     with Peer(leave) as peer:
         client = connect(peer)
@@ -671,14 +671,14 @@ def test_close_tells_a_loss_that_nobody_was_told_of() -> None:
             pass
         with pytest.raises(ConnectionClosedError) as caught:
             client.close()
-        says(caught.value, ConnectionClosedError, client.peer, 1)
+        check_error(caught.value, ConnectionClosedError, client.peer, 1)
         client.close()
 
 
-def acks_all_but_the_tail(line: Line, rows: int = 3) -> None:
-    line.greet(SAMPLE)
-    line.hear(rows * SIZE)
-    line.ack(rows)
+def acks_all_but_the_tail(conn: PeerConnection, rows: int = 3) -> None:
+    conn.send_handshake(SAMPLE)
+    conn.receive(rows * SIZE)
+    conn.ack(rows)
 
 
 def test_two_closes_at_once_both_end_when_the_tail_is_acked(descriptors: None) -> None:
@@ -686,13 +686,13 @@ def test_two_closes_at_once_both_end_when_the_tail_is_acked(descriptors: None) -
     gate = Gate()
     heard, returned = threading.Event(), threading.Event()
 
-    def late(line: Line) -> None:
-        acks_all_but_the_tail(line)
-        line.hear(2 * SIZE)
+    def late(conn: PeerConnection) -> None:
+        acks_all_but_the_tail(conn)
+        conn.receive(2 * SIZE)
         heard.set()
         gate.wait()
-        line.ack(2)
-        line.hear_all()
+        conn.ack(2)
+        conn.receive_all()
 
     with Peer(late) as peer:
         client = connect(peer, resend_acked=2, resend_at_close=True)
@@ -706,23 +706,23 @@ def test_two_closes_at_once_both_end_when_the_tail_is_acked(descriptors: None) -
                 returned.set()
 
         with running(close, close, close) as outcomes:
-            assert heard.wait(SOON_S)
+            assert heard.wait(HANG_TIMEOUT_S)
             early = returned.wait(0.2)
             gate.open()
         assert outcomes == [None] * 3
         assert not early
         client.close()
         assert client.counts().sent == 3
-        assert numbers(peer.lines[0].received) == [0, 1, 2, 1, 2]
+        assert numbers(peer.connections[0].received) == [0, 1, 2, 1, 2]
 
 
 def test_close_says_that_only_the_tail_may_be_lost(caplog: pytest.LogCaptureFixture) -> None:
     """In the log: a learner that ends before its actors is no error of theirs."""
 
-    def leave(line: Line) -> None:
-        acks_all_but_the_tail(line)
-        line.hear(2 * SIZE)
-        line.hang_up()
+    def leave(conn: PeerConnection) -> None:
+        acks_all_but_the_tail(conn)
+        conn.receive(2 * SIZE)
+        conn.close()
 
     with Peer(leave) as peer:
         client = connect(peer, resend_acked=2, resend_at_close=True)
@@ -742,21 +742,21 @@ def test_close_ends_when_the_peer_leaves_just_before_the_tail_is_packed(
     closing = Gate()
     pack = ResendTail.pack
 
-    def leave(line: Line) -> None:
-        acks_all_but_the_tail(line)
+    def leave(conn: PeerConnection) -> None:
+        acks_all_but_the_tail(conn)
         closing.wait()
-        line.hang_up()
+        conn.close()
 
     def pack_late(tail: ResendTail) -> int:
         closing.open()
-        threads_end()
+        assert_threads_end()
         return pack(tail)
 
     with Peer(leave) as peer:
         client = connect(peer, resend_acked=2, resend_at_close=True)
         for number in range(3):
             client.send(sample(number))
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         monkeypatch.setattr(ResendTail, "pack", pack_late)
         client.close()
         assert client.counts().maybe_lost == 2
@@ -775,7 +775,7 @@ def test_close_that_was_interrupted_still_tells_of_the_loss(descriptors: None) -
         client.send(sample(1))
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            client.close(SOON_S)
+            client.close(HANG_TIMEOUT_S)
         with pytest.raises(DeliveryTimeoutError, match="2 samples un-acked") as caught:
             client.close(0.2)
         assert caught.value.unacked == 2
@@ -791,21 +791,21 @@ def test_where_no_thread_can_be_had_nothing_stays_open(monkeypatch: pytest.Monke
         with pytest.raises(RuntimeError, match="can't start") as caught:
             connect(peer)
         monkeypatch.undo()
-        while peer.lines and peer.lines[0].sock.recv(1):
+        while peer.connections and peer.connections[0].sock.recv(1):
             pass  # the peer sees the end although the error, and so the client, is still there
         assert caught
 
 
 @pytest.mark.parametrize(
-    ("how", "reconnect"), [("closed", 0.0), ("lost", 0.0), ("lost", 0.2), ("closed after that", SOON_S)]
+    ("how", "reconnect"), [("closed", 0.0), ("lost", 0.0), ("lost", 0.2), ("closed after that", HANG_TIMEOUT_S)]
 )
 def test_the_memory_of_a_dead_client_is_freed_without_the_garbage_collector(how: str, reconnect: float) -> None:
-    def leave(line: Line) -> None:
-        line.greet(SAMPLE)
-        if how == "lost" or (how != "closed" and len(peer.lines) < 3):
-            line.hear(SIZE)
-            line.reset()
-        line.hear_all(ack_every=SIZE)
+    def leave(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        if how == "lost" or (how != "closed" and len(peer.connections) < 3):
+            conn.receive(SIZE)
+            conn.reset()
+        conn.receive_all(ack_every=SIZE)
 
     buffer_bytes = 32 * 1024 * 1024
     with Peer(leave) as peer:
@@ -818,9 +818,9 @@ def test_the_memory_of_a_dead_client_is_freed_without_the_garbage_collector(how:
             client.send(sample(0))
             if how == "lost":
                 with pytest.raises(ConnectionClosedError):
-                    client.wait(SOON_S)
+                    client.wait(HANG_TIMEOUT_S)
             else:
-                client.wait(SOON_S)
+                client.wait(HANG_TIMEOUT_S)
             client.close()
             del client
             with until(lambda: tracemalloc.get_traced_memory()[0] < buffer_bytes // 2):
@@ -840,25 +840,25 @@ def test_close_wakes_calls_that_block() -> None:
 
         def blocked(call: Callable[[], None]) -> Callable[[], None]:
             def run() -> None:
-                began.wait(SOON_S)
+                began.wait(HANG_TIMEOUT_S)
                 call()
 
             return run
 
         with running(blocked(lambda: client.send(sample(2))), blocked(client.wait)) as outcomes:
-            began.wait(SOON_S)
+            began.wait(HANG_TIMEOUT_S)
             with pytest.raises(DeliveryTimeoutError) as caught:
                 client.close(timeout=0.2)
-        says(caught.value, DeliveryTimeoutError, client.peer, 2)
+        check_error(caught.value, DeliveryTimeoutError, client.peer, 2)
         for error in outcomes:
-            says(error, ConnectionClosedError, client.peer, 2)
+            check_error(error, ConnectionClosedError, client.peer, 2)
 
 
 def test_with_never_masks_the_error_that_ended_it(caplog: pytest.LogCaptureFixture) -> None:
-    def leave(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(SIZE)
-        line.hang_up()
+    def leave(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(SIZE)
+        conn.close()
 
     def fail() -> None:
         with connect(peer) as client:
@@ -880,9 +880,9 @@ def test_a_dropped_client_delivers_and_ends(descriptors: None) -> None:
         (thread,) = (t for t in threading.enumerate() if t.name.startswith("echo_torch"))
         del client
         gc.collect()
-        thread.join(SOON_S)
+        thread.join(HANG_TIMEOUT_S)
         assert not thread.is_alive()
-        assert numbers(peer.lines[0].received) == list(range(20))
+        assert numbers(peer.connections[0].received) == list(range(20))
 
 
 # Threads and signals.
@@ -894,14 +894,14 @@ def test_many_threads_sending_never_mix_their_samples() -> None:
     size = 1 << 20
     seen: list[int] = []
 
-    def check(line: Line) -> None:
-        line.greet(big)
+    def check(conn: PeerConnection) -> None:
+        conn.send_handshake(big)
         while True:
-            payload = np.frombuffer(line.hear(size), np.int64)
-            line.received.clear()
+            payload = np.frombuffer(conn.receive(size), np.int64)
+            conn.received.clear()
             assert (payload == payload[0]).all()
             seen.append(int(payload[0]))
-            line.ack()
+            conn.ack()
 
     with Peer(check) as peer, TcpClient("127.0.0.1", peer.port, big, 4) as client:
 
@@ -915,7 +915,7 @@ def test_many_threads_sending_never_mix_their_samples() -> None:
         with running(*(send(thread) for thread in range(4))) as outcomes:
             pass
         assert outcomes == [None] * 4
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
     for thread in range(4):
         assert [n for n in seen if n // 100 == thread] == [thread * 100 + number for number in range(12)]
     assert len(seen) == 48
@@ -928,20 +928,20 @@ def test_threads_may_send_wait_and_close_at_once() -> None:
             start = threading.Barrier(4)
 
             def send(client: TcpClient = client, start: threading.Barrier = start) -> None:
-                start.wait(SOON_S)
+                start.wait(HANG_TIMEOUT_S)
                 for number in range(200):
                     client.send(sample(number))
 
             def wait(client: TcpClient = client, start: threading.Barrier = start) -> None:
-                start.wait(SOON_S)
+                start.wait(HANG_TIMEOUT_S)
                 client.wait()
 
             with running(send, send, wait) as outcomes:
-                start.wait(SOON_S)
+                start.wait(HANG_TIMEOUT_S)
                 client.close()
             assert all(outcome is None or isinstance(outcome, ConnectionClosedError) for outcome in outcomes)
             assert client.in_flight == 0
-            received = numbers(peer.lines[0].received)
+            received = numbers(peer.connections[0].received)
             assert len(received) == client.counts().sent
 
 
@@ -973,7 +973,7 @@ def test_a_signal_handler_inside_a_call_is_turned_away() -> None:
             assert len(answers) >= 3
             assert all("signal handler" in answer for answer in answers)
             client.send(sample(3))
-            client.wait(SOON_S)
+            client.wait(HANG_TIMEOUT_S)
             assert client.counts().sent == 4
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -13,7 +13,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from compare import same, to_numpy
+from compare import assert_same, to_numpy
 from learner_process import Learner
 from torch.utils.data import DataLoader, Dataset
 
@@ -85,7 +85,7 @@ class Bench:
         everything = self.received(sum(len(batch["index"]) for batch in batches))
         for batch in batches:
             mine = np.isin(everything["index"], batch["index"].numpy())
-            same(optree.tree_map(lambda leaf, mine=mine: leaf[mine], everything), to_numpy(batch))
+            assert_same(optree.tree_map(lambda leaf, mine=mine: leaf[mine], everything), to_numpy(batch))
 
 
 def rows_of(batch: Any) -> Iterator[Any]:
@@ -286,9 +286,9 @@ def test_a_users_client_is_given_numpy_samples_like_the_example() -> None:
     (shelf,) = made
     assert shelf.made_with[:2] == ("nowhere", 1)
     assert shelf.made_with[3] == 7
-    same(shelf.made_with[2], numpy_example(example))
+    assert_same(shelf.made_with[2], numpy_example(example))
     for index, sample in enumerate(shelf.samples):
-        same(sample, {"b": np.full(2, 0x3F80, np.uint16), "a": (np.array(index), None)})
+        assert_same(sample, {"b": np.full(2, 0x3F80, np.uint16), "a": (np.array(index), None)})
     assert len(shelf.samples) == 4
     assert shelf.waits >= 1
     assert shelf.closed
@@ -335,7 +335,7 @@ def test_a_plain_dataloader_needs_no_more_than_its_first_sample(make: Callable[[
     for index in range(len(dataset)):
         mine = optree.tree_map(lambda leaf, index=index: leaf[index, ...], got)
         expected = optree.tree_map(np.asarray, to_numpy(dataset[index]))
-        same(mine, expected)
+        assert_same(mine, expected)
 
 
 def test_samples_of_several_connections_all_arrive(bench: Bench) -> None:

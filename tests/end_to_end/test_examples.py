@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from calls import eventually
-from fake_device import install_prompt_device
+from fake_device import install_immediate_device
 
 from echo_torch import EchoSink, numpy_example
 
@@ -391,7 +391,7 @@ def test_benchmark_fills_the_tables_of_a_device(
     benchmark: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of one that is made of the CPU: what runs on a real one is all but the same, and its figures are others."""
-    install_prompt_device(monkeypatch)
+    install_immediate_device(monkeypatch)
     device = importlib.import_module("benchmark_device")
 
     def tiny(_: torch.device) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

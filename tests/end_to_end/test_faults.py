@@ -210,10 +210,10 @@ from typing import Any
 import numpy as np
 import optree
 import pytest
-from calls import SOON_S, Gate, running, says, until
+from calls import HANG_TIMEOUT_S, Gate, check_error, running, until
 from leaks import open_descriptors, our_threads
 from learner_process import Learner
-from peers import Line, Peer, full_queue, greeting
+from peers import Peer, PeerConnection, full_queue, greeting
 
 from echo_torch import (
     ConnectionClosedError,
@@ -240,27 +240,27 @@ class Keeper:
 
     def __init__(self) -> None:
         self._left = threading.Semaphore(0)
-        self._lines: list[Line] = []
+        self._connections: list[PeerConnection] = []
 
-    def __call__(self, line: Line) -> None:
-        self._lines.append(line)
-        line.greet(SAMPLE)
+    def __call__(self, conn: PeerConnection) -> None:
+        self._connections.append(conn)
+        conn.send_handshake(SAMPLE)
         try:
-            line.hear_all(ack_every=SIZE)
+            conn.receive_all(ack_every=SIZE)
         finally:
             self._left.release()
 
-    def heard(self) -> list[int]:
+    def received(self) -> list[int]:
         """Of the one client."""
-        assert self._left.acquire(timeout=SOON_S)
-        (line,) = self._lines
-        return np.frombuffer(bytes(line.received), np.int64).tolist()
+        assert self._left.acquire(timeout=HANG_TIMEOUT_S)
+        (conn,) = self._connections
+        return np.frombuffer(bytes(conn.received), np.int64).tolist()
 
 
-def silent(line: Line) -> None:
+def silent(conn: PeerConnection) -> None:
     """Reads everything and acks nothing."""
-    line.greet(SAMPLE)
-    line.hear_all()
+    conn.send_handshake(SAMPLE)
+    conn.receive_all()
 
 
 def client_for(port: int, example: Any, window: int = 32, **options: Any) -> TcpClient:
@@ -307,11 +307,11 @@ def acks_nothing(how: str) -> Iterator[tuple[Callable[[], TcpClient], Callable[[
     """What makes a client with a window of 3 whose peer hears 3 samples and acks none, and what ends that peer."""
     gate = Gate()
 
-    def script(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(3 * SIZE)
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(3 * SIZE)
         gate.wait()
-        (line.reset if how == "RST" else line.hang_up)()
+        (conn.reset if how == "RST" else conn.close)()
 
     if how == "kill -9":
         with Learner(SAMPLE) as learner:
@@ -337,14 +337,14 @@ def test_calls_that_block_are_told_when_the_peer_dies(how: str) -> None:
         with running(client.wait, lambda: client.send(sample(3))) as outcomes:
             with pytest.raises(DeliveryTimeoutError) as caught:
                 client.wait(0.1)
-            says(caught.value, DeliveryTimeoutError, client.peer, 3)
+            check_error(caught.value, DeliveryTimeoutError, client.peer, 3)
             end()
         for error in outcomes:
-            says(error, ConnectionClosedError, client.peer, 3)
+            check_error(error, ConnectionClosedError, client.peer, 3)
         for call in (client.wait, lambda: client.send(sample(3))):
             with pytest.raises(ConnectionClosedError) as caught:
                 call()
-            says(caught.value, ConnectionClosedError, client.peer, 3)
+            check_error(caught.value, ConnectionClosedError, client.peer, 3)
         client.close()
 
 
@@ -360,7 +360,7 @@ def test_close_frees_the_descriptors_when_the_peer_left(how: str) -> None:
             end()
         with pytest.raises(ConnectionClosedError) as caught:
             client.close()
-        says(caught.value, ConnectionClosedError, client.peer, 3)
+        check_error(caught.value, ConnectionClosedError, client.peer, 3)
         assert len(open_descriptors()) <= before
 
 
@@ -374,7 +374,7 @@ def left_by_its_server(make: Callable[..., Any], **options: Any) -> Iterator[Any
         sender = make(learner.port, SAMPLE, **options)
         for number in range(32):
             sender.send(sample(number))
-        sender.wait(SOON_S)
+        sender.wait(HANG_TIMEOUT_S)
         learner.freeze()
         for number in range(32, 64):
             sender.send(sample(number))
@@ -400,14 +400,14 @@ def test_a_server_that_is_killed_and_starts_again_gets_what_was_not_stored(
     make: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The un-acked samples, before them the last 8 acked ones, after them what was sent meanwhile; then it goes on."""
-    with left_by_its_server(make, buffer_bytes=200 * SIZE, reconnect=SOON_S) as sender:
+    with left_by_its_server(make, buffer_bytes=200 * SIZE, reconnect=HANG_TIMEOUT_S) as sender:
         for number in range(64, 80):
             sender.send(sample(number))
         with Learner(SAMPLE, port=port_of(sender)) as learner:
-            sender.wait(SOON_S)
+            sender.wait(HANG_TIMEOUT_S)
             for number in range(80, 88):
                 sender.send(sample(number))
-            sender.wait(SOON_S)
+            sender.wait(HANG_TIMEOUT_S)
             assert learner.take(64)["id"].tolist() == list(range(24, 88))
             counts = sender.counts() if isinstance(sender, TcpClient) else sender.stats()
             assert (counts.reconnects, counts.resent, counts.maybe_duplicated, counts.maybe_lost) == (1, 40, 40, 0)
@@ -423,7 +423,7 @@ def test_a_server_that_starts_again_with_another_spec_is_the_end(make: Callable[
     other = {"id": np.zeros((2, 3), np.float32)}
     with (
         left_by_its_server(make, buffer_bytes=200 * SIZE, reconnect=60.0) as sender,
-        running(lambda: sender.wait(3 * SOON_S)) as outcomes,
+        running(lambda: sender.wait(3 * HANG_TIMEOUT_S)) as outcomes,
         Learner(other, port=port_of(sender)),
     ):
         with until(lambda: outcomes != [None]):
@@ -431,7 +431,7 @@ def test_a_server_that_starts_again_with_another_spec_is_the_end(make: Callable[
         with pytest.raises(ConnectionClosedError) as caught:
             sender.send(sample(64))
         for error in (*outcomes, caught.value):
-            says(error, ConnectionClosedError, sender.peer, 32)
+            check_error(error, ConnectionClosedError, sender.peer, 32)
             assert "Server spec mismatch" in str(error)
             assert "server expects 4-byte items [2, 3], example has ['id']: torch.int64 []" in str(error)
         sender.close()
@@ -449,11 +449,11 @@ def test_a_server_that_does_not_start_again_in_time_is_the_end(make: Callable[..
 
         with running(sender.wait, send_until_it_fails) as outcomes:
             pass
-        assert 0.2 < time.monotonic() - lost_at < SOON_S
+        assert 0.2 < time.monotonic() - lost_at < HANG_TIMEOUT_S
         with pytest.raises(ConnectionClosedError) as caught:
             sender.wait()
         for error in (*outcomes, caught.value):
-            says(error, ConnectionClosedError, sender.peer, 60 - 8)
+            check_error(error, ConnectionClosedError, sender.peer, 60 - 8)
             assert re.search(r"connection lost: .*; not open again after 0\.\d s and \d+ tries: .*refused", str(error))
         sender.close()
 
@@ -471,7 +471,7 @@ def test_what_is_dropped_is_collected_and_delivers(make: Callable[..., Any]) -> 
         gone = weakref.ref(dropped)
         del dropped
         assert gone() is None
-        assert keeper.heard() == list(range(50))
+        assert keeper.received() == list(range(50))
 
 
 @BOTH
@@ -505,9 +505,9 @@ def test_a_server_process_that_is_stopped_is_waited_for() -> None:
         for call in (lambda: client.send(sample(32), timeout=0.1), lambda: client.wait(0.1)):
             with pytest.raises(DeliveryTimeoutError) as caught:
                 call()
-            says(caught.value, DeliveryTimeoutError, client.peer, 32)
+            check_error(caught.value, DeliveryTimeoutError, client.peer, 32)
         learner.thaw()
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert learner.take(32)["id"].tolist() == list(range(32))
         assert client.counts().reconnects == 0
         client.close()
@@ -518,9 +518,9 @@ def test_a_handshake_that_stalls_at_any_byte_ends_at_the_deadline(make: Callable
     whole = greeting({"x": np.zeros((2, 3), np.float32)})
     lengths = itertools.count()
 
-    def stall(line: Line) -> None:
-        line.say(whole[: next(lengths)])
-        line.hear_all()
+    def stall(conn: PeerConnection) -> None:
+        conn.send(whole[: next(lengths)])
+        conn.receive_all()
 
     def connect() -> None:
         with make(peer.port, {"x": np.zeros((2, 3), np.float32)}, connect_timeout=1.0):
@@ -530,7 +530,7 @@ def test_a_handshake_that_stalls_at_any_byte_ends_at_the_deadline(make: Callable
         began = time.monotonic()
         with running(*[connect] * len(whole)) as outcomes:
             pass
-        assert time.monotonic() - began < SOON_S
+        assert time.monotonic() - began < HANG_TIMEOUT_S
     hint = "(?:; if that server expects TLS, give tls=)?"
     pattern = rf"127\.0\.0\.1:{peer.port}: handshake not complete within .* s; got (\d+) bytes of it{hint}"
     got = [re.fullmatch(pattern, str(error)) for error in outcomes]
@@ -568,10 +568,10 @@ def test_counts_beyond_reason_are_refused_without_memory(
 ) -> None:
     """Although the peer goes on to send what it announced."""
 
-    def script(line: Line) -> None:
-        line.say(said)
+    def script(conn: PeerConnection) -> None:
+        conn.send(said)
         while True:
-            line.say(flood)
+            conn.send(flood)
 
     with Peer(script) as peer:
         tracemalloc.start()
@@ -590,20 +590,20 @@ def test_threads_that_send_large_samples_never_mix_them() -> None:
     """Of 4 MiB, each made of one number: two threads through one client, two through one sink."""
     words = 1 << 19
     big = {"x": np.zeros(words, np.int64)}
-    heard: list[list[int]] = []
+    received: list[list[int]] = []
     left = threading.Semaphore(0)
 
-    def check(line: Line) -> None:
-        line.greet(big)
+    def check(conn: PeerConnection) -> None:
+        conn.send_handshake(big)
         mine: list[int] = []
-        heard.append(mine)
+        received.append(mine)
         try:
             while True:
-                payload = np.frombuffer(line.hear(words * 8), np.int64)
-                line.received.clear()
+                payload = np.frombuffer(conn.receive(words * 8), np.int64)
+                conn.received.clear()
                 assert (payload == payload[0]).all()
                 mine.append(int(payload[0]))
-                line.ack()
+                conn.ack()
         finally:
             left.release()
 
@@ -617,8 +617,8 @@ def test_threads_that_send_large_samples_never_mix_them() -> None:
                 pass
             assert outcomes == [None] * 4
         for _ in range(2):
-            assert left.acquire(timeout=SOON_S)
-    for mine in heard:
+            assert left.acquire(timeout=HANG_TIMEOUT_S)
+    for mine in received:
         assert len(mine) == 12
         assert [number for number in mine if number < 10] == list(range(6))
         assert [number for number in mine if number >= 10] == list(range(10, 16))
@@ -663,14 +663,14 @@ def test_data_that_the_wire_cannot_tell_from_the_right_one_is_refused(
     """It takes as many bytes; nothing of it is sent, and the right one still goes through."""
     payload = b"".join(leaf.tobytes() for leaf in optree.tree_leaves(RIGHT))
     assert sum(leaf.nbytes for leaf in optree.tree_leaves(lookalike)) == len(payload)
-    heard = Gate()
+    passed = Gate()
 
-    def script(line: Line) -> None:
-        line.greet(RIGHT)
-        assert line.hear(len(payload)) == payload
-        heard.open()
-        line.ack()
-        line.hear_all()
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(RIGHT)
+        assert conn.receive(len(payload)) == payload
+        passed.open()
+        conn.ack()
+        conn.receive_all()
 
     with Peer(script) as peer:
         with make(peer.port, RIGHT) as sender:
@@ -679,8 +679,8 @@ def test_data_that_the_wire_cannot_tell_from_the_right_one_is_refused(
             for part in named:
                 assert part in str(caught.value)
             sender.send(RIGHT)
-        heard.wait()
-        assert len(peer.lines[0].received) == len(payload)
+        passed.wait()
+        assert len(peer.connections[0].received) == len(payload)
 
 
 @BOTH
@@ -697,10 +697,10 @@ def test_data_that_the_wire_cannot_tell_from_the_right_one_is_refused(
 def test_samples_that_cannot_be_sent_never_connect(
     make: Callable[..., Any], example: Any, kind: type[Exception], match: str
 ) -> None:
-    with Peer(Line.hear_all) as peer:
+    with Peer(PeerConnection.receive_all) as peer:
         with pytest.raises(kind, match=match):
             make(peer.port, example)
-        assert not peer.lines
+        assert not peer.connections
 
 
 # Acks.
@@ -712,21 +712,21 @@ def test_acks_that_dribble_let_one_sample_through_each(make: Callable[..., Any])
     window, count = 4, 16
     early: list[bool] = []
 
-    def dribble(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(window * SIZE)
+    def dribble(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(window * SIZE)
         for acked in range(count):
             time.sleep(0.05)
-            early.append(bool(select.select([line.sock], [], [], 0)[0]))
-            line.ack()
+            early.append(bool(select.select([conn.sock], [], [], 0)[0]))
+            conn.ack()
             if acked < count - window:
-                line.hear(SIZE)
-        line.hear_all()
+                conn.receive(SIZE)
+        conn.receive_all()
 
     with Peer(dribble) as peer:
         with make(peer.port, SAMPLE, window, buffer_bytes=100 * SIZE, stall_timeout=0.4) as sender:
             for number in range(count):
                 sender.send(sample(number))
             sender.wait()
-        assert bytes(peer.lines[0].received) == np.arange(count).tobytes()
+        assert bytes(peer.connections[0].received) == np.arange(count).tobytes()
     assert early == [False] * count

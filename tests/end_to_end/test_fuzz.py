@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from peers import PATIENCE_S, Line, Peer, Script, greeting
+from peers import PATIENCE_S, Peer, PeerConnection, Script, greeting
 
 from echo_torch import (
     ConnectionClosedError,
@@ -46,7 +46,7 @@ GREETING = greeting(SAMPLE)
 
 LATER_S = 30.0
 """A deadline that is not meant to pass."""
-SOON_S = 0.1
+SHORT_TIMEOUT_S = 0.1
 """One that is."""
 MARGIN_S = 10.0
 """Seconds that a loaded machine may take to notice that a deadline has passed."""
@@ -80,7 +80,7 @@ def fuzz(examples: int, *, threads: bool = False) -> settings:
 @pytest.fixture(scope="module", autouse=True)
 def _connected_once() -> None:
     """What is imported for the first connection is not on its peer's account."""
-    with Peer(lambda line: line.greet(SAMPLE)) as peer:
+    with Peer(lambda conn: conn.send_handshake(SAMPLE)) as peer:
         TcpClient(peer.host, peer.port, SAMPLE).close()
 
 
@@ -116,10 +116,10 @@ def leaving_nothing() -> Iterator[None]:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def drain(line: Line) -> None:
+def drain(conn: PeerConnection) -> None:
     """Read until the client has left, in small pieces, as what they take is measured too."""
     with contextlib.suppress(ConnectionError):
-        while line.sock.recv(4096):
+        while conn.sock.recv(4096):
             pass
 
 
@@ -135,32 +135,32 @@ class Act(NamedTuple):
     end: Script
 
 
-def finish(line: Line) -> None:
+def finish(conn: PeerConnection) -> None:
     """FIN, and go on to read."""
     with contextlib.suppress(OSError):  # the client was faster
-        line.sock.shutdown(socket.SHUT_WR)
+        conn.sock.shutdown(socket.SHUT_WR)
 
 
-def stall(line: Line) -> None:
+def stall(conn: PeerConnection) -> None:
     """Say nothing more, and stay."""
 
 
-ENDS = [finish, Line.hang_up, Line.reset]
+ENDS = [finish, PeerConnection.close, PeerConnection.reset]
 
 
 def perform(act: Act) -> Script:
-    def script(line: Line) -> None:
+    def script(conn: PeerConnection) -> None:
         rest = memoryview(act.data)  # which is not copied
         for number, piece in enumerate(itertools.cycle(act.pieces)):
             if number == act.pause:
                 time.sleep(TICK_S)
             if not rest:
                 break
-            line.say(rest[:piece])
+            conn.send(rest[:piece])
             rest = rest[piece:]
-        act.end(line)
-        if line.sock.fileno() >= 0:
-            drain(line)
+        act.end(conn)
+        if conn.sock.fileno() >= 0:
+            drain(conn)
 
     return script
 
@@ -271,7 +271,7 @@ def acts(streams: st.SearchStrategy[bytes], ends: Sequence[Script]) -> st.Search
 def test_any_greeting_that_ends_connects_if_it_is_right_and_else_says_why(act: Act) -> None:
     outcome = greeted(act, LATER_S)
     allowed = {refusal(act.data)}
-    if act.end is Line.reset:  # which may overtake what was said
+    if act.end is PeerConnection.reset:  # which may overtake what was said
         allowed.add(ConnectionClosedError)
     assert outcome in allowed
 
@@ -282,7 +282,7 @@ def test_any_greeting_that_stalls_ends_at_the_deadline(act: Act) -> None:
     """Unless what was said before is enough to tell."""
     expected = refusal(act.data)
     if expected is ConnectionClosedError:
-        assert greeted(act, SOON_S) is TimeoutError
+        assert greeted(act, SHORT_TIMEOUT_S) is TimeoutError
     else:
         assert greeted(act, LATER_S) is expected
 
@@ -301,10 +301,10 @@ def test_any_greeting_that_stalls_ends_at_the_deadline(act: Act) -> None:
     ids=["zeros", "magic", "scalars", "vectors", "too many dimensions", "all dimensions", "no arrays, and acks"],
 )
 def test_a_peer_that_never_stops_greeting(start: bytes, flood: bytes, error: type[Exception]) -> None:
-    def script(line: Line) -> None:
-        line.say(start)
+    def script(conn: PeerConnection) -> None:
+        conn.send(start)
         while True:
-            line.say(chunk)
+            conn.send(chunk)
 
     chunk = flood * (2**16 // len(flood))
     act = Act(start + chunk * 2, [2**16], None, stall)
@@ -325,7 +325,7 @@ def test_without_the_caps_a_count_is_more_than_the_memory(monkeypatch: pytest.Mo
     for cap in ("MAX_ARRAYS", "MAX_DIMS", "HANDSHAKE_LIMIT"):
         monkeypatch.setattr(protocol, cap, 2**40)
     with pytest.raises(MemoryError):
-        greeted(Act(header(1) + struct.pack("<III", 1, 2**32 - 1, 1), [2**16], None, stall), SOON_S)
+        greeted(Act(header(1) + struct.pack("<III", 1, 2**32 - 1, 1), [2**16], None, stall), SHORT_TIMEOUT_S)
 
 
 def test_without_the_limit_a_long_greeting_costs_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +379,7 @@ class Scene:
         self.client_left = client_left
         self.honest = True
         self.said = bytearray()
-        self.line: Line | None = None
+        self.conn: PeerConnection | None = None
 
     @property
     def acks(self) -> int:
@@ -389,85 +389,85 @@ class Scene:
 
     @property
     def received(self) -> bytes:
-        return bytes(self.line.received) if self.line else b""
+        return bytes(self.conn.received) if self.conn else b""
 
-    def __call__(self, line: Line) -> None:
-        self.line = line
-        line.say(self.greeting)
+    def __call__(self, conn: PeerConnection) -> None:
+        self.conn = conn
+        conn.send(self.greeting)
         for move, argument in self.plan.moves:
-            getattr(self, move)(line, argument)
-        getattr(self, self.plan.end)(line)
+            getattr(self, move)(conn, argument)
+        getattr(self, self.plan.end)(conn)
 
     # Moves.
 
-    def hear(self, line: Line, count: int) -> None:
+    def hear(self, conn: PeerConnection, count: int) -> None:
         """Read so many bytes, or what there is of them."""
-        line.sock.settimeout(BRIEF_S)
+        conn.sock.settimeout(BRIEF_S)
         with contextlib.suppress(TimeoutError):
             while count > 0:
-                piece = line.sock.recv(min(count, 2**16))
+                piece = conn.sock.recv(min(count, 2**16))
                 if not piece:
                     raise ConnectionError("the client left")
-                line.received += piece
+                conn.received += piece
                 count -= len(piece)
-        line.sock.settimeout(PATIENCE_S)
+        conn.sock.settimeout(PATIENCE_S)
 
-    def hear_payloads(self, line: Line, count: int) -> None:
-        self.hear(line, count * self.size)
+    def hear_payloads(self, conn: PeerConnection, count: int) -> None:
+        self.hear(conn, count * self.size)
 
-    def store(self, line: Line, count: int) -> None:
+    def store(self, conn: PeerConnection, count: int) -> None:
         """Read so many payloads, or what there is of them, and ack each."""
         for _ in range(count):
-            self.hear_payloads(line, 1)
-            self.ack(line, 1)
+            self.hear_payloads(conn, 1)
+            self.ack(conn, 1)
 
-    def ack(self, line: Line, count: int) -> None:
+    def ack(self, conn: PeerConnection, count: int) -> None:
         """As many as are due, at the most."""
-        self._say(line, ACK * min(count, len(line.received) // self.size - len(self.said)))
+        self._say(conn, ACK * min(count, len(conn.received) // self.size - len(self.said)))
 
-    def say(self, line: Line, data: bytes) -> None:
+    def say(self, conn: PeerConnection, data: bytes) -> None:
         self.honest = False
-        self._say(line, data)
+        self._say(conn, data)
 
-    def answer(self, line: Line, data: bytes) -> None:
+    def answer(self, conn: PeerConnection, data: bytes) -> None:
         """Read as many payloads, or what there is of them, and say this in place of their acks."""
-        self.hear_payloads(line, len(data))
-        self.say(line, data)
+        self.hear_payloads(conn, len(data))
+        self.say(conn, data)
 
-    def _say(self, line: Line, data: bytes) -> None:
+    def _say(self, conn: PeerConnection, data: bytes) -> None:
         self.said += data
-        line.say(data)
+        conn.send(data)
 
-    def pause(self, line: Line, seconds: float) -> None:
+    def pause(self, conn: PeerConnection, seconds: float) -> None:
         time.sleep(seconds)
 
     # Ends.
 
-    def serve(self, line: Line) -> None:
+    def serve(self, conn: PeerConnection) -> None:
         """Read everything and ack it."""
-        while piece := line.sock.recv(2**20):
-            line.received += piece
-            self.ack(line, 2**20)
+        while piece := conn.sock.recv(2**20):
+            conn.received += piece
+            self.ack(conn, 2**20)
 
-    def listen(self, line: Line) -> None:
+    def listen(self, conn: PeerConnection) -> None:
         """Read everything and say nothing."""
-        line.hear_all()
+        conn.receive_all()
 
-    def stall(self, line: Line) -> None:
+    def stall(self, conn: PeerConnection) -> None:
         """Do nothing until the client has left."""
         assert self.client_left.wait(PATIENCE_S)
-        line.hear_all()
+        conn.receive_all()
 
-    def finish(self, line: Line) -> None:
-        finish(line)
-        line.hear_all()
+    def finish(self, conn: PeerConnection) -> None:
+        finish(conn)
+        conn.receive_all()
 
-    def hang_up(self, line: Line) -> None:
-        line.hang_up()
+    def hang_up(self, conn: PeerConnection) -> None:
+        conn.close()
 
-    def reset(self, line: Line) -> None:
+    def reset(self, conn: PeerConnection) -> None:
         assert self.client_came.wait(PATIENCE_S)  # or it may never hear the greeting
-        line.reset()
+        conn.reset()
 
 
 class Stage:
@@ -476,14 +476,14 @@ class Stage:
     def __init__(self, plans: Sequence[Plan], length: int) -> None:
         self.client_came, self.client_left = threading.Event(), threading.Event()
         self.scenes = [Scene(plan, length, self.client_came, self.client_left) for plan in plans]
-        self.lines: list[Line] = []
+        self.connections: list[PeerConnection] = []
         """The peer's."""
 
-    def __call__(self, line: Line) -> None:
-        number = self.lines.index(line)
+    def __call__(self, conn: PeerConnection) -> None:
+        number = self.connections.index(conn)
         if number < len(self.scenes):
-            self.scenes[number](line)
-        line.hang_up()
+            self.scenes[number](conn)
+        conn.close()
 
     @property
     def acks(self) -> int:
@@ -556,7 +556,7 @@ class Play(NamedTuple):
     length: int
     window: int
     more_rows: int  # in the buffer than are needed
-    replay: int
+    resend_acked: int
     tail: bool
     calls: Sequence[tuple[str, int, float | None]]  # methods of `Caller`, and what they take
     company: bool  # whether another thread waits all the time
@@ -598,7 +598,7 @@ def plays(*plans: st.SearchStrategy[Plan]) -> st.SearchStrategy[Play]:
         length=st.sampled_from([SMALL, SMALL, LARGE]),
         window=st.sampled_from([1, 2, 7, 32]),
         more_rows=st.sampled_from([0, 0, 3, 50]),
-        replay=st.sampled_from([0, 1, 3]),
+        resend_acked=st.sampled_from([0, 1, 3]),
         tail=st.booleans(),
         calls=st.builds(lambda first, rest: [first, *rest], sends, st.lists(calls, max_size=6)),
         company=st.booleans(),
@@ -609,13 +609,13 @@ def plays(*plans: st.SearchStrategy[Plan]) -> st.SearchStrategy[Play]:
 def act_out(play: Play, reconnect: float) -> tuple[Stage, Counts, bool]:
     """Gives also what the client counted, and whether `close` had nothing to say."""
     stage = Stage(play.plans, play.length)
-    rows = play.window + play.replay + play.more_rows + 1
+    rows = play.window + play.resend_acked + play.more_rows + 1
     with (
         leaving_nothing(),
         Peer(stage, receive_buffer=play.receive_buffer) as peer,
         ThreadPoolExecutor() as threads,
     ):
-        stage.lines = peer.lines
+        stage.connections = peer.connections
         client = TcpClient(
             peer.host,
             peer.port,
@@ -624,7 +624,7 @@ def act_out(play: Play, reconnect: float) -> tuple[Stage, Counts, bool]:
             stall_timeout=BRIEF_S,
             buffer_bytes=len(payload(0, play.length)) * rows,
             reconnect=reconnect,
-            resend_acked=play.replay,
+            resend_acked=play.resend_acked,
             resend_at_close=play.tail,
         )
         stage.client_came.set()
@@ -664,9 +664,9 @@ def make_calls(caller: Caller, play: Play, threads: ThreadPoolExecutor) -> bool:
 def with_tail(play: Play, accepted: int) -> bytes:
     """The payloads of the samples, and of those that are sent once more at the end."""
     numbers = list(range(accepted))
-    period = min(play.replay, accepted)
+    period = min(play.resend_acked, accepted)
     if play.tail and period:
-        numbers += [numbers[accepted - period + index % period] for index in range(play.replay)]
+        numbers += [numbers[accepted - period + index % period] for index in range(play.resend_acked)]
     return b"".join(payload(number, play.length) for number in numbers)
 
 
@@ -691,17 +691,17 @@ def test_whatever_the_peer_does_when_it_is_called_again(play: Play) -> None:
     stage, counts, _ = act_out(play, RECONNECT_S)
     expected = with_tail(play, counts.sent)
     acked = counts.sent - counts.unacked
-    acked_at_most = heard = 0
+    acked_at_most = received = 0
     for scene in stage.scenes:
-        latest = max(0, acked_at_most - play.replay)
+        latest = max(0, acked_at_most - play.resend_acked)
         starts = [row for row in range(latest + 1) if expected.startswith(scene.received, row * scene.size)]
         assert starts
         acked_at_most = max(acked_at_most, starts[-1] + scene.acks)
-        heard = max(heard, starts[-1] + len(scene.received) // scene.size)
+        received = max(received, starts[-1] + len(scene.received) // scene.size)
     assert acked <= acked_at_most
     if stage.honest:
-        assert acked <= heard
-    assert counts.resent <= counts.reconnects * (play.window + play.replay)
+        assert acked <= received
+    assert counts.resent <= counts.reconnects * (play.window + play.resend_acked)
 
 
 @pytest.mark.parametrize("flood", [ACK, b"\0", ACK * 63 + b"\xff"], ids=["acks", "zeros", "mostly acks"])
@@ -711,11 +711,11 @@ def test_a_peer_that_never_stops_acking(flood: bytes, caller: str) -> None:
     chunk = flood * (2**16 // len(flood))
     begin = threading.Event()
 
-    def script(line: Line) -> None:
-        line.say(GREETING)
+    def script(conn: PeerConnection) -> None:
+        conn.send(GREETING)
         assert begin.wait(PATIENCE_S)
         while True:
-            line.say(chunk)
+            conn.send(chunk)
 
     with leaving_nothing(), Peer(script) as peer:
         client = TcpClient(peer.host, peer.port, SAMPLE)

@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 import torch
 from calls import alarms, eventually, running
-from peers import Line, Peer, Script
+from peers import Peer, PeerConnection, Script
 from terminator import server_context
 
 from echo_torch import TLS, ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.client.resend import ResendTail
 from echo_torch.wire.tls_socket import GREETING_WAIT_S
 
-SOON_S = 30.0
+HANG_TIMEOUT_S = 30.0
 
 Behind = Callable[[Script], Script]
 
@@ -47,12 +47,12 @@ def behind(tls: TLS | None, certificates: Path) -> Behind:
     context = server_context(str(certificates / "server.pem"))
 
     def wrap(script: Script) -> Script:
-        def run(line: Line) -> None:
+        def run(conn: PeerConnection) -> None:
             try:
-                line.sock = context.wrap_socket(line.sock, server_side=True)
-                script(line)
+                conn.sock = context.wrap_socket(conn.sock, server_side=True)
+                script(conn)
             except ssl.SSLError:  # the client left, for an interrupt
-                line.hang_up()
+                conn.close()
 
         return run
 
@@ -96,18 +96,18 @@ class Checker:
         self.sample = {"x": np.zeros(words, np.int64)}
         self.seen: list[int] = []
 
-    def __call__(self, line: Line) -> None:
-        line.greet(self.sample)
+    def __call__(self, conn: PeerConnection) -> None:
+        conn.send_handshake(self.sample)
         size = self.sample["x"].nbytes
         left = b""
-        while data := line.sock.recv(1 << 18):
+        while data := conn.sock.recv(1 << 18):
             data = left + data
             whole = len(data) // size
             rows = np.frombuffer(data, np.int64, whole * size // 8).reshape(whole, size // 8)
             assert (rows == rows[:, :1]).all(), "a payload is torn"
             self.seen += rows[:, 0].tolist()
             left = data[whole * size :]
-            line.ack(whole)
+            conn.ack(whole)
         assert not left, "the connection ended inside a payload"
 
 
@@ -120,14 +120,14 @@ class CuttingChecker(Checker):
         self.connections = 0
         self._random = random.Random(1)
 
-    def __call__(self, line: Line) -> None:
-        line.greet(self.sample)
+    def __call__(self, conn: PeerConnection) -> None:
+        conn.send_handshake(self.sample)
         self.connections += 1
         size = self.sample["x"].nbytes
         left = self._random.randrange(1, 400 * size) if self.cutting else 1 << 62
         rest = b""
         numbers: list[int] = []
-        while data := line.sock.recv(min(left, 1 << 18)):
+        while data := conn.sock.recv(min(left, 1 << 18)):
             left -= len(data)
             data = rest + data
             whole = len(data) // size
@@ -136,11 +136,11 @@ class CuttingChecker(Checker):
             numbers += rows[:, 0].tolist()
             self.seen += rows[:, 0].tolist()
             rest = data[whole * size :]
-            line.ack(whole)
+            conn.ack(whole)
             if not left:
                 break
         assert numbers == sorted(set(numbers)), "repeated or out of order"
-        self._random.choice([line.hang_up, line.reset])()
+        self._random.choice([conn.close, conn.reset])()
 
 
 def storm(interrupts: Interrupts, strikes: int, longest_s: float, call: Callable[[int], Any]) -> set[int]:
@@ -190,7 +190,7 @@ def test_interrupted_sends(
         returned = storm(
             interrupts, strikes, longest_s, lambda number: client.send({"x": np.full(words, number, np.int64)})
         )
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert client.in_flight == 0
         accepted = client.counts().sent
     check(checker.seen, returned, accepted)
@@ -209,7 +209,7 @@ def test_interrupted_batches_of_a_sink(interrupts: Interrupts) -> None:
                 sink.send({"x": torch.arange(first, first + rows)[:, None].expand(rows, 4)})
 
             returned = storm(interrupts, 1000, 400e-6, send)
-            sink.wait(SOON_S)
+            sink.wait(HANG_TIMEOUT_S)
             stats = sink.stats()
             assert stats.in_flight == 0
     numbers = {batch * rows + row for batch in returned for row in range(rows)}
@@ -223,18 +223,18 @@ def test_interrupted_sends_and_waits_over_connections_that_are_cut(
     """Whoever is struck while finding out that the connection is lost: nothing is lost, and all counts settle."""
     checker = CuttingChecker(words)
     with Peer(behind(checker)) as peer:
-        options = {"buffer_bytes": 100 * 8 * words, "reconnect": SOON_S, "tls": tls}
+        options = {"buffer_bytes": 100 * 8 * words, "reconnect": HANG_TIMEOUT_S, "tls": tls}
         client = TcpClient("127.0.0.1", peer.port, checker.sample, window, **options)
 
         def send_and_wait(number: int) -> None:
             client.send({"x": np.full(words, number, np.int64)})
             if number % 8 == 0:
-                client.wait(SOON_S)
+                client.wait(HANG_TIMEOUT_S)
 
         returned = storm(interrupts, 5000 if tls is None else 1000, longest_s, send_and_wait)
         checker.cutting = False
-        client.wait(SOON_S)
-        client.close(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
+        client.close(HANG_TIMEOUT_S)
         counts = client.counts()
     assert returned <= set(checker.seen), "a send that returned was lost"
     assert len(set(checker.seen)) == counts.sent
@@ -264,13 +264,13 @@ def test_an_interrupt_that_follows_another_at_once_leaves_no_lock_held() -> None
                     signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 3e-4), 2e-5)
                     while left == 2:
                         client.send(checker.sample)
-                        client.wait(SOON_S)
+                        client.wait(HANG_TIMEOUT_S)
                 finally:
                     while left:
                         pass
             signal.setitimer(signal.ITIMER_REAL, 0)
             client.send(checker.sample)
-            client.wait(SOON_S)
+            client.wait(HANG_TIMEOUT_S)
 
 
 def test_interrupted_waits(interrupts: Interrupts, tls: TLS | None, behind: Behind) -> None:
@@ -279,11 +279,11 @@ def test_interrupted_waits(interrupts: Interrupts, tls: TLS | None, behind: Behi
 
         def send_and_wait(number: int) -> None:
             client.send({"x": np.full(4, number, np.int64)})
-            client.wait(SOON_S)
+            client.wait(HANG_TIMEOUT_S)
             assert client.in_flight == 0
 
         returned = storm(interrupts, 1500, 150e-6, send_and_wait)
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         assert client.in_flight == 0
         accepted = client.counts().sent
     check(checker.seen, returned, accepted)
@@ -292,9 +292,9 @@ def test_interrupted_waits(interrupts: Interrupts, tls: TLS | None, behind: Behi
 def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descriptors: None) -> None:
     """The peer never acks, so `close` is struck in its flush. The next one frees everything; neither hangs."""
 
-    def silent(line: Line) -> None:
-        line.greet({"x": np.zeros(4, np.int64)})
-        line.hear_all()
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake({"x": np.zeros(4, np.int64)})
+        conn.receive_all()
 
     for _ in range(100):
         with Peer(silent) as peer:
@@ -310,7 +310,7 @@ def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descri
             with suppress(DeliveryTimeoutError, ConnectionClosedError):
                 client.close(timeout=0)
             with pytest.raises(ConnectionClosedError):
-                client.wait(SOON_S)
+                client.wait(HANG_TIMEOUT_S)
     assert interrupts.count > 10
 
 
@@ -328,12 +328,12 @@ def test_close_that_is_interrupted_leaves_the_rest_to_the_thread(monkeypatch: py
         client = TcpClient("127.0.0.1", peer.port, checker.sample, resend_at_close=True, resend_acked=2)
         for number in range(5):
             client.send({"x": np.full(4, number, np.int64)})
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
         with monkeypatch.context() as patch:
             patch.setattr(ResendTail, "pack", strike)
             with pytest.raises(KeyboardInterrupt):
                 client.close()
-        client.close(SOON_S)
+        client.close(HANG_TIMEOUT_S)
     assert checker.seen == [0, 1, 2, 3, 4, 3, 4]
     assert client.counts().maybe_lost == 0
 
@@ -355,7 +355,7 @@ def test_interrupted_connecting_leaves_nothing(
             made = TcpClient("127.0.0.1", peer.port, checker.sample, tls=tls)
             interrupts.disarm()
             made.send({"x": np.full(4, number, np.int64)})
-            made.close(SOON_S)
+            made.close(HANG_TIMEOUT_S)
 
         def sink(number: int) -> None:
             made = EchoSink("127.0.0.1", peer.port, checker.sample, resend_at_close=False, tls=tls)
@@ -364,7 +364,7 @@ def test_interrupted_connecting_leaves_nothing(
                 made.send({"x": np.full(4, number, np.int64)})
             finally:
                 interrupts.disarm()
-                made.close(SOON_S)
+                made.close(HANG_TIMEOUT_S)
 
         returned = storm(interrupts, strikes, longest_s, sink if lazily else client)
     assert returned <= set(checker.seen)
@@ -378,15 +378,15 @@ from echo_torch import ConnectionClosedError, DeliveryTimeoutError, TcpClient
 port, what = int(sys.argv[1]), sys.argv[2]
 sample = {"x": np.zeros(4, np.int64)}
 chance = random.Random(0)
-told = {}
+outcomes = {}
 struck = 0
 
 def call(function, *arguments):
     try:
         function(*arguments)
-        told["done"] = told.get("done", 0) + 1
+        outcomes["done"] = outcomes.get("done", 0) + 1
     except (RuntimeError, ConnectionClosedError, DeliveryTimeoutError) as error:
-        told[type(error).__name__] = told.get(type(error).__name__, 0) + 1
+        outcomes[type(error).__name__] = outcomes.get(type(error).__name__, 0) + 1
 
 def handler(*_):
     global struck
@@ -408,7 +408,7 @@ for number in range(150):
     call(client.close)
     assert client.closed
 assert struck >= 150
-assert told["done"] and told.keys() <= {"done", "RuntimeError", "ConnectionClosedError", "DeliveryTimeoutError"}, told
+assert outcomes["done"] and outcomes.keys() <= {"done", "RuntimeError", "ConnectionClosedError", "DeliveryTimeoutError"}, outcomes
 print("ended")
 """
 
@@ -422,7 +422,7 @@ def test_a_signal_handler_that_calls_us_hangs_nothing(what: str, handler: str) -
         command = [sys.executable, "-W", "error", "-c", CALLING_HANDLER, str(peer.port), what, handler]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             try:
-                out, err = process.communicate(timeout=SOON_S)
+                out, err = process.communicate(timeout=HANG_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
@@ -434,10 +434,10 @@ def test_interrupted_looks_at_what_a_lost_connection_left(interrupts: Interrupts
     """They wait for its thread, and leave nothing locked that `close` waits for."""
     sample = {"x": np.zeros((), np.int64)}
 
-    def resets(line: Line) -> None:
-        line.greet(sample)
-        line.hear(8)
-        line.reset()
+    def resets(conn: PeerConnection) -> None:
+        conn.send_handshake(sample)
+        conn.receive(8)
+        conn.reset()
 
     with Peer(resets) as peer:
         client = TcpClient("127.0.0.1", peer.port, sample)

@@ -29,11 +29,22 @@ import pytest
 import torch
 from calls import Gate, eventually
 from leaks import open_descriptors
-from peers import Line, Peer, full_queue
+from peers import Peer, PeerConnection, full_queue
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 from torchdata.stateful_dataloader import StatefulDataLoader
-from training import STALLING, DigitLearner, Digits, Item, arrived, came, digit, learner, numbers_of, sink_to
+from training import (
+    STALLING_COUNT,
+    DigitLearner,
+    Digits,
+    Item,
+    arrived,
+    digit,
+    learner,
+    numbers_of,
+    sink_to,
+    wait_for_numbers,
+)
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.processes import child as child_module
@@ -190,7 +201,7 @@ def test_every_sample_of_every_epoch_arrives(
         sink.close()
         stats = sink.stats()
     expected = Counter(range(first, first + COUNT * EPOCHS))
-    got = came(server, expected)
+    got = wait_for_numbers(server, expected)
     repeated = got.total() - expected.total()
     assert repeated <= SERVER_QUEUE_SAMPLES * exits
     assert (stats.samples_acked, stats.maybe_lost) == (COUNT * EPOCHS, 0)
@@ -223,7 +234,7 @@ def test_iterable_datasets_send_what_they_make(fast: DigitLearner) -> None:
         assert [token for batch in tokens for token in batch] == [Sent(1)] * COUNT
         sink.wait()
         assert sink.stats().samples_acked == COUNT
-        came(fast, Counter(range(first, first + COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + COUNT)))
 
 
 def test_a_batch_that_is_not_handed_on_is_counted_all_the_same(fast: DigitLearner) -> None:
@@ -232,7 +243,7 @@ def test_a_batch_that_is_not_handed_on_is_counted_all_the_same(fast: DigitLearne
         tokens = list(loader(sink.collate(forward=False), Digits(COUNT, first), 2))
         assert tokens == [Sent(BATCH)] * (COUNT // BATCH)
         sink.wait()
-        came(fast, Counter(range(first, first + COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + COUNT)))
 
 
 def test_two_loaders_two_sinks_and_the_main_process_at_once(fast: DigitLearner) -> None:
@@ -250,7 +261,7 @@ def test_two_loaders_two_sinks_and_the_main_process_at_once(fast: DigitLearner) 
         assert (one.stats().samples_acked, one.stats().in_flight) == (3 * COUNT, 0)
         two.wait()
         assert (two.stats().samples_acked, two.stats().in_flight) == (COUNT, 0)
-        came(fast, Counter(range(first, first + 4 * COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + 4 * COUNT)))
 
 
 class Busy:
@@ -282,10 +293,10 @@ def test_threads_and_children_of_workers_send(fast: DigitLearner) -> None:
         assert numbers_of(loader(Busy(sink), Digits(COUNT, first), 2)) == Counter(range(first, first + COUNT))
         sink.wait()
         assert (sink.stats().samples_acked, sink.stats().in_flight) == (COUNT, 0)
-        came(fast, Counter(range(first, first + COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + COUNT)))
 
 
-def _rank_of_few_words(sink: EchoSink, first: int) -> None:
+def _rank_that_only_loads(sink: EchoSink, first: int) -> None:
     """Leaves everything to its workers, which it has still when it ends."""
     batches = loader(sink.collate(forward=False), Digits(COUNT, first), 2, persistent_workers=True)
     assert len(list(batches)) == COUNT // BATCH
@@ -295,39 +306,41 @@ def test_ranks_that_end_with_live_workers_lose_nothing(fast: DigitLearner) -> No
     first = new_numbers(2 * COUNT)
     context = multiprocessing.get_context("fork")
     with sink_to(fast, max_inflight_msgs=1) as sink:
-        ranks = [context.Process(target=_rank_of_few_words, args=(sink, first + COUNT * i)) for i in range(2)]
+        ranks = [context.Process(target=_rank_that_only_loads, args=(sink, first + COUNT * i)) for i in range(2)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
             rank.join()
         assert [rank.exitcode for rank in ranks] == [0, 0]
-        came(fast, Counter(range(first, first + 2 * COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + 2 * COUNT)))
 
 
-def _rank(sink: EchoSink, first: int, told: Any) -> None:
+def _rank(sink: EchoSink, first: int, results: Any) -> None:
     """Sends by itself and by two workers, as a rank of a distributed job does."""
     batches = numbers_of(loader(sink.collate(), Digits(COUNT, first), 2))
     sink.send({name: leaf[None] for name, leaf in digit(first + COUNT).items()})
     sink.wait()
-    told.put((batches.total(), sink.stats().samples_acked, sink.stats().in_flight))
+    results.put((batches.total(), sink.stats().samples_acked, sink.stats().in_flight))
 
 
 def test_ranks_each_wait_for_their_own_workers(fast: DigitLearner) -> None:
     first = new_numbers(2 * (COUNT + 1))
     context = multiprocessing.get_context("fork")
-    told = context.SimpleQueue()
+    results = context.SimpleQueue()
     with sink_to(fast) as sink:
-        ranks = [context.Process(target=_rank, args=(sink, first + number * (COUNT + 1), told)) for number in range(2)]
+        ranks = [
+            context.Process(target=_rank, args=(sink, first + number * (COUNT + 1), results)) for number in range(2)
+        ]
         for rank in ranks:
             rank.start()
-        assert [told.get() for _ in ranks] == [(COUNT, COUNT + 1, 0)] * 2
+        assert [results.get() for _ in ranks] == [(COUNT, COUNT + 1, 0)] * 2
         for rank in ranks:
             rank.join()
         assert [rank.exitcode for rank in ranks] == [0, 0]
         sink.wait()
         assert sink.stats().samples_acked == 2, "those that the ranks sent themselves"
-        came(fast, Counter(range(first, first + 2 * (COUNT + 1))))
-    told.close()
+        wait_for_numbers(fast, Counter(range(first, first + 2 * (COUNT + 1))))
+    results.close()
 
 
 def test_the_pickle_of_a_sink_that_ray_makes_sends(fast: DigitLearner) -> None:
@@ -339,7 +352,7 @@ def test_the_pickle_of_a_sink_that_ray_makes_sends(fast: DigitLearner) -> None:
         assert numbers_of(loader(copy, Digits(COUNT, first), 2)) == Counter(range(first, first + COUNT))
         sink.wait()
         assert sink.stats().samples_acked == COUNT
-        came(fast, Counter(range(first, first + COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + COUNT)))
 
 
 def test_workers_send_through_another_client(fast: DigitLearner) -> None:
@@ -350,7 +363,7 @@ def test_workers_send_through_another_client(fast: DigitLearner) -> None:
         assert numbers_of(batches) == Counter(range(first, first + COUNT))
         sink.wait()
         assert (sink.stats().samples_acked, sink.stats().in_flight) == (COUNT, 0)
-        came(fast, Counter(range(first, first + COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + COUNT)))
 
 
 def test_a_worker_has_a_smaller_buffer() -> None:
@@ -358,10 +371,10 @@ def test_a_worker_has_a_smaller_buffer() -> None:
     sample = {"x": torch.zeros(1 << 16, dtype=torch.uint8)}
     go = Gate()
 
-    def silent(line: Line) -> None:
-        line.greet({"x": sample["x"].numpy()})
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake({"x": sample["x"].numpy()})
         go.wait()
-        line.reset()
+        conn.reset()
 
     with Peer(silent) as peer:
         sink = EchoSink("127.0.0.1", peer.port, sample, reconnect=0)
@@ -411,7 +424,7 @@ def test_batches_out_of_order_are_all_sent(fast: DigitLearner) -> None:
             range(first, first + COUNT)
         )
         sink.wait()
-        came(fast, Counter(range(first, first + COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + COUNT)))
 
 
 class Counting(Stream):
@@ -461,7 +474,7 @@ def test_a_loader_that_is_resumed_sends_the_rest(fast: DigitLearner, kind: str, 
         assert sink.stats().in_flight == 0
     expected = Counter(range(first, first + COUNT))
     assert seen == expected
-    came(fast, expected)
+    wait_for_numbers(fast, expected)
 
 
 def failure(batches: Iterable[Any]) -> BaseException:
@@ -500,7 +513,7 @@ def test_what_fails_in_a_worker_is_raised_in_the_loop(
 
 
 @pytest.fixture
-def told_of_deaths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def death_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Has torch set its handler of SIGCHLD anew, which it does once; trainers put others in its place."""
     before = signal.getsignal(signal.SIGCHLD)
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
@@ -508,7 +521,7 @@ def told_of_deaths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.signal(signal.SIGCHLD, before)
 
 
-def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner, told_of_deaths: None) -> None:
+def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner, death_warnings: None) -> None:
     """By torch at any moment, and by the next wait, once."""
     first = new_numbers(TOO_MANY + 1)
     others = multiprocessing.active_children()
@@ -518,7 +531,7 @@ def test_a_worker_that_is_killed_is_told_of_with_its_samples(fast: DigitLearner,
         batches = iter(loader(sink.collate(), Digits(TOO_MANY, first), 2, prefetch_factor=20))
         next(batches)
         victim = next(child for child in multiprocessing.active_children() if child not in others)
-        eventually(lambda: sink.stats().samples_sent > 2 * STALLING)
+        eventually(lambda: sink.stats().samples_sent > 2 * STALLING_COUNT)
         began = time.monotonic()
 
         def struck() -> Iterator[None]:
@@ -561,7 +574,7 @@ def test_a_learner_that_is_stalled_while_workers_end_is_told_of() -> None:
         assert numbers_of(loader(sink.collate(), Digits(TOO_MANY), 2)).total() == TOO_MANY
         assert set(multiprocessing.active_children()) == set(others)
         left = sink.stats().in_flight
-        assert left > TOO_MANY - STALLING
+        assert left > TOO_MANY - STALLING_COUNT
         with pytest.raises(DeliveryTimeoutError, match=r"close\(\) not done within 4 s; .* samples un-acked") as error:
             sink.wait(10)
         assert error.value.unacked == left
@@ -615,9 +628,9 @@ def test_workers_of_later_epochs_do_not_wait_for_a_learner_that_is_gone_and_find
     monkeypatch.setattr(child_module, "WORKER_RECONNECT_S", 0.5)
     sample = {name: leaf.numpy() for name, leaf in digit(0).items()}
 
-    def acking(line: Line) -> None:
-        line.greet(sample)
-        line.hear_all(ack_every=sum(leaf.nbytes for leaf in sample.values()))
+    def acking(conn: PeerConnection) -> None:
+        conn.send_handshake(sample)
+        conn.receive_all(ack_every=sum(leaf.nbytes for leaf in sample.values()))
 
     with Peer(acking) as peer:
         peer.refuse()
@@ -645,7 +658,7 @@ def test_workers_are_told_to_end_by_close(fast: DigitLearner) -> None:
         sink.close()
         stats = sink.stats()
         assert (stats.samples_acked, stats.maybe_lost) == (COUNT, 0)
-        came(fast, Counter(range(first, first + COUNT)))
+        wait_for_numbers(fast, Counter(range(first, first + COUNT)))
         with pytest.raises(ConnectionClosedError, match="this sink was closed"):
             list(batches)
 
@@ -769,7 +782,7 @@ def test_main_is_killed_and_the_next_run_removes_what_it_left(home: Path) -> Non
 # A state that the iterator has.
 
 
-class Turn(Iterator[Item]):
+class StatefulIterator(Iterator[Item]):
     """The items of a worker's share, one after another; with a state."""
 
     def __init__(self, items: list[Item]) -> None:
@@ -789,9 +802,9 @@ class Turn(Iterator[Item]):
         self.given = state["given"]
 
 
-class Turns(Stream):
+class StatefulStream(Stream):
     def __iter__(self) -> Iterator[Item]:
-        return Turn(list(super().__iter__()))
+        return StatefulIterator(list(super().__iter__()))
 
 
 @pytest.mark.filterwarnings("ignore:.set_vital. is deprecated:UserWarning")  # torchdata calls it
@@ -801,7 +814,7 @@ def test_a_loader_that_is_resumed_by_the_state_of_an_iterator_sends_the_rest(
 ) -> None:
     """And nothing once more that the loop had seen."""
     first = new_numbers(COUNT)
-    items = Turns(Map(COUNT, first, torch.zeros(1, dtype=torch.int64)))
+    items = StatefulStream(Map(COUNT, first, torch.zeros(1, dtype=torch.int64)))
     with sink_to(fast) as sink:
         batches = StatefulDataLoader(SinkDataset(items, sink), BATCH, num_workers=workers)
         iterator = iter(batches)
@@ -816,5 +829,5 @@ def test_a_loader_that_is_resumed_by_the_state_of_an_iterator_sends_the_rest(
         assert sink.stats().samples_sent == rest.total()
     expected = Counter(range(first, first + COUNT))
     assert seen + rest == expected
-    came(fast, expected)
+    wait_for_numbers(fast, expected)
     assert "fast-forwarding" not in caplog.text

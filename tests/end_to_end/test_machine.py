@@ -34,7 +34,7 @@ from echo_torch.wire.protocol import WireLeaf, encode_handshake
 SIZE = 40
 EXAMPLE = numbered.example(SIZE)
 GREETING = len(encode_handshake([WireLeaf(1, EXAMPLE["check"].shape), WireLeaf(8, ())]))
-QUEUE = REPLAY = 8
+QUEUE = RESEND_ACKED = 8
 BATCH_SIZE = 64
 LONG_S = 20.0
 """Far more than a call takes that nothing keeps from being done."""
@@ -96,7 +96,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.client is None and not self.frozen and not self.refusing)
     @rule(
         window=st.sampled_from([1, 4, 32]),
-        rows=st.sampled_from([REPLAY + 2, 40, 400]),
+        rows=st.sampled_from([RESEND_ACKED + 2, 40, 400]),
         reconnect=st.sampled_from([0.0, 0.3, LONG_S, LONG_S]),
         tail=st.booleans(),
     )
@@ -114,7 +114,7 @@ class Machine(RuleBasedStateMachine):
             window,
             buffer_bytes=rows * SIZE,
             reconnect=reconnect,
-            resend_acked=REPLAY,
+            resend_acked=RESEND_ACKED,
             resend_at_close=tail,
         )
 
@@ -189,7 +189,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1), kind=st.sampled_from(list(KINDS)))
     def restart_elsewhere(self, which: int, kind: str) -> None:
         """The address leads to another server from now on; the first one stores what it has."""
-        self.stage.cutter.lead_to(self.stage.learners[which].port)
+        self.stage.cutter.redirect_to(self.stage.learners[which].port)
         self.stage.cutter.cut(kind)
 
     @precondition(lambda self: self.client is not None or self.frozen)
@@ -228,7 +228,7 @@ class Machine(RuleBasedStateMachine):
             assert time.monotonic() < deadline, "it never ended"
             time.sleep(0.005)
         sure = self.tail and not failed and self.lasting
-        self.settle(0 if sure else len(self.accepted), duplicates + self.window + 2 * REPLAY)
+        self.settle(0 if sure else len(self.accepted), duplicates + self.window + 2 * RESEND_ACKED)
 
     def outcome(self, call: Callable[[], object], timeout: float) -> Any:
         """Make a call, which must end in its time; gives its error if that says what became of the samples."""
@@ -255,7 +255,7 @@ class Machine(RuleBasedStateMachine):
         if error is not None:
             assert counts.unacked == error.unacked
             assert counts.maybe_lost > 0
-        assert counts.unacked <= counts.maybe_lost <= counts.unacked + REPLAY
+        assert counts.unacked <= counts.maybe_lost <= counts.unacked + RESEND_ACKED
         if self.tail and self.lasting and timeout >= LONG_S:
             assert counts.maybe_lost == 0
         self.settle(counts.maybe_lost, counts.maybe_duplicated)

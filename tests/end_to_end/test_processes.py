@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 SAMPLE = {"id": np.zeros((), np.int64)}
 SIZE = 8
@@ -51,13 +51,13 @@ def execute(arguments: list[str]) -> str:
     return out
 
 
-def numbers(line: Line) -> list[int]:
-    return np.frombuffer(bytes(line.received), np.int64).tolist()
+def numbers(conn: PeerConnection) -> list[int]:
+    return np.frombuffer(bytes(conn.received), np.int64).tolist()
 
 
-def acking(line: Line) -> None:
-    line.greet(SAMPLE)
-    line.hear_all(ack_every=SIZE)
+def acking(conn: PeerConnection) -> None:
+    conn.send_handshake(SAMPLE)
+    conn.receive_all(ack_every=SIZE)
 
 
 def test_import_loads_no_server_no_trainer_and_starts_nothing() -> None:
@@ -87,13 +87,13 @@ def test_interpreter_exit_delivers_what_is_in_flight() -> None:
             """,
             peer.port,
         )
-        assert numbers(peer.lines[0]) == list(range(5000))
+        assert numbers(peer.connections[0]) == list(range(5000))
 
 
 def test_interpreter_exit_is_bounded_and_says_what_is_left() -> None:
-    def silent(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear_all()
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive_all()
 
     with Peer(silent) as peer:
         out = run(
@@ -111,20 +111,20 @@ def test_interpreter_exit_is_bounded_and_says_what_is_left() -> None:
 def test_interpreter_exit_with_one_peer_that_stalls_delivers_to_all_others() -> None:
     """And their tails: none has to wait for the time that another takes in vain."""
 
-    def silent(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear_all()
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive_all()
 
-    def steady(line: Line) -> None:
+    def steady(conn: PeerConnection) -> None:
         """Takes a second for everything, so that nothing of it was done before the exit."""
-        line.greet(SAMPLE)
-        line.hear(SIZE)
+        conn.send_handshake(SAMPLE)
+        conn.receive(SIZE)
         for _ in range(10):
             time.sleep(0.1)
-            line.ack()
-            line.hear(SIZE)
-        line.ack()
-        line.hear_all(ack_every=SIZE)
+            conn.ack()
+            conn.receive(SIZE)
+        conn.ack()
+        conn.receive_all(ack_every=SIZE)
 
     with Peer(silent) as stalled, Peer(steady) as healthy:
         began = time.monotonic()
@@ -141,7 +141,7 @@ def test_interpreter_exit_with_one_peer_that_stalls_delivers_to_all_others() -> 
             stalled.port,
         )
         assert time.monotonic() - began < LIMIT_S / 2
-        assert [numbers(line) for line in healthy.lines] == [[*range(200), 197, 198, 199]] * 3
+        assert [numbers(conn) for conn in healthy.connections] == [[*range(200), 197, 198, 199]] * 3
     assert out.count("un-acked") == 2
 
 
@@ -163,7 +163,7 @@ def test_sys_exit_in_a_thread_harms_nothing() -> None:
             """,
             peer.port,
         )
-        assert [numbers(line) for line in peer.lines] == [[0, 1]] * 2
+        assert [numbers(conn) for conn in peer.connections] == [[0, 1]] * 2
 
 
 def test_a_forked_child_cannot_use_its_parents_client_and_leaves_it_alone() -> None:
@@ -193,8 +193,8 @@ def test_a_forked_child_cannot_use_its_parents_client_and_leaves_it_alone() -> N
             peer.port,
         )
         assert out.split() == ["True", "True", "True", "0"]
-        assert len(peer.lines) == 1
-        assert numbers(peer.lines[0]) == list(range(100))
+        assert len(peer.connections) == 1
+        assert numbers(peer.connections[0]) == list(range(100))
 
 
 def test_fork_while_a_thread_connects_never_hangs_the_child() -> None:
@@ -268,27 +268,27 @@ def test_fork_while_threads_send_never_hangs_the_child() -> None:
         )
         right, from_client, from_sink = out.split()
         assert right == "True"
-        assert numbers(peer.lines[0]) == list(range(int(from_client)))
-        assert numbers(peer.lines[1]) == list(range(int(from_sink)))
-        children = sorted(numbers(line) for line in peer.lines[2:])
+        assert numbers(peer.connections[0]) == list(range(int(from_client)))
+        assert numbers(peer.connections[1]) == list(range(int(from_sink)))
+        children = sorted(numbers(conn) for conn in peer.connections[2:])
         assert children == [[1_000_000 + number] for number in range(25)]
 
 
 def test_forks_among_large_samples_tear_none() -> None:
     """Of 4 MiB, each made of one number. Parent and child send at the same time; the children end in three ways."""
     words = 1 << 19
-    heard: list[list[int]] = []
+    received: list[list[int]] = []
 
-    def check(line: Line) -> None:
-        line.greet({"x": np.zeros(words, np.int64)})
+    def check(conn: PeerConnection) -> None:
+        conn.send_handshake({"x": np.zeros(words, np.int64)})
         mine: list[int] = []
-        heard.append(mine)
+        received.append(mine)
         while True:
-            payload = np.frombuffer(line.hear(words * 8), np.int64)
-            line.received.clear()
+            payload = np.frombuffer(conn.receive(words * 8), np.int64)
+            conn.received.clear()
             assert (payload == payload[0]).all()
             mine.append(int(payload[0]))
-            line.ack()
+            conn.ack()
 
     with Peer(check) as peer:
         out = run(
@@ -327,8 +327,8 @@ def test_forks_among_large_samples_tear_none() -> None:
             peer.port,
         )
     assert out == "True\n"
-    assert heard[:2] == [list(range(15))] * 2
-    assert heard[2:] == [[100, 101, 102], [200, 201, 202], [300, 301, 302]]
+    assert received[:2] == [list(range(15))] * 2
+    assert received[2:] == [[100, 101, 102], [200, 201, 202], [300, 301, 302]]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -356,5 +356,5 @@ def check_children(method: str, how: str) -> None:
     with Peer(acking) as peer:
         program = str(HELPERS / "children.py")
         assert execute([program, method, str(peer.port), how]) == "[0, 0]\n"
-        received = sorted(numbers(line) for line in peer.lines)
+        received = sorted(numbers(conn) for conn in peer.connections)
     assert received == [list(range(first, first + 1000)) for first in (0, 1000, 2000)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from learner_process import Learner
-from producing import BATCH, BATCHES, EXAMPLE, SINKS, Farm
+from producing import BATCH, BATCHES, EXAMPLE, SINKS, SinkProcess
 
 FILLER = 255
 ARRIVE_S = 30.0
@@ -15,10 +15,10 @@ TAIL = 8
 """Samples that each sink sends once more when it is closed."""
 
 
-def together(farms: list[Farm], method: str) -> list[Any]:
-    for farm in farms:
-        farm.begin(method)
-    return [farm.ended() for farm in farms]
+def together(processes: list[SinkProcess], method: str) -> list[Any]:
+    for process in processes:
+        process.start_call(method)
+    return [process.result() for process in processes]
 
 
 def everything(learner: Learner, samples: int) -> list[list[int]]:
@@ -38,12 +38,12 @@ def everything(learner: Learner, samples: int) -> list[list[int]]:
 def test_what_many_sinks_send_arrives_in_the_order_of_each() -> None:
     """And nothing is left behind of them."""
     samples = BATCHES * BATCH
-    with Learner(EXAMPLE) as learner, Farm(learner.port, 0) as one, Farm(learner.port, SINKS) as other:
-        farms = [one, other]
-        assert [farm.ended() for farm in farms] == [None, None]
-        assert together(farms, "connect") == [SINKS, SINKS]
-        assert together(farms, "send") == [SINKS * samples, SINKS * samples]
-        assert together(farms, "close") == [(0, 0), (0, 0)]
+    with Learner(EXAMPLE) as learner, SinkProcess(learner.port, 0) as one, SinkProcess(learner.port, SINKS) as other:
+        processes = [one, other]
+        assert [process.result() for process in processes] == [None, None]
+        assert together(processes, "connect") == [SINKS, SINKS]
+        assert together(processes, "send") == [SINKS * samples, SINKS * samples]
+        assert together(processes, "close") == [(0, 0), (0, 0)]
         each = everything(learner, samples)
     expected = [*range(samples), *range(samples - TAIL, samples)]  # the server may discard what was sent once more
     for indexes in each:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from calls import Gate
 from learner_process import Learner
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 LIMIT_S = 60.0
 ROOT = Path(__file__).parents[2]
@@ -98,17 +98,17 @@ IN_THE_BUFFER = 64 - 8
 def test_sigterm_delivers_what_was_sent() -> None:
     """It comes when the buffer is full and `send` blocks."""
     ended = Gate()
-    heard: list[int] = []
+    received: list[int] = []
 
-    def learner(line: Line) -> None:
-        line.greet([np.zeros(1 << 17, np.int64)])
+    def learner(conn: PeerConnection) -> None:
+        conn.send_handshake([np.zeros(1 << 17, np.int64)])
         ended.wait()
         while True:
-            payload = np.frombuffer(line.hear(1 << 20), np.int64)
-            line.received.clear()
+            payload = np.frombuffer(conn.receive(1 << 20), np.int64)
+            conn.received.clear()
             assert (payload == payload[0]).all()
-            heard.append(int(payload[0]))
-            line.ack()
+            received.append(int(payload[0]))
+            conn.ack()
 
     with Peer(learner) as peer:
         command = [sys.executable, "-W", "error", "-c", LOADER + with_port(SIGTERM, peer.port)]
@@ -123,9 +123,9 @@ def test_sigterm_delivers_what_was_sent() -> None:
             finally:
                 process.kill()
     assert (process.returncode, err) == (143, "")
-    sent = len(heard) - 8  # the tail is sent twice
+    sent = len(received) - 8  # the tail is sent twice
     assert sent >= IN_THE_BUFFER
-    assert heard == [*range(sent), *range(sent - 8, sent)]
+    assert received == [*range(sent), *range(sent - 8, sent)]
 
 
 # Commands, and what they print.
@@ -151,14 +151,14 @@ def started(*command: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, **pipes) as process:  # type: ignore[call-overload]
 
-        def told(pattern: str) -> str:
+        def wait_for_output(pattern: str) -> str:
             for line in process.stdout:
                 if found := re.search(pattern, line):
                     return found[1]
             raise AssertionError(f"{command} ended with {process.wait()} before it said {pattern!r}")
 
         try:
-            yield process, told
+            yield process, wait_for_output
         finally:
             process.kill()  # also one that is stopped
 
@@ -178,8 +178,8 @@ HTTP = shlex.split(next(iter(re.findall(r"`python (-m http.server) 8080`", READM
 @pytest.fixture(scope="module")
 def port(folder: Path) -> Iterator[str]:
     """Of a learner that is started as the README says."""
-    with started(*SERVE, "--port", "0", folder=folder) as (_, told):
-        yield told(r"port (\d+)")
+    with started(*SERVE, "--port", "0", folder=folder) as (_, wait_for_output):
+        yield wait_for_output(r"port (\d+)")
 
 
 def shown(text: str) -> str:
@@ -215,19 +215,19 @@ def test_commands_that_reach_a_learner(folder: Path, port: str, block: str, code
 
 
 def test_the_doctor_of_a_web_server(folder: Path) -> None:
-    with started(*HTTP, "0", folder=folder) as (_, told):
-        check(NO_ECHO, folder, told(r"port (\d+)"), 1)
+    with started(*HTTP, "0", folder=folder) as (_, wait_for_output):
+        check(NO_ECHO, folder, wait_for_output(r"port (\d+)"), 1)
 
 
 def test_the_doctor_of_a_closed_port(folder: Path) -> None:
-    with Peer(lambda line: None) as peer:
+    with Peer(lambda conn: None) as peer:
         peer.refuse()
         check(NOBODY, folder, str(peer.port), 1)
 
 
 def test_the_doctor_of_a_learner_that_is_stopped(folder: Path) -> None:
-    with started(*SERVE, "--port", "0", folder=folder) as (process, told):
-        at = told(r"port (\d+)")
+    with started(*SERVE, "--port", "0", folder=folder) as (process, wait_for_output):
+        at = wait_for_output(r"port (\d+)")
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         check(STOPPED, folder, at, 1)

@@ -45,7 +45,7 @@ class Case:
     """Samples of ``size`` bytes, ``window`` of them un-acked, to a server whose queues hold ``queue``."""
 
     queue: int
-    replay: int
+    resend_acked: int
     size: int
     window: int
     busy: float
@@ -55,29 +55,29 @@ class Case:
 
     def __str__(self) -> str:
         learner = "busy" if self.busy else "fast"
-        return f"Q{self.queue}-R{self.replay}-{self.size}B-W{self.window}-{learner}"
+        return f"Q{self.queue}-R{self.resend_acked}-{self.size}B-W{self.window}-{learner}"
 
     @property
     def buffer_bytes(self) -> int:
         """Little enough for the sender to go round it all the time, and to wait for room in it."""
-        return (2 * self.window + self.replay) * self.size
+        return (2 * self.window + self.resend_acked) * self.size
 
     @property
     def duplicates(self) -> int:
         """Most that one cut may cause."""
-        return self.window + self.replay
+        return self.window + self.resend_acked
 
 
 CASES = (
-    Case(queue=1, replay=1, size=29, window=1024, busy=0.004, most=8_000),
-    Case(queue=8, replay=8, size=29, window=1024, busy=0.0, most=20_000),
-    Case(queue=8, replay=8, size=4096, window=64, busy=0.004, most=2_000),
-    Case(queue=8, replay=8, size=32768, window=192, busy=0.004, most=1_000),
-    Case(queue=32, replay=32, size=29, window=256, busy=0.004, most=8_000),
-    Case(queue=32, replay=32, size=4096, window=256, busy=0.0, most=4_000),
-    Case(queue=8, replay=0, size=29, window=256, busy=0.004, most=4_000),
-    Case(queue=32, replay=0, size=4096, window=64, busy=0.004, most=2_000),
-    Case(queue=32, replay=8, size=29, window=256, busy=0.004, most=4_000),
+    Case(queue=1, resend_acked=1, size=29, window=1024, busy=0.004, most=8_000),
+    Case(queue=8, resend_acked=8, size=29, window=1024, busy=0.0, most=20_000),
+    Case(queue=8, resend_acked=8, size=4096, window=64, busy=0.004, most=2_000),
+    Case(queue=8, resend_acked=8, size=32768, window=192, busy=0.004, most=1_000),
+    Case(queue=32, resend_acked=32, size=29, window=256, busy=0.004, most=8_000),
+    Case(queue=32, resend_acked=32, size=4096, window=256, busy=0.0, most=4_000),
+    Case(queue=8, resend_acked=0, size=29, window=256, busy=0.004, most=4_000),
+    Case(queue=32, resend_acked=0, size=4096, window=64, busy=0.004, most=2_000),
+    Case(queue=32, resend_acked=8, size=29, window=256, busy=0.004, most=4_000),
 )
 
 
@@ -121,8 +121,8 @@ def test_total_queue(case: Case, pytestconfig: pytest.Config, record_property: C
     report = deliver(case, cuts_of(pytestconfig), EchoSink, seed)
     record_property("total queue", {"case": str(case), "seed": seed, **report})
     assert report["unexpected"] == 0, report
-    assert report["lost"] <= report["cuts"] * max(0, case.queue - case.replay), report
-    assert report["duplicated"] <= report["cuts"] * case.duplicates + case.replay, report
+    assert report["lost"] <= report["cuts"] * max(0, case.queue - case.resend_acked), report
+    assert report["duplicated"] <= report["cuts"] * case.duplicates + case.resend_acked, report
     assert report["duplicated"] <= report["maybe_duplicated"], report
     assert report["reconnects"] <= report["cuts"], report
     assert report["resent"] <= report["reconnects"] * case.duplicates, report
@@ -140,7 +140,7 @@ def deliver(case: Case, cuts: int, make_sink: Callable[..., Any], seed: int) -> 
         Cutter(learner.port, most_bytes=case.most * case.size, most_acks=case.most, seed=seed) as cutter,
     ):
         memory, descriptors = resident_bytes(), open_descriptors()
-        options = {"buffer_bytes": case.buffer_bytes, "resend_acked": case.replay}
+        options = {"buffer_bytes": case.buffer_bytes, "resend_acked": case.resend_acked}
         with make_sink("127.0.0.1", cutter.port, example, max_inflight_msgs=case.window, **options) as sink:
             try:
                 cutter.cut_at_random(cuts)

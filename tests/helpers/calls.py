@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SOON_S = 10.0
+HANG_TIMEOUT_S = 10.0
 """Far more than anything here takes; what passes it hangs."""
 
 
@@ -30,7 +30,7 @@ def running(*calls: Callable[[], object]) -> Iterator[list[BaseException | None]
         thread.start()
     yield outcomes
     for thread in threads:
-        thread.join(SOON_S)
+        thread.join(HANG_TIMEOUT_S)
         assert not thread.is_alive(), "a call hangs"
 
 
@@ -44,7 +44,7 @@ class Gate:
         self._event.set()
 
     def wait(self) -> None:
-        assert self._event.wait(SOON_S)
+        assert self._event.wait(HANG_TIMEOUT_S)
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def until(condition: Callable[[], bool]) -> Iterator[None]:
 
 def eventually(condition: Callable[[], bool]) -> None:
     """Wait until ``condition`` holds."""
-    deadline = time.monotonic() + SOON_S
+    deadline = time.monotonic() + HANG_TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, "condition never held"
         time.sleep(0.002)
@@ -80,7 +80,7 @@ def alarms(handler: Callable[[int, Any], object]) -> Iterator[None]:
         gc.enable()
 
 
-def says(error: Any, kind: type[BaseException], peer: str, unacked: int) -> None:
+def check_error(error: Any, kind: type[BaseException], peer: str, unacked: int) -> None:
     """Check an error's type, which must be exactly ``kind``, and that it names the peer and the count."""
     assert type(error) is kind
     assert error.unacked == unacked

@@ -20,7 +20,7 @@ def to_numpy(batch: Any) -> Any:
     return optree.tree_map(convert, batch)
 
 
-def same(got: Any, expected: Any) -> None:
+def assert_same(got: Any, expected: Any) -> None:
     """Equal structure, dtypes, shapes and bytes."""
     assert optree.tree_structure(got) == optree.tree_structure(expected)
     for path, mine, theirs in zip(

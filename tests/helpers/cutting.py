@@ -21,7 +21,7 @@ from collections import Counter
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-from spawned import Spawned, answer
+from spawned import HelperProcess, answer_request
 
 PIECE_BYTES = 64 * 1024
 
@@ -39,7 +39,7 @@ KINDS = {
 """The cuts by name: how they end the client's side, and how the server's."""
 
 SILENCE_S = 0.05
-FAREWELL_S = 2.0
+FIN_TIMEOUT_S = 2.0
 """Seconds after a FIN in which the receiver has to end its side too."""
 
 CONNECT_S = 5.0
@@ -47,7 +47,7 @@ CONNECT_S = 5.0
 LOST_ON_RESET = struct.pack("ii", 1, 0)
 
 
-class Cutter(Spawned):
+class Cutter(HelperProcess):
     """The proxy's process, as a context manager; listens on ``127.0.0.1``.
 
     Args:
@@ -92,9 +92,9 @@ class Cutter(Spawned):
         """Cut all connections now; gives how many that were."""
         return self._ask("cut", kind)
 
-    def lead_to(self, server: int) -> None:
+    def redirect_to(self, server: int) -> None:
         """Connect clients to come to this port."""
-        self._ask("lead_to", server)
+        self._ask("redirect_to", server)
 
     def stop_listening(self) -> None:
         """Refuse connections from now on; those that are open stay."""
@@ -121,13 +121,13 @@ class _Plan:
 
     def draw(self) -> tuple[str, int, int]:
         """A kind, which direction's bytes count (0 is the client's), and how many."""
-        way = self._random.randrange(2)
-        magnitude = math.log(self._most[way] + 1)
+        direction = self._random.randrange(2)
+        magnitude = math.log(self._most[direction] + 1)
         budget = int(math.exp(self._random.triangular(0, magnitude, magnitude))) - 1
-        return self._random.choice(self._kinds), way, budget
+        return self._random.choice(self._kinds), direction, budget
 
 
-class _Way:
+class _Direction:
     """One direction of a connection."""
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
@@ -166,43 +166,43 @@ class _Way:
             self.sink.shutdown(socket.SHUT_WR)
 
 
-class _Link:
+class _ConnectionPair:
     """One client's connection and the server's that belongs to it."""
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.ends = (client, server)
-        self.ways = (_Way(client, server), _Way(server, client))
+        self.directions = (_Direction(client, server), _Direction(server, client))
         self.kind = ""
         self.watched = True
 
     @property
     def spent(self) -> bool:
-        return any(way.spent for way in self.ways)
+        return any(direction.spent for direction in self.directions)
 
     @property
     def ended(self) -> bool:
-        return all(way.ended for way in self.ways)
+        return all(direction.ended for direction in self.directions)
 
 
-class _Farewell:
+class _ClosingSocket:
     """One side of a connection that was cut: says its FIN in time, and what still comes from it is thrown away."""
 
     def __init__(self, sock: socket.socket, silence: float) -> None:
         self.sock = sock
         self.fin_at: float = time.monotonic() + silence
-        self.ends_at: float = self.fin_at + FAREWELL_S
-        self._said = False
+        self.ends_at: float = self.fin_at + FIN_TIMEOUT_S
+        self._fin_sent = False
 
     @property
     def next_at(self) -> float:
-        return self.ends_at if self._said else self.fin_at
+        return self.ends_at if self._fin_sent else self.fin_at
 
-    def over(self) -> bool:
+    def poll_closed(self) -> bool:
         """Look at it; gives whether the socket was closed."""
         now = time.monotonic()
         try:
-            if now >= self.fin_at and not self._said:
-                self._said = True
+            if now >= self.fin_at and not self._fin_sent:
+                self._fin_sent = True
                 self.sock.shutdown(socket.SHUT_WR)
             gone = not self.sock.recv(PIECE_BYTES)
         except BlockingIOError:
@@ -225,8 +225,8 @@ class _Proxy:
         self._most_unacked = 0
         self._last_cut = 0
         self._counts: Counter[str] = Counter()
-        self._links: list[_Link] = []
-        self._farewells: list[_Farewell] = []
+        self._pairs: list[_ConnectionPair] = []
+        self._closing: list[_ClosingSocket] = []
         self._frozen = False
         # Bound and never listening: the port stays ours, for nobody else's outgoing connection, while we refuse.
         self._placeholder = _bound(0)
@@ -239,24 +239,24 @@ class _Proxy:
 
     def watch(self) -> None:
         self._most_unacked = 0
-        for link in self._links:
-            link.watched = False
+        for pair in self._pairs:
+            pair.watched = False
 
     def most_unacked(self) -> int:
         return self._most_unacked
 
     def cut_at_random(self, cuts: int) -> None:
         self._last_cut = self._counts["cuts"] + cuts
-        for link in list(self._links):
-            self._doom(link)
+        for pair in list(self._pairs):
+            self._schedule_cut(pair)
 
     def cut(self, kind: str) -> int:
-        links = list(self._links)
-        for link in links:
-            self._cut(link, kind)
-        return len(links)
+        pairs = list(self._pairs)
+        for pair in pairs:
+            self._cut(pair, kind)
+        return len(pairs)
 
-    def lead_to(self, server: int) -> None:
+    def redirect_to(self, server: int) -> None:
         self._server = server
 
     def stop_listening(self) -> None:
@@ -279,13 +279,13 @@ class _Proxy:
         while True:
             ready = self._poll(pipe)
             if pipe.fileno() in ready:
-                answer(pipe, self)
+                answer_request(pipe, self)
                 continue  # it may have closed what else was ready
-            self._farewells = [farewell for farewell in self._farewells if not farewell.over()]
+            self._closing = [closing for closing in self._closing if not closing.poll_closed()]
             if self._frozen:
                 continue
-            for link in list(self._links):
-                self._serve(link, ready)
+            for pair in list(self._pairs):
+                self._serve(pair, ready)
             if self._listener is not None and self._listener.fileno() in ready:
                 self._accept(self._listener)
 
@@ -294,17 +294,17 @@ class _Proxy:
         interest: Counter[int] = Counter({pipe.fileno(): select.POLLIN})
         if self._listener is not None and not self._frozen:
             interest[self._listener.fileno()] = select.POLLIN
-        for farewell in self._farewells:
-            interest[farewell.sock.fileno()] = select.POLLIN
-        for link in [] if self._frozen else self._links:
-            for way in link.ways:
-                if wanted := way.waits_for:
+        for closing in self._closing:
+            interest[closing.sock.fileno()] = select.POLLIN
+        for pair in [] if self._frozen else self._pairs:
+            for direction in pair.directions:
+                if wanted := direction.waits_for:
                     interest[wanted[0].fileno()] |= wanted[1]
         poller = select.poll()
         for descriptor, events in interest.items():
             poller.register(descriptor, events)
         now = time.monotonic()
-        timeout = min((farewell.next_at for farewell in self._farewells), default=math.inf) - now
+        timeout = min((closing.next_at for closing in self._closing), default=math.inf) - now
         return {descriptor for descriptor, _ in poller.poll(None if timeout == math.inf else max(0.0, timeout) * 1000)}
 
     def _accept(self, listener: socket.socket) -> None:
@@ -318,60 +318,60 @@ class _Proxy:
         for sock in (client, server):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setblocking(False)
-        link = _Link(client, server)
-        self._links.append(link)
-        self._doom(link)
+        pair = _ConnectionPair(client, server)
+        self._pairs.append(pair)
+        self._schedule_cut(pair)
 
-    def _doom(self, link: _Link) -> None:
+    def _schedule_cut(self, pair: _ConnectionPair) -> None:
         """Decide when and how a connection is cut, if it is to be."""
         if self._counts["cuts"] < self._last_cut:
-            link.kind, way, budget = self._plan.draw()
-            link.ways[way].budget = budget
-            self._cut_if_spent(link)
+            pair.kind, direction, budget = self._plan.draw()
+            pair.directions[direction].budget = budget
+            self._cut_if_spent(pair)
 
-    def _serve(self, link: _Link, ready: set[int]) -> None:
+    def _serve(self, pair: _ConnectionPair, ready: set[int]) -> None:
         try:
-            for way in link.ways:
-                wanted = way.waits_for
+            for direction in pair.directions:
+                wanted = direction.waits_for
                 if wanted and wanted[0].fileno() in ready:
-                    way.move()
-                    self._count_unacked(link)
+                    direction.move()
+                    self._count_unacked(pair)
         except OSError:
-            self._end(link, RST, RST)
+            self._end(pair, RST, RST)
             return
-        if link.ended:
-            self._end(link, FIN, FIN)
+        if pair.ended:
+            self._end(pair, FIN, FIN)
         else:
-            self._cut_if_spent(link)
+            self._cut_if_spent(pair)
 
-    def _count_unacked(self, link: _Link) -> None:
+    def _count_unacked(self, pair: _ConnectionPair) -> None:
         """Acks that were read here and not passed on make it fewer than the client may know of, never more."""
-        if self._sizes and link.watched:
+        if self._sizes and pair.watched:
             greeting, payload = self._sizes
-            unacked = -(-link.ways[0].read // payload) - max(0, link.ways[1].read - greeting)
+            unacked = -(-pair.directions[0].read // payload) - max(0, pair.directions[1].read - greeting)
             self._most_unacked = max(self._most_unacked, unacked)
 
-    def _cut_if_spent(self, link: _Link) -> None:
-        if not link.spent:
+    def _cut_if_spent(self, pair: _ConnectionPair) -> None:
+        if not pair.spent:
             return
         if self._counts["cuts"] < self._last_cut:
-            self._cut(link, link.kind)
+            self._cut(pair, pair.kind)
         else:  # another connection was faster
-            for way in link.ways:
-                way.budget = math.inf
+            for direction in pair.directions:
+                direction.budget = math.inf
 
-    def _cut(self, link: _Link, kind: str) -> None:
+    def _cut(self, pair: _ConnectionPair, kind: str) -> None:
         self._counts["cuts"] += 1
         self._counts[kind] += 1
-        self._end(link, *KINDS[kind])
+        self._end(pair, *KINDS[kind])
 
-    def _end(self, link: _Link, *how: str) -> None:
-        self._links.remove(link)
-        for sock, end in zip(link.ends, how, strict=True):
+    def _end(self, pair: _ConnectionPair, *how: str) -> None:
+        self._pairs.remove(pair)
+        for sock, end in zip(pair.ends, how, strict=True):
             if end == RST:
                 _reset(sock)
             else:
-                self._farewells.append(_Farewell(sock, SILENCE_S if end == SILENCE else 0.0))
+                self._closing.append(_ClosingSocket(sock, SILENCE_S if end == SILENCE else 0.0))
 
 
 def _bound(port: int) -> socket.socket:

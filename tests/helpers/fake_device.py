@@ -128,10 +128,10 @@ class FakeDevice:
         return there
 
     def wait_for(self, stream: FakeStream) -> None:
-        come = threading.Event()
-        stream.enqueue(come.set)
+        reached = threading.Event()
+        stream.enqueue(reached.set)
         self.waits.put(stream)
-        come.wait()
+        reached.wait()
 
     def step(self, stream: FakeStream) -> bool:
         """Do the next thing of a stream, if it has one that does not wait; gives whether it did."""
@@ -149,7 +149,7 @@ class FakeDevice:
             pass
 
 
-class DoneAtOnce:
+class ImmediateStream:
     """A stream of a device that does everything while it is enqueued."""
 
     def wait_stream(self, other: Any) -> None:
@@ -161,13 +161,13 @@ class DoneAtOnce:
         return event
 
 
-def install_prompt_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def install_immediate_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has all tensors be on a device that is never late."""
     _install(
         monkeypatch,
         is_on_accelerator=lambda value: isinstance(value, torch.Tensor),
-        current_stream=lambda device: DoneAtOnce(),
-        new_stream=lambda device: DoneAtOnce(),
+        current_stream=lambda device: ImmediateStream(),
+        new_stream=lambda device: ImmediateStream(),
         run_on_current_stream=lambda work: work(),
         run_on_stream=lambda stream, enqueue: enqueue(),
     )
@@ -181,7 +181,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -
         monkeypatch.setattr(accelerator, name, function)
 
 
-def rows_of(batch: Any) -> list[bytes]:
+def payloads(batch: Any) -> list[bytes]:
     """The payload of each sample of a batch of named tensors, in the order of the names."""
     leaves = [batch[name].contiguous().view(len(batch[name]), -1).view(torch.uint8) for name in sorted(batch)]
     return [row.numpy().tobytes() for row in torch.cat(leaves, dim=1)]

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 
-LEFT_OVER_S = 10.0
+CLEANUP_TIMEOUT_S = 10.0
 """Seconds in which dropped clients must have ended their threads."""
 
 
@@ -24,9 +24,9 @@ def our_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("echo_torch")]
 
 
-def threads_end() -> None:
+def assert_threads_end() -> None:
     """Fails unless all threads of echo_torch end soon, and then says where they are."""
-    deadline = time.monotonic() + LEFT_OVER_S
+    deadline = time.monotonic() + CLEANUP_TIMEOUT_S
     while our_threads() and time.monotonic() < deadline:
         time.sleep(0.002)
     left, frames = {thread.ident: thread.name for thread in our_threads()}, sys._current_frames()

@@ -11,12 +11,12 @@ from typing import Any
 import echo
 import numpy as np
 import optree
-from spawned import ANSWER_S, Spawned, answer
+from spawned import ANSWER_S, HelperProcess, answer_request
 
 Digest = Callable[[Any], Any]
 
 
-class Learner(Spawned):
+class Learner(HelperProcess):
     """The server process, as a context manager.
 
     Args:
@@ -123,4 +123,4 @@ def _serve(pipe: Pipe, *arguments: Any) -> None:
     store = _Store(*arguments)
     pipe.send(store.server.port)
     while True:
-        answer(pipe, store)
+        answer_request(pipe, store)

@@ -1,6 +1,6 @@
 """Scripted peers: servers that do what a real one cannot be made to do.
 
-A `Peer` listens on a port of its own and runs a script, a function of one accepted `Line`, on a thread for each
+A `Peer` listens on a port of its own and runs a script, a function of one accepted `PeerConnection`, on a thread for each
 connection. What the script raises is raised again when the peer is closed, unless it is only that the client left.
 """
 
@@ -28,24 +28,24 @@ TCP_REPAIR = 19
 """Of linux/tcp.h: a socket in this mode closes without a word."""
 
 
-class Line:
+class PeerConnection:
     """The peer's end of one connection."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.received = bytearray()
 
-    def greet(self, data_sample: Any) -> None:
+    def send_handshake(self, data_sample: Any) -> None:
         """Send the greeting of a server for samples like ``data_sample`` (numpy)."""
-        self.say(greeting(data_sample))
+        self.send(greeting(data_sample))
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
     def ack(self, count: int = 1) -> None:
-        self.say(ACK * count)
+        self.send(ACK * count)
 
-    def hear(self, count: int) -> bytes:
+    def receive(self, count: int) -> bytes:
         """Read exactly ``count`` bytes."""
         data = bytearray()
         while len(data) < count:
@@ -56,7 +56,7 @@ class Line:
         self.received += data
         return bytes(data)
 
-    def hear_all(self, ack_every: int = 0) -> None:
+    def receive_all(self, ack_every: int = 0) -> None:
         """Read until the client leaves; with ``ack_every``, ack each further payload of that many bytes."""
         acked = len(self.received) // ack_every if ack_every else 0
         while piece := self.sock.recv(1 << 20):
@@ -66,13 +66,13 @@ class Line:
                 self.ack(whole - acked)
                 acked = whole
 
-    def hang_up(self) -> None:
+    def close(self) -> None:
         """FIN."""
         with contextlib.suppress(OSError):  # the client was faster
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
-    def forget(self) -> None:
+    def drop_silently(self) -> None:
         """As if the connection had never been, which the client is not told; takes Linux, and root."""
         self.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         self.sock.close()
@@ -83,7 +83,7 @@ class Line:
         self.sock.close()
 
 
-Script = Callable[[Line], None]
+Script = Callable[[PeerConnection], None]
 
 
 class Scripts:
@@ -92,9 +92,9 @@ class Scripts:
     def __init__(self, *scripts: Script) -> None:
         self._left = list(scripts)
 
-    def __call__(self, line: Line) -> None:
+    def __call__(self, conn: PeerConnection) -> None:
         script = self._left.pop(0) if len(self._left) > 1 else self._left[0]
-        script(line)
+        script(conn)
 
 
 class Peer:
@@ -109,7 +109,7 @@ class Peer:
     def __init__(self, script: Script, host: str = "127.0.0.1", receive_buffer: int | None = None) -> None:
         self.host = host
         self.port = 0
-        self.lines: list[Line] = []
+        self.connections: list[PeerConnection] = []
         self._script = script
         self._receive_buffer = receive_buffer
         self._errors: list[BaseException] = []
@@ -140,35 +140,35 @@ class Peer:
                 sock, _ = self._listener.accept()
                 sock.settimeout(PATIENCE_S)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                line = Line(sock)
-                self.lines.append(line)
-                self._threads.append(threading.Thread(target=self._run, args=(line,), daemon=True))
+                conn = PeerConnection(sock)
+                self.connections.append(conn)
+                self._threads.append(threading.Thread(target=self._run, args=(conn,), daemon=True))
                 self._threads[-1].start()
 
-    def _run(self, line: Line) -> None:
+    def _run(self, conn: PeerConnection) -> None:
         try:
-            self._script(line)
+            self._script(conn)
         except ConnectionError:
             pass  # the client left: its test says whether it should have
         except OSError as error:
-            if line.sock.fileno() >= 0:
+            if conn.sock.fileno() >= 0:
                 self._errors.append(error)
         except BaseException as error:
             self._errors.append(error)
-            line.hang_up()
+            conn.close()
 
     def __enter__(self) -> Peer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.refuse()
-        for line in self.lines:
+        for conn in self.connections:
             with contextlib.suppress(OSError):
-                line.sock.shutdown(socket.SHUT_RDWR)
+                conn.sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(PATIENCE_S)
-        for line in self.lines:
-            line.sock.close()
+        for conn in self.connections:
+            conn.sock.close()
         if self._errors and kind is None:
             raise self._errors[0]
 

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 import numpy as np
-from spawned import Spawned, answer
+from spawned import HelperProcess, answer_request
 
 from echo_torch import EchoSink
 
@@ -24,17 +24,17 @@ BUFFER_BYTES = 64 * 116
 """Two batches, so that `send` has to wait."""
 
 
-class Farm(Spawned):
+class SinkProcess(HelperProcess):
     """A process with sinks from number ``first`` on, none of which is connected; it may not be ready yet."""
 
     def __init__(self, port: int, first: int) -> None:
         super().__init__(_run, port, first)
 
-    def begin(self, *request: Any) -> None:
+    def start_call(self, *request: Any) -> None:
         """Ask, without waiting for the answer."""
         self._pipe.send(request)
 
-    def ended(self) -> Any:
+    def result(self) -> Any:
         """What was asked for has; the first answer is to nothing but that."""
         return self._answer()
 
@@ -92,4 +92,4 @@ def _run(pipe: Pipe, port: int, first: int) -> None:
     sinks = _Sinks(port, first)
     pipe.send(None)
     while True:
-        answer(pipe, sinks)
+        answer_request(pipe, sinks)

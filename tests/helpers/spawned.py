@@ -18,15 +18,15 @@ from nursery import NURSERY
 ANSWER_S = 60.0
 """Seconds that the process may take for any answer; only a broken one comes near it."""
 
-_Self = TypeVar("_Self", bound="Spawned")
+_Self = TypeVar("_Self", bound="HelperProcess")
 
 
-class Spawned:
+class HelperProcess:
     """The process, as a context manager.
 
     Args:
         main: a module-level function ``(pipe, *arguments)``. It sends one answer when it is ready, then one for each
-            request (`answer`), and ends with `end` when the pipe is closed.
+            request (`answer_request`), and ends with `end` when the pipe is closed.
     """
 
     def __init__(self, main: Callable[..., None], *arguments: Any) -> None:
@@ -78,7 +78,7 @@ def _run(pipe: Pipe, main: Callable[..., None], *arguments: Any) -> None:
         os._exit(0)
 
 
-def answer(pipe: Pipe, who: Any) -> None:
+def answer_request(pipe: Pipe, who: Any) -> None:
     """Wait for one request and call the method of ``who`` that it names."""
     name, *arguments = pipe.recv()
     try:

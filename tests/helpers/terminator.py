@@ -9,12 +9,12 @@ import threading
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-from spawned import Spawned, answer
+from spawned import HelperProcess, answer_request
 
 _PIECE = 1 << 16
 
 
-class Terminator(Spawned):
+class Terminator(HelperProcess):
     """The proxy, as a context manager.
 
     Args:
@@ -59,8 +59,8 @@ class _Proxy:
         self._backend = backend
         self._clients: set[asyncio.StreamWriter] = set()
         self._versions: list[str] = []
-        self._going = asyncio.Event()
-        self._going.set()
+        self._forwarding = asyncio.Event()
+        self._forwarding.set()
         self.port = asyncio.run_coroutine_threadsafe(self._listen(port, context), loop).result()
 
     async def _listen(self, port: int, context: ssl.SSLContext) -> int:
@@ -80,7 +80,7 @@ class _Proxy:
         with contextlib.suppress(OSError):  # as an end by RST is
             while data := await source.read(_PIECE):
                 if gated:
-                    await self._going.wait()
+                    await self._forwarding.wait()
                 sink.write(data)
                 await sink.drain()
         sink.close()
@@ -98,10 +98,10 @@ class _Proxy:
         return len(clients)
 
     def stall(self) -> None:
-        self._call(self._going.clear)
+        self._call(self._forwarding.clear)
 
     def resume(self) -> None:
-        self._call(self._going.set)
+        self._call(self._forwarding.set)
 
     def versions(self) -> list[str]:
         return self._versions
@@ -114,7 +114,7 @@ def _serve(pipe: Pipe, backend: int, port: int, cert_file: str, client_ca: str |
     proxy = _Proxy(loop, backend, port, context)
     pipe.send(proxy.port)
     while True:
-        answer(pipe, proxy)
+        answer_request(pipe, proxy)
 
 
 def server_context(cert_file: str, client_ca: str | None = None, most: str = "MAXIMUM_SUPPORTED") -> ssl.SSLContext:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from cutting import FAREWELL_S, KINDS, Cutter
+from cutting import FIN_TIMEOUT_S, KINDS, Cutter
 
 PATIENCE_S = 20.0
 
@@ -182,7 +182,7 @@ def knock(cutter: Cutter) -> None:
 
 def test_leads_to_another_server(listener: socket.socket) -> None:
     with Cutter(1) as cutter:
-        cutter.lead_to(port_of(listener))
+        cutter.redirect_to(port_of(listener))
         with pair(cutter, listener) as (client, server):
             client.sendall(b"there")
             assert server.recv(5, socket.MSG_WAITALL) == b"there"
@@ -193,7 +193,7 @@ def test_gives_up_on_peers_that_do_not_end_their_side(listener: socket.socket) -
     with Cutter(port_of(listener)) as cutter, pair(cutter, listener) as (client, _):
         cutter.cut("fin")
         assert rest(client) == (b"", "FIN")
-        client.settimeout(FAREWELL_S + PATIENCE_S)
+        client.settimeout(FIN_TIMEOUT_S + PATIENCE_S)
         with pytest.raises(ConnectionError):
             write_for_ever(client)
 

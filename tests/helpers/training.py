@@ -31,7 +31,7 @@ LABELS = torch.from_numpy(_DATA[:, -1]).long()
 
 TAKE_S = 30.0
 """Seconds in which what was sent must arrive."""
-STALLING = 160
+STALLING_COUNT = 160
 """As many digits stall a learner that is paused; it acks some 70."""
 _FILLER = {"id": np.array(-1), "image": np.zeros(64, np.float32), "labels": np.array(-1)}
 
@@ -73,7 +73,7 @@ class DigitLearner(Learner):
     """A server for digits, of which any number can be taken.
 
     A server hands out full batches only, and may hang if these are small: so they are filled up with samples that are
-    no digits, and those are left out again. While it is paused, it acks fewer than `STALLING` samples.
+    no digits, and those are left out again. While it is paused, it acks fewer than `STALLING_COUNT` samples.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -113,7 +113,7 @@ def arrived(learner: Learner, count: int) -> Counter[int]:
     return Counter(numbers.tolist())
 
 
-def came(learner: Learner, expected: Counter[int]) -> Counter[int]:
+def wait_for_numbers(learner: Learner, expected: Counter[int]) -> Counter[int]:
     """Wait until all of ``expected`` arrived; how often each of these numbers did."""
     eventually(lambda: not expected - arrived(learner, 1))
     got = arrived(learner, 1)

@@ -21,7 +21,7 @@ from echo_torch.wire import keepalive
 SAMPLE = {"x": np.zeros(1 << 18, np.uint8)}
 
 
-def link(state: str) -> None:
+def set_loopback(state: str) -> None:
     subprocess.run(["ip", "link", "set", "lo", state], check=True)
 
 
@@ -36,7 +36,7 @@ def fill(client: TcpClient) -> None:
 def main(when: str) -> None:
     keepalive.KEEPALIVE_IDLE_S = keepalive.KEEPALIVE_INTERVAL_S = 1
     keepalive.KEEPALIVE_COUNT = 2
-    link("up")
+    set_loopback("up")
     with Learner(SAMPLE, num_buffers=2) as learner:
         client = TcpClient("127.0.0.1", learner.port, SAMPLE, 256, connect_timeout=30)
         client.send(SAMPLE)
@@ -46,7 +46,7 @@ def main(when: str) -> None:
             fill(client)
             time.sleep(3 * (keepalive.KEEPALIVE_IDLE_S + keepalive.KEEPALIVE_COUNT * keepalive.KEEPALIVE_INTERVAL_S))
             assert not client.closed
-        link("down")
+        set_loopback("down")
         began = time.monotonic()
         if when == "busy":
             client.send(SAMPLE)
@@ -58,7 +58,7 @@ def main(when: str) -> None:
         except ConnectionClosedError as error:
             report |= {"unacked": error.unacked, "error": str(error)}
         print(json.dumps(report))
-        link("up")
+        set_loopback("up")
 
 
 if __name__ == "__main__":

@@ -235,26 +235,26 @@ def test_a_loaders_workers_are_refused() -> None:
         worker.start()
         try:
             assert ours.poll(ANSWER_S)
-            told = ours.recv()
+            errors = ours.recv()
         finally:
             worker.kill()
             worker.join()
         server.close()
-    assert len(told) == 2
-    for text in told:
+    assert len(errors) == 2
+    for text in errors:
         assert re.match(
             rf"an EchoDataset cannot be used in process {worker.pid}: .*{os.getpid()} only.*workers=0", text
         )
 
 
 def _refused(pipe: Any, batches: Iterator[Any], dataset: EchoDataset) -> None:
-    told = []
+    errors = []
     for ask in (batches.__next__, dataset.__iter__):
         try:
             ask()
         except RuntimeError as error:
-            told.append(str(error))
-    pipe.send(told)
+            errors.append(str(error))
+    pipe.send(errors)
 
 
 def test_a_loaders_workers_that_are_spawned_are_refused() -> None:
@@ -468,17 +468,17 @@ def test_an_error_that_was_handled_keeps_nothing() -> None:
 
 def test_who_waits_long_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each batch: not once for each look at what is there, which would be so many looks in the next wait, too."""
-    looks = told = 0
+    polls = wakeups = 0
 
     def see(frame: Any, event: str, function: Any) -> None:
-        nonlocal looks, told
+        nonlocal polls, wakeups
         if getattr(function, "__qualname__", "") == "SimpleQueue.get":
-            looks += event == "c_call"
-            told += event == "c_return"
-            if event == "c_call" and looks in (20, 23):
-                fill(server, looks)
+            polls += event == "c_call"
+            wakeups += event == "c_return"
+            if event == "c_call" and polls in (20, 23):
+                fill(server, polls)
 
-    monkeypatch.setattr(prefetch, "LOOK_S", 0.001)
+    monkeypatch.setattr(prefetch, "POLL_INTERVAL_S", 0.001)
     with serving() as server:
         batches = iter(EchoDataset(server, EXAMPLE, copy=False))
         sys.setprofile(see)
@@ -488,7 +488,7 @@ def test_who_waits_long_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
             sys.setprofile(None)
         server.close()
     assert found == [20, 23]
-    assert told <= 2
+    assert wakeups <= 2
 
 
 def test_a_program_may_end_at_any_moment() -> None:
@@ -499,7 +499,7 @@ def test_a_program_may_end_at_any_moment() -> None:
         "server = echo.Server(example, batch_size=32, transport=echo.TcpTransport(port=0))\n"
         "server.start()\n"
         "print(server.port, flush=True)\n"
-        "echo_torch.learner.prefetch.END_S = 1000\n"
+        "echo_torch.learner.prefetch.EXIT_TIMEOUT_S = 1000\n"
         "idle = echo.Server(example, batch_size=32)\n"
         "for _ in range(8):\n"
         "    waiting = iter(echo_torch.EchoDataset(idle, example)).__next__\n"

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calls import SOON_S, Gate
+from calls import HANG_TIMEOUT_S, Gate
 from fake_device import FakeDevice
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 from echo_torch import DeliveryTimeoutError, EchoSink
 from echo_torch.metrics.stats import SAVED_FIELDS, SinkStats
@@ -32,29 +32,29 @@ BATCH = torch.zeros((16, SIZE), dtype=torch.uint8)
 
 
 @contextmanager
-def connected_sink(script: Callable[[Line], None], **options: Any) -> Iterator[tuple[Peer, EchoSink]]:
+def connected_sink(script: Callable[[PeerConnection], None], **options: Any) -> Iterator[tuple[Peer, EchoSink]]:
     with Peer(script, receive_buffer=64 * 1024) as peer:
         options = {"buffer_bytes": 2 << 20, **options}
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False, **options).connect()
         try:
             yield peer, sink
         finally:
-            sink.close(SOON_S)
+            sink.close(HANG_TIMEOUT_S)
 
 
-def acks_everything(line: Line) -> None:
-    line.greet(EXAMPLE.numpy())
-    line.hear_all(SIZE)
+def acks_everything(conn: PeerConnection) -> None:
+    conn.send_handshake(EXAMPLE.numpy())
+    conn.receive_all(SIZE)
 
 
-def acks_slowly(line: Line) -> None:
+def acks_slowly(conn: PeerConnection) -> None:
     """Acks less than 200 samples a second, of 5 batches."""
-    line.greet(EXAMPLE.numpy())
+    conn.send_handshake(EXAMPLE.numpy())
     for _ in range(5 * len(BATCH)):
-        line.hear(SIZE)
+        conn.receive(SIZE)
         time.sleep(0.005)
-        line.ack()
-    line.hear_all()
+        conn.ack()
+    conn.receive_all()
 
 
 # What holds things up.
@@ -64,7 +64,7 @@ def test_a_slow_learner() -> None:
     with connected_sink(acks_slowly, max_inflight_msgs=4) as (_, sink):
         for _ in range(5):
             sink.send(BATCH)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         stats = sink.stats()
         assert re.match(
             r"learner-bound: the server acks \d+ samples/s, and was waited for \d+% of the time; send took",
@@ -72,7 +72,7 @@ def test_a_slow_learner() -> None:
         )
         assert stats.blocked_by_learner_seconds > 5 * stats.blocked_by_network_seconds
         assert stats.learner_seconds > stats.network_seconds
-        assert 0.005 < stats.ack_p50_seconds <= stats.ack_p99_seconds < SOON_S
+        assert 0.005 < stats.ack_p50_seconds <= stats.ack_p99_seconds < HANG_TIMEOUT_S
         rate = stats.samples_acked / stats.elapsed_seconds
         assert f"acks {rate:,.0f} samples/s" in stats.bottleneck
 
@@ -80,18 +80,18 @@ def test_a_slow_learner() -> None:
 def test_a_throttled_connection() -> None:
     """It takes some MB/s, acks each sample at once, and the window would let all of them through."""
 
-    def throttled(line: Line) -> None:
-        line.greet(EXAMPLE.numpy())
+    def throttled(conn: PeerConnection) -> None:
+        conn.send_handshake(EXAMPLE.numpy())
         for _ in range(25 * len(BATCH)):
-            line.hear(SIZE)
-            line.ack()
+            conn.receive(SIZE)
+            conn.ack()
             time.sleep(0.002)
-        line.hear_all()
+        conn.receive_all()
 
     with connected_sink(throttled, max_inflight_msgs=10_000, buffer_bytes=32 << 20) as (_, sink):
         for _ in range(25):  # more than the kernel's buffers hold
             sink.send(BATCH)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         stats = sink.stats()
         assert re.match(
             r"network-bound: the connection takes \d+\.\d MB/s, and was waited for \d+% of the time; send took",
@@ -105,7 +105,7 @@ def test_a_slow_producer() -> None:
         for _ in range(20):
             sink.send(BATCH[:1])
             time.sleep(0.01)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         stats = sink.stats()
         assert re.match(r"producer-bound: the sink waits for data, \d+ samples/s; send took", stats.bottleneck)
         share = (stats.check_seconds + stats.pack_seconds + stats.blocked_seconds) / stats.connected_seconds
@@ -121,7 +121,7 @@ def test_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
         sink.send(device.put(BATCH))
         time.sleep(0.8)  # most of the time, however busy the machine is
         device.run()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         stats = sink.stats()
         assert stats.bottleneck.startswith("device-bound: samples are copied from the device, and was waited for ")
         assert stats.device_seconds > 0.2
@@ -141,7 +141,7 @@ def test_a_slow_learner_of_a_worker() -> None:
         assert stats.connected_seconds < stats.elapsed_seconds
         assert stats.blocked_by_learner_seconds > 5 * stats.blocked_by_network_seconds
         assert 0 < stats.check_seconds < stats.connected_seconds
-        assert 0.005 < stats.ack_p50_seconds <= stats.ack_p99_seconds < SOON_S
+        assert 0.005 < stats.ack_p50_seconds <= stats.ack_p99_seconds < HANG_TIMEOUT_S
 
 
 def send_all(sink: EchoSink) -> None:
@@ -168,7 +168,7 @@ def test_what_runs_before_did_is_not_in_the_verdict() -> None:
         for _ in range(3):
             sink.send(BATCH)
             time.sleep(0.1)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         stats = sink.stats()
         (rate, share) = re.findall(r"([\d,]+) samples/s; send took ([\d.]+)%", stats.bottleneck)[0]
         assert 0 < int(rate.replace(",", "")) <= 3 * len(BATCH) / 0.3
@@ -178,19 +178,19 @@ def test_what_runs_before_did_is_not_in_the_verdict() -> None:
 
 
 def test_there_is_no_connection_after_its_end() -> None:
-    def dies(line: Line) -> None:
-        line.greet(EXAMPLE.numpy())
-        line.hear(SIZE)
-        line.hang_up()
+    def dies(conn: PeerConnection) -> None:
+        conn.send_handshake(EXAMPLE.numpy())
+        conn.receive(SIZE)
+        conn.close()
 
     with (
         connected_sink(dies, reconnect=0.0, on_error="warn") as (_, lost),
         connected_sink(acks_everything) as (_, closed),
     ):
         lost.send(BATCH)
-        lost.wait(SOON_S)
+        lost.wait(HANG_TIMEOUT_S)
         closed.send(BATCH)
-        closed.close(SOON_S)
+        closed.close(HANG_TIMEOUT_S)
         for sink in (lost, closed):
             connected = sink.stats().connected_seconds
             assert 0 < connected < sink.stats().elapsed_seconds
@@ -212,12 +212,12 @@ def test_a_verdict_is_logged_when_it_is_waited_but_not_each_time(
     caplog.set_level(logging.INFO, "echo_torch.session.totals")
     with connected_sink(acks_everything) as (_, sink):
         sink.send(BATCH[:1])
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         assert not caplog.messages
         monkeypatch.setattr(totals, "VERDICT_INTERVAL_S", 0.2)
         time.sleep(0.2)
-        sink.wait(SOON_S)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
+        sink.wait(HANG_TIMEOUT_S)
         (logged,) = caplog.records
         assert logged.levelno == logging.INFO
         assert logged.getMessage().startswith(f"{sink.peer}: producer-bound: the sink waits for data, ")
@@ -228,17 +228,17 @@ def test_send_that_is_blocked_for_too_long_is_a_warning(
 ) -> None:
     gate = Gate()
 
-    def late(line: Line) -> None:
-        line.greet(EXAMPLE.numpy())
+    def late(conn: PeerConnection) -> None:
+        conn.send_handshake(EXAMPLE.numpy())
         gate.wait()
-        line.hear_all(SIZE)
+        conn.receive_all(SIZE)
 
     monkeypatch.setattr(totals, "VERDICT_INTERVAL_S", 0.2)
     with connected_sink(late, max_inflight_msgs=4) as (_, sink):
         with pytest.raises(DeliveryTimeoutError):
             sink.send(BATCH.repeat(10, 1), timeout=0.4)  # more than the buffer holds
         gate.open()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         (logged,) = [record for record in caplog.records if record.name == "echo_torch.session.totals"]
         assert logged.levelno == logging.WARNING
         assert logged.getMessage().startswith(f"{sink.peer}: learner-bound: ")
@@ -251,7 +251,7 @@ def test_rates_are_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(totals, "RATE_SPAN_S", 0.2)
     with connected_sink(acks_everything) as (_, sink):
         sink.send(BATCH)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         assert sink.stats().sent_per_second > 0
         time.sleep(0.3)
         sink.stats()
@@ -263,7 +263,7 @@ def test_rates_are_not_of_the_moment_since_somebody_else_looked(monkeypatch: pyt
     monkeypatch.setattr(totals, "RATE_SPAN_S", 0.2)
     with connected_sink(acks_everything) as (_, sink):
         sink.send(BATCH)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         time.sleep(0.3)
         rate = sink.stats().sent_per_second
         assert rate > 0

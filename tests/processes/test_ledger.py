@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import Gate, alarms, eventually, running, says
+from calls import Gate, alarms, check_error, eventually, running
 from leaks import open_descriptors
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, ProtocolError
 from echo_torch.metrics.stats import PeerCounts
@@ -338,7 +338,7 @@ def test_a_wait_that_times_out_names_the_processes_and_can_be_repeated(token: st
         ]:
             with pytest.raises(DeliveryTimeoutError, match=what) as error:
                 children.wait(deadline, stall)
-            says(error.value, DeliveryTimeoutError, PEER, 5)
+            check_error(error.value, DeliveryTimeoutError, PEER, 5)
             named = re.search(r"of processes (.*);", str(error.value))
             assert named
             assert set(named[1].split(", ")) == {str(one.pid), str(two.pid)}
@@ -358,7 +358,7 @@ def test_a_killed_child_is_raised_once_and_counted(token: str, children: ChildPr
         with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
             time.sleep(0.05)
             one.kill()
-        says(outcomes[0], ConnectionClosedError, PEER, 10)
+        check_error(outcomes[0], ConnectionClosedError, PEER, 10)
         assert f"process {one.pid}: died with 10 samples un-acked" in str(outcomes[0])
         children.wait(Deadline(LONG_S), None)
         counts = children.counts()
@@ -681,9 +681,9 @@ def test_interrupted_waits_count_each_child_once_and_release_the_lock(
 # Reporting, by real sinks.
 
 
-def acking(line: Line) -> None:
-    line.greet(SAMPLE)
-    line.hear_all(ack_every=8)
+def acking(conn: PeerConnection) -> None:
+    conn.send_handshake(SAMPLE)
+    conn.receive_all(ack_every=8)
 
 
 def samples(first: int, count: int) -> dict[str, Any]:
@@ -691,7 +691,7 @@ def samples(first: int, count: int) -> dict[str, Any]:
 
 
 def numbers(peer: Peer) -> list[int]:
-    return sorted(int(number) for line in peer.lines for number in np.frombuffer(bytes(line.received), np.int64))
+    return sorted(int(number) for conn in peer.connections for number in np.frombuffer(bytes(conn.received), np.int64))
 
 
 def sink_to(peer: Peer, **options: Any) -> EchoSink:
@@ -744,11 +744,11 @@ def _drop_and_end(sinks: list[EchoSink]) -> None:
 def test_a_daemonic_child_exits_when_its_parent_is_killed(method: str, home: Path) -> None:
     heard = Gate()
 
-    def silent(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(8)
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(8)
         heard.open()
-        line.hear_all()
+        conn.receive_all()
 
     program = str(HELPERS / "orphan.py")
     with Peer(silent) as peer:
@@ -776,14 +776,14 @@ def test_acks_during_a_childs_close_are_reported() -> None:
     """By a learner that takes its time."""
     closing, go, done = FORK.Event(), Gate(), FORK.Event()
 
-    def slow(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(8 * 10)
+    def slow(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(8 * 10)
         assert closing.wait(LONG_S)
-        line.ack(6)
+        conn.ack(6)
         go.wait()
-        line.ack(4)
-        line.hear_all()
+        conn.ack(4)
+        conn.receive_all()
 
     def work() -> None:
         sink.send(samples(0, 10))
@@ -811,9 +811,9 @@ def test_acks_during_a_childs_close_are_reported() -> None:
 def test_accepted_samples_are_reported_before_send_returns() -> None:
     """Well or badly, even if the child dies just then."""
 
-    def silent(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear_all()
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive_all()
 
     def work(count: int) -> None:
         sink.connect()
@@ -832,7 +832,7 @@ def test_accepted_samples_are_reported_before_send_returns() -> None:
             assert sink.stats().samples_sent == total
             with pytest.raises(ConnectionClosedError) as error:
                 sink.wait(LONG_S)
-            says(error.value, ConnectionClosedError, sink.peer, taken)
+            check_error(error.value, ConnectionClosedError, sink.peer, taken)
         assert sink.stats().maybe_lost == total
         sink.close()
 
@@ -840,12 +840,12 @@ def test_accepted_samples_are_reported_before_send_returns() -> None:
 def test_a_child_interrupted_at_exit_still_delivers(home: Path) -> None:
     struck, go = FORK.Event(), Gate()
 
-    def slow(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear(8 * 10)
+    def slow(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive(8 * 10)
         go.wait()
-        line.ack(10)
-        line.hear_all()
+        conn.ack(10)
+        conn.receive_all()
 
     def strike(*_: object) -> None:
         if not struck.is_set():
@@ -876,9 +876,9 @@ def test_a_child_interrupted_at_exit_still_delivers(home: Path) -> None:
 
 
 def test_close_without_a_timeout_stops_at_the_stall_timeout() -> None:
-    def silent(line: Line) -> None:
-        line.greet(SAMPLE)
-        line.hear_all()
+    def silent(conn: PeerConnection) -> None:
+        conn.send_handshake(SAMPLE)
+        conn.receive_all()
 
     done = FORK.Event()
 
@@ -894,7 +894,7 @@ def test_close_without_a_timeout_stops_at_the_stall_timeout() -> None:
         eventually(lambda: sink.stats().samples_sent == 20)
         with running(lambda: sink.close(None)) as outcomes:
             pass
-        says(outcomes[0], DeliveryTimeoutError, sink.peer, 20)
+        check_error(outcomes[0], DeliveryTimeoutError, sink.peer, 20)
         assert "nothing was acked for 0.1 s (stall_timeout)" in str(outcomes[0])
         done.set()
         process.join()
@@ -971,7 +971,7 @@ def test_a_daemonic_child_cannot_send_after_its_parent_closed(before: bool) -> N
         assert [ours.recv(), ours.recv()] == [
             f"ConnectionClosedError: {sink.peer}: this sink was closed; 0 samples un-acked"
         ] * 2
-        assert not peer.lines
+        assert not peer.connections
         assert sink.stats().samples_sent == 0
     ours.close()
     theirs.close()

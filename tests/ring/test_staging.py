@@ -18,13 +18,13 @@ import echo
 import numpy as np
 import pytest
 import torch
-from calls import SOON_S, Gate, eventually, running
+from calls import HANG_TIMEOUT_S, Gate, eventually, running
 from clock import Clock
-from fake_device import FakeDevice, FakeEvent, FakeStream, rows_of
+from fake_device import FakeDevice, FakeEvent, FakeStream, payloads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leaks import threads_end
-from peers import Line, Peer, Scripts
+from leaks import assert_threads_end
+from peers import Peer, PeerConnection, Scripts
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError
 from echo_torch.client import connection, pump
@@ -69,24 +69,26 @@ def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def acks_everything(line: Line) -> None:
-    line.greet(SampleSpec(EXAMPLE).numpy_sample())
-    line.hear_all(SIZE)
+def acks_everything(conn: PeerConnection) -> None:
+    conn.send_handshake(SampleSpec(EXAMPLE).numpy_sample())
+    conn.receive_all(SIZE)
 
 
 @contextmanager
-def connected_sink(script: Callable[[Line], None] = acks_everything, **options: Any) -> Iterator[tuple[Peer, EchoSink]]:
+def connected_sink(
+    script: Callable[[PeerConnection], None] = acks_everything, **options: Any
+) -> Iterator[tuple[Peer, EchoSink]]:
     with Peer(script) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False, **options).connect()
         try:
             yield peer, sink
         finally:
-            sink.close(SOON_S)
+            sink.close(HANG_TIMEOUT_S)
 
 
 def received_samples(peer: Peer, number: int = 0) -> list[bytes]:
     """The samples that a connection received so far."""
-    received = bytes(peer.lines[number].received)
+    received = bytes(peer.connections[number].received)
     return [received[at : at + SIZE] for at in range(0, len(received), SIZE)]
 
 
@@ -104,7 +106,7 @@ def produce_send_overwrite(device: FakeDevice, sink: EchoSink, batches: int = 3)
         sink.send(there)
         for leaf in there.values():
             device.current.enqueue(lambda to=leaf: to.fill_(0x77))
-        sent += rows_of(made)
+        sent += payloads(made)
     return sent
 
 
@@ -114,7 +116,7 @@ def send_before_device_runs(device: FakeDevice) -> list[bytes]:
         expected = produce_send_overwrite(device, sink)
         gc.collect()
         device.run()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         return [got == want for got, want in zip(received_samples(peer), expected, strict=True)]
 
 
@@ -126,7 +128,7 @@ def wait_before_device_runs(device: FakeDevice) -> list[bool]:
             sink.wait(SHORT_S)
         assert not received_samples(peer)
         device.run()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         return [got == want for got, want in zip(received_samples(peer), expected, strict=True)]
 
 
@@ -153,7 +155,7 @@ def send_more_than_the_ring_holds(device: FakeDevice) -> list[bool]:
     """The same for a ring that has room for one and a half batches: rows are used again, while the device is late."""
     with connected_sink(buffer_bytes=20 * SIZE) as (peer, sink), device_running(device):
         expected = produce_send_overwrite(device, sink, batches=10)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         return [got == want for got, want in zip(received_samples(peer), expected, strict=True)]
 
 
@@ -180,12 +182,12 @@ def send_after_an_interrupt(device: FakeDevice, monkeypatch: pytest.MonkeyPatch)
     """A send is broken off when its copy is enqueued, and others follow, the first of them from the CPU."""
     gate = Gate()
 
-    def acks_late(line: Line) -> None:
-        line.greet(SampleSpec(EXAMPLE).numpy_sample())
-        line.hear(SIZE)
+    def acks_late(conn: PeerConnection) -> None:
+        conn.send_handshake(SampleSpec(EXAMPLE).numpy_sample())
+        conn.receive(SIZE)
         gate.wait()
-        line.ack()
-        line.hear_all(SIZE)
+        conn.ack()
+        conn.receive_all(SIZE)
 
     with connected_sink(acks_late, max_inflight_msgs=1) as (peer, sink):
         interrupt_send(device, sink, monkeypatch)
@@ -194,9 +196,9 @@ def send_after_an_interrupt(device: FakeDevice, monkeypatch: pytest.MonkeyPatch)
         sink.send(batch(0))
         later.join()  # all but one of the samples from the CPU lie in the ring now
         gate.open()
-        expected = rows_of(batch(0)) + produce_send_overwrite(device, sink)
+        expected = payloads(batch(0)) + produce_send_overwrite(device, sink)
         device.run()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         return [got == want for got, want in zip(received_samples(peer), expected, strict=True)]
 
 
@@ -226,8 +228,8 @@ def test_the_resend_tail_is_not_what_an_interrupted_send_left(
         sink.send(batch(0))
         interrupt_send(device, sink, monkeypatch)
         with device_running(device):
-            sink.close(SOON_S)
-        assert received_samples(peer) == 2 * rows_of(batch(0))
+            sink.close(HANG_TIMEOUT_S)
+        assert received_samples(peer) == 2 * payloads(batch(0))
 
 
 def test_a_copy_left_by_an_interrupted_send_blocks_nobody_for_ever(
@@ -241,8 +243,8 @@ def test_a_copy_left_by_an_interrupted_send_blocks_nobody_for_ever(
             sink.send(batch(ROWS), timeout=SHORT_S)
         with pytest.raises(DeliveryTimeoutError, match=r"close\(\) not done within 0.2 s"):
             sink.close(SHORT_S)
-        threads_end()
-        assert received_samples(peer) == rows_of(batch(0))
+        assert_threads_end()
+        assert received_samples(peer) == payloads(batch(0))
     device.run()
 
 
@@ -322,25 +324,25 @@ def test_batches_from_the_cpu_in_between(device: FakeDevice) -> None:
         for number in range(0, 60 * ROWS, 2 * ROWS):
             sink.send(batch(number) if number < 10 * ROWS else batch_on(device, number))
             sink.send(batch(number + ROWS))
-            expected += rows_of(batch(number, 2 * ROWS))
+            expected += payloads(batch(number, 2 * ROWS))
         device.run()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         assert received_samples(peer) == expected
 
 
 def test_a_batch_that_is_larger_than_the_ring(device: FakeDevice) -> None:
     with connected_sink(buffer_bytes=20 * SIZE) as (peer, sink), device_running(device):
         sink.send(batch_on(device, 0, 100))
-        sink.wait(SOON_S)
-        assert received_samples(peer) == rows_of(batch(0, 100))
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer) == payloads(batch(0, 100))
 
 
 def test_single_samples(device: FakeDevice) -> None:
     with connected_sink() as (peer, sink), device_running(device):
         for number in range(5):
             sink.send({name: device.put(leaf[0]) for name, leaf in batch(number).items()})
-        sink.wait(SOON_S)
-        assert received_samples(peer) == rows_of(batch(0, 5))
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer) == payloads(batch(0, 5))
 
 
 @pytest.mark.parametrize("elsewhere", ["tensor", "numpy", "view"])
@@ -353,23 +355,23 @@ def test_leaves_on_the_cpu_beside_those_on_the_device(device: FakeDevice, elsewh
         sink.send(mixed)
         mixed["a"][...] = 7
         device.run()
-        sink.wait(SOON_S)
-        assert received_samples(peer) == rows_of(batch(0))
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer) == payloads(batch(0))
 
 
 def test_what_is_left_out_at_the_end(device: FakeDevice) -> None:
     with connected_sink() as (peer, sink), device_running(device):
         sink.send(batch_on(device, 0), skip_last=3)
-        sink.wait(SOON_S)
-        assert received_samples(peer) == rows_of(batch(0, ROWS - 3))
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer) == payloads(batch(0, ROWS - 3))
 
 
 def test_another_client_gets_arrays(device: FakeDevice) -> None:
     """It takes samples of numpy, so these are waited for."""
     with Peer(acks_everything) as peer, EchoSink("127.0.0.1", peer.port, EXAMPLE, client=echo.TcpClient) as sink:
         sink.send(batch_on(device, 0))
-        sink.wait(SOON_S)
-        assert received_samples(peer) == rows_of(batch(0))
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer) == payloads(batch(0))
 
 
 def test_a_wrong_batch_names_its_leaf_and_sends_nothing(device: FakeDevice) -> None:
@@ -382,8 +384,8 @@ def test_a_wrong_batch_names_its_leaf_and_sends_nothing(device: FakeDevice) -> N
         with pytest.raises(SpecMismatchError, match=r"batch\['a'\]: got torch.int32 \[8, 2\]"):
             sink.send(wrong)
         sink.send(batch_on(device, 0))
-        sink.wait(SOON_S)
-        assert received_samples(peer) == rows_of(batch(0))
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer) == payloads(batch(0))
 
 
 def test_threads_that_each_have_a_stream(device: FakeDevice) -> None:
@@ -396,10 +398,10 @@ def test_threads_that_each_have_a_stream(device: FakeDevice) -> None:
         with running(lambda: send(0), lambda: send(1000)) as outcomes:
             pass
         assert outcomes == [None, None]
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         got = received_samples(peer)
         for first in (0, 1000):
-            rows = rows_of(batch(first, 10 * ROWS))
+            rows = payloads(batch(first, 10 * ROWS))
             assert [row for row in got if row in rows] == rows
         assert len(got) == 20 * ROWS
 
@@ -452,20 +454,20 @@ def test_waiting_for_a_device_that_hangs_ends(device: FakeDevice) -> None:
 def test_a_device_that_is_slow_does_not_hang(device: FakeDevice, clock: Clock) -> None:
     """Something is acked now and then, though the last batch was enqueued long ago."""
     batches = 6
-    with connected_sink(stall_timeout=SOON_S) as (_, sink):
+    with connected_sink(stall_timeout=HANG_TIMEOUT_S) as (_, sink):
         for number in range(batches):
             sink.send(batch_on(device, number * ROWS))
         (copying,) = (stream for stream in device.streams if stream is not device.current)
         of_one = len(copying.ops) // batches
         for left in reversed(range(batches)):
-            clock.advance(0.8 * SOON_S)
+            clock.advance(0.8 * HANG_TIMEOUT_S)
             with pytest.raises(DeliveryTimeoutError, match=r"wait\(\) not done within 0.2 s"):
                 sink.wait(SHORT_S)
             while len(copying.ops) > left * of_one:
                 for stream in device.streams:
                     device.step(stream)
             eventually(lambda left=left: sink.stats().samples_acked == (batches - left) * ROWS)
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
 
 
 def test_closing_while_a_device_hangs_ends(device: FakeDevice) -> None:
@@ -474,7 +476,7 @@ def test_closing_while_a_device_hangs_ends(device: FakeDevice) -> None:
         sink.send(batch_on(device, 0))
         with pytest.raises(DeliveryTimeoutError, match="8 samples un-acked"):
             sink.close(SHORT_S)
-        threads_end()
+        assert_threads_end()
         device.run()
 
 
@@ -491,10 +493,10 @@ def test_a_copy_that_fails_ends_the_connection_in_clear_words(
         sink.send(batch_on(device, 0))
         says_why = "samples could not be copied from their device: an illegal memory access was encountered"
         with pytest.raises(ConnectionClosedError, match=says_why) as caught:
-            sink.wait(SOON_S)
+            sink.wait(HANG_TIMEOUT_S)
         assert caught.value.unacked == ROWS
         sink.close()
-        threads_end()
+        assert_threads_end()
 
 
 def test_a_device_without_room_for_packing(
@@ -517,12 +519,12 @@ def test_a_device_without_room_for_packing(
         asked = len(made)
         sink.send(batch_on(device, 40))
         assert len(made) == asked == 2
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         time.sleep(0.2)
         sink.send(batch_on(device, 40 + ROWS))
         assert len(made) > asked
-        sink.wait(SOON_S)
-        assert received_samples(peer) == rows_of(batch(0, 40 + 2 * ROWS))
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer) == payloads(batch(0, 40 + 2 * ROWS))
     assert caplog.messages.count(f"{sink.peer}: {SLOW_WARNING}: out of memory") == 1
 
 
@@ -537,8 +539,8 @@ def test_without_pinned_memory_it_is_slower_and_right(
         for first in range(0, 10 * ROWS, ROWS):
             sink.send(batch_on(device, first))
         sink.send({name: leaf[0] for name, leaf in batch(10 * ROWS).items()})
-        sink.wait(SOON_S)
-        assert received_samples(peer) == rows_of(batch(0, 10 * ROWS + 1))
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer) == payloads(batch(0, 10 * ROWS + 1))
     assert caplog.messages.count(f"{sink.peer}: {SLOW_WARNING}: out of pinned memory") == 1
 
 
@@ -559,7 +561,7 @@ def test_pinned_memory_is_taken_once_and_given_back(device: FakeDevice, monkeypa
                 sink.send(batch_on(device, number))
                 sink.send(batch(number))
             assert [memory() is not None for memory in taken] == [True]
-            sink.close(SOON_S)
+            sink.close(HANG_TIMEOUT_S)
         assert [memory() for memory in taken] == [None]
         with pytest.raises(ConnectionClosedError):
             sink.send(batch_on(device, 0))
@@ -581,7 +583,7 @@ def test_packed_rows_are_kept_no_longer_than_needed(device: FakeDevice, monkeypa
         sink.send(batch_on(device, 0))
         assert [memory() is None for memory in packed] == [False]
         device.run()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         assert [memory() is None for memory in packed] == [True]
 
 
@@ -589,11 +591,11 @@ def test_a_connection_that_is_cut_while_the_device_is_late(device: FakeDevice) -
     """The samples that were not there yet are written to the next one, behind those that are sent again."""
     cut = Gate()
 
-    def leaves(line: Line) -> None:
-        line.greet(SampleSpec(EXAMPLE).numpy_sample())
-        line.hear(ROWS * SIZE)
+    def leaves(conn: PeerConnection) -> None:
+        conn.send_handshake(SampleSpec(EXAMPLE).numpy_sample())
+        conn.receive(ROWS * SIZE)
         cut.wait()
-        line.reset()
+        conn.reset()
 
     with Peer(Scripts(leaves, acks_everything)) as peer:
         sink = EchoSink("127.0.0.1", peer.port, EXAMPLE, resend_at_close=False).connect()
@@ -602,9 +604,9 @@ def test_a_connection_that_is_cut_while_the_device_is_late(device: FakeDevice) -
         cut.open()
         eventually(lambda: sink.stats().reconnects == 1)
         device.run()
-        sink.wait(SOON_S)
-        assert received_samples(peer, 1) == rows_of(batch(0, 2 * ROWS))
-        sink.close(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
+        assert received_samples(peer, 1) == payloads(batch(0, 2 * ROWS))
+        sink.close(HANG_TIMEOUT_S)
 
 
 class Capturing:
@@ -705,7 +707,7 @@ def test_a_profiler_shows_what_send_does(device: FakeDevice) -> None:
     with connected_sink() as (_, sink), torch.profiler.profile() as profile:
         sink.send(batch_on(device, 0))
         device.run()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
     names = {event.key for event in profile.key_averages()}
     assert {"echo_torch.send", "echo_torch.pack", "echo_torch.copy"} <= names
 
@@ -722,9 +724,9 @@ def test_a_compiled_function_may_send() -> None:
         inputs = [torch.arange(6, dtype=torch.int32).view(2, 3) + number for number in range(3)]
         compiled = torch.compile(step, backend="eager")
         assert [int(compiled(numbers)) for numbers in inputs] == [30, 42, 54]
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         expected = [{"a": 2 * numbers, "b": (2 * numbers[:, 0]).to(torch.uint8)} for numbers in inputs]
-        assert received_samples(peer) == [row for sent in expected for row in rows_of(sent)]
+        assert received_samples(peer) == [row for sent in expected for row in payloads(sent)]
         torch.compiler.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported, match="it sends to another process"):
             torch.compile(step, backend="eager", fullgraph=True)(inputs[0])
@@ -749,7 +751,7 @@ def test_only_one_thread_asks_for_copies(device: FakeDevice, monkeypatch: pytest
         asked_by.clear()  # of what the streams ask each other
         sink.stats()
         with device_running(device):
-            sink.wait(SOON_S)
+            sink.wait(HANG_TIMEOUT_S)
         assert {name for name in asked_by if name.startswith("echo_torch") or name == "MainThread"} == {
             f"echo_torch {sink.peer}"
         }
@@ -758,7 +760,7 @@ def test_only_one_thread_asks_for_copies(device: FakeDevice, monkeypatch: pytest
 def test_a_stall_counts_for_what_an_interrupted_send_left(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     with connected_sink(stall_timeout=SHORT_S) as (_, sink):
         sink.send(batch(0))
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         interrupt_send(device, sink, monkeypatch)
         with pytest.raises(DeliveryTimeoutError, match=r"stall_timeout"):
             sink.send(batch(ROWS))
@@ -769,7 +771,7 @@ def sink_with_a_failing_uncommitted_copy(peer: Peer, device: FakeDevice, monkeyp
     """By an interrupted send; one batch before it is acked."""
     sink = EchoSink("127.0.0.1", peer.port, EXAMPLE).connect()
     sink.send(batch(0))
-    sink.wait(SOON_S)
+    sink.wait(HANG_TIMEOUT_S)
     interrupt_send(device, sink, monkeypatch)
     monkeypatch.setattr(FakeEvent, "query", _fails)
     return sink
@@ -783,7 +785,7 @@ def test_what_an_interrupted_send_left_and_fails_ends_the_connection(
         with pytest.raises(ConnectionClosedError, match="could not be copied from their device: an illegal"):
             sink.send(batch(ROWS))
         sink.close()
-        threads_end()
+        assert_threads_end()
 
 
 def test_what_an_interrupted_send_left_and_fails_ends_a_sink_that_was_dropped(
@@ -794,7 +796,7 @@ def test_what_an_interrupted_send_left_and_fails_ends_a_sink_that_was_dropped(
         sink = sink_with_a_failing_uncommitted_copy(peer, device, monkeypatch)
         del sink
         gc.collect()
-        threads_end()
+        assert_threads_end()
     assert "could not be copied from their device: an illegal memory access was encountered; ended with" in caplog.text
 
 
@@ -814,4 +816,4 @@ def test_a_device_without_room_keeps_no_batch(device: FakeDevice, monkeypatch: p
                 assert kept() is None
             finally:
                 gc.enable()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calls import SOON_S, Gate, alarms, eventually, running
+from calls import HANG_TIMEOUT_S, Gate, alarms, eventually, running
 from fake_device import FakeDevice
 from leaks import our_threads
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.client import sender
@@ -38,14 +38,14 @@ def batch(first: int, rows: int = 4) -> dict[str, Any]:
     return {"id": np.arange(first, first + rows)}
 
 
-def acks(line: Line) -> None:
-    line.greet(EXAMPLE)
-    line.hear_all(SIZE)
+def acks(conn: PeerConnection) -> None:
+    conn.send_handshake(EXAMPLE)
+    conn.receive_all(SIZE)
 
 
-def hears(line: Line) -> None:
-    line.greet(EXAMPLE)
-    line.hear_all()
+def hears(conn: PeerConnection) -> None:
+    conn.send_handshake(EXAMPLE)
+    conn.receive_all()
 
 
 class Dying:
@@ -56,11 +56,11 @@ class Dying:
         self._gate = Gate()
         self.peer = Peer(self)
 
-    def __call__(self, line: Line) -> None:
-        line.greet(EXAMPLE)
-        line.hear(self._rows * SIZE)
+    def __call__(self, conn: PeerConnection) -> None:
+        conn.send_handshake(EXAMPLE)
+        conn.receive(self._rows * SIZE)
         self._gate.wait()
-        line.reset()
+        conn.reset()
 
     def die(self) -> None:
         self.peer.refuse()
@@ -73,7 +73,7 @@ def sink_to(*peers: Peer, **options: Any) -> EchoSink:
 
 
 def numbers(peer: Peer) -> list[int]:
-    received: list[int] = np.frombuffer(bytes(peer.lines[0].received), np.int64).tolist()
+    received: list[int] = np.frombuffer(bytes(peer.connections[0].received), np.int64).tolist()
     return received
 
 
@@ -119,12 +119,12 @@ def test_close_does_not_raise_a_reported_loss_again() -> None:
 def test_an_interrupted_close_is_completed_by_the_io_threads() -> None:
     gate = Gate()
 
-    def acks_late(line: Line) -> None:
-        line.greet(EXAMPLE)
-        line.hear(4 * SIZE)
+    def acks_late(conn: PeerConnection) -> None:
+        conn.send_handshake(EXAMPLE)
+        conn.receive(4 * SIZE)
         gate.wait()
-        line.ack(4)
-        line.hear_all()
+        conn.ack(4)
+        conn.receive_all()
 
     def strike(*_: object) -> None:
         raise KeyboardInterrupt
@@ -149,15 +149,15 @@ def test_an_interrupted_close_is_completed_by_the_io_threads() -> None:
 def test_wait_covers_rows_that_another_thread_passes_on_meanwhile() -> None:
     first, rest = Gate(), Gate()
 
-    def acks_late(line: Line) -> None:
-        line.greet(EXAMPLE)
-        line.hear(4 * SIZE)
+    def acks_late(conn: PeerConnection) -> None:
+        conn.send_handshake(EXAMPLE)
+        conn.receive(4 * SIZE)
         first.wait()
-        line.ack(4)
-        line.hear(5 * SIZE)
+        conn.ack(4)
+        conn.receive(5 * SIZE)
         rest.wait()
-        line.ack(5)
-        line.hear_all()
+        conn.ack(5)
+        conn.receive_all()
 
     dying = Dying()
     with Peer(acks_late) as late, dying.peer:
@@ -171,7 +171,7 @@ def test_wait_covers_rows_that_another_thread_passes_on_meanwhile() -> None:
             waited.append(sink.stats().samples_acked)
 
         with running(wait) as outcomes:
-            eventually(lambda: len(late.lines[0].received) == 4 * SIZE)
+            eventually(lambda: len(late.connections[0].received) == 4 * SIZE)
             dying.die()
             eventually(lambda: bool(sink.stats().peers[1].lost))
             sink.send(batch(8, 1))  # passes on, while the other thread waits for the first four
@@ -267,7 +267,7 @@ def test_uncopied_device_rows_are_not_passed_on_while_the_io_thread_is_blocked(
             handler.gate.open()
             log.removeHandler(handler)
         with pytest.raises(ConnectionClosedError):
-            client.close(SOON_S)
+            client.close(HANG_TIMEOUT_S)
         device.run()
 
 
@@ -313,20 +313,20 @@ class DiesAfter:
         self.dead = threading.Event()
         self.peer = Peer(self)
 
-    def __call__(self, line: Line) -> None:
-        line.greet(EXAMPLE)
+    def __call__(self, conn: PeerConnection) -> None:
+        conn.send_handshake(EXAMPLE)
         rest = bytearray()
-        while piece := line.sock.recv(1 << 16):
+        while piece := conn.sock.recv(1 << 16):
             rest += piece
             whole = len(rest) // SIZE
             self.received += np.frombuffer(bytes(rest[: whole * SIZE]), np.int64).tolist()
             del rest[: whole * SIZE]
             if self.life is not None and len(self.received) >= self.life:
                 self.peer.refuse()
-                line.reset()
+                conn.reset()
                 self.dead.set()
                 return
-            line.ack(whole)
+            conn.ack(whole)
 
 
 def send_batches(sink: EchoSink, first: int, chance: random.Random) -> int:

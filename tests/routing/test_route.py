@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from calls import running
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.routing.route import OtherClientRoute
@@ -155,12 +155,12 @@ FACTORIES: dict[str, Callable[..., Any]] = {
 def test_a_client_factory_keeps_its_timeouts_and_resend_at_close(factory: Callable[..., Any]) -> None:
     go_on = threading.Event()
 
-    def late(line: Line) -> None:
-        line.greet({"index": np.zeros((), np.int64)})
-        line.hear(3 * SIZE)
+    def late(conn: PeerConnection) -> None:
+        conn.send_handshake({"index": np.zeros((), np.int64)})
+        conn.receive(3 * SIZE)
         assert go_on.wait(PATIENCE_S)
-        line.ack(3)
-        line.hear_all(ack_every=SIZE)
+        conn.ack(3)
+        conn.receive_all(ack_every=SIZE)
 
     with Peer(late) as peer:
         sink = EchoSink(peer.host, peer.port, EXAMPLE, client=factory)
@@ -172,5 +172,5 @@ def test_a_client_factory_keeps_its_timeouts_and_resend_at_close(factory: Callab
         sink.wait(PATIENCE_S)
         assert sink.stats().samples_acked == 9
         sink.close()
-    heard = np.frombuffer(bytes(peer.lines[0].received), np.int64).tolist()
+    heard = np.frombuffer(bytes(peer.connections[0].received), np.int64).tolist()
     assert heard == [*range(9), 7, 8]

@@ -15,7 +15,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from compare import same, to_numpy
+from compare import assert_same, to_numpy
 from learner_process import Learner
 from tensordict import (
     LazyStackedTensorDict,
@@ -386,7 +386,7 @@ def test_what_a_container_holds_arrives(learner: Learner, name: str) -> None:
     """Bit for bit, with a row of it as the example."""
     make = MAKE[name]
     sink = EchoSink("127.0.0.1", learner.port, make(sample(), []), resend_at_close=False)
-    same(arrive(learner, sink, make(values(), [ROWS])), to_numpy(values()))
+    assert_same(arrive(learner, sink, make(values(), [ROWS])), to_numpy(values()))
 
 
 def test_containers_of_all_types_arrive_through_one_sink(learner: Learner) -> None:
@@ -401,7 +401,7 @@ def test_containers_of_all_types_arrive_through_one_sink(learner: Learner) -> No
         for name in NO_TENSORS:
             with pytest.raises((SpecMismatchError, TypeError)):
                 sink.send(NO_TENSORS[name]())
-        same(arrive(learner, sink, *rows), to_numpy(values()))
+        assert_same(arrive(learner, sink, *rows), to_numpy(values()))
 
 
 def test_what_a_tokenizer_makes_arrives(tokenizer: Any) -> None:
@@ -409,7 +409,7 @@ def test_what_a_tokenizer_makes_arrives(tokenizer: Any) -> None:
     one = encode(tokenizer, TEXTS[0]).convert_to_tensors("pt")
     with Learner(numpy_example(one)) as learner:
         got = arrive(learner, EchoSink("127.0.0.1", learner.port, one, resend_at_close=False), batch)
-        same(got, to_numpy(dict(batch)))
+        assert_same(got, to_numpy(dict(batch)))
 
 
 def test_what_a_model_gives_arrives() -> None:
@@ -420,4 +420,4 @@ def test_what_a_model_gives_arrives() -> None:
         numpy_example(CausalLMOutput(logits=torch.zeros(3, 5), hidden_states=(torch.zeros(4), torch.zeros(2))))
     ) as learner:
         sink = EchoSink.from_batch("127.0.0.1", learner.port, batch, resend_at_close=False)
-        same(arrive(learner, sink, batch), to_numpy(dict(batch)))
+        assert_same(arrive(learner, sink, batch), to_numpy(dict(batch)))

@@ -13,7 +13,7 @@ import numpy as np
 import optree
 import pytest
 import torch
-from peers import Line, Peer
+from peers import Peer, PeerConnection
 from torch._subclasses import FakeTensorMode
 
 from echo_torch import EchoSink, SpecMismatchError, TcpClient
@@ -38,9 +38,9 @@ def test_a_spec_pickles_whatever_it_has_met() -> None:
 
 
 def test_a_sink_pickles_whatever_it_has_sent() -> None:
-    def acking(line: Line) -> None:
-        line.greet({"pair": (np.zeros(2, np.float32), np.zeros((), np.int64))})
-        line.hear_all(ack_every=16)
+    def acking(conn: PeerConnection) -> None:
+        conn.send_handshake({"pair": (np.zeros(2, np.float32), np.zeros((), np.int64))})
+        conn.receive_all(ack_every=16)
 
     with Peer(acking) as peer:
         sink = EchoSink(peer.host, peer.port, EXAMPLE, resend_at_close=False)
@@ -49,7 +49,7 @@ def test_a_sink_pickles_whatever_it_has_sent() -> None:
         copy.send(local_batch())
         sink.close()
         copy.close()
-    assert [len(line.received) for line in peer.lines] == [48, 48]
+    assert [len(conn.received) for conn in peer.connections] == [48, 48]
 
 
 MASKED = np.ma.masked_array(np.zeros(3, np.float32), [False, True, False])
@@ -318,7 +318,7 @@ def test_a_list_of_samples_is_told_to_be_stacked(kind: Any) -> None:
 
 def test_a_sparse_leaf_in_another_structure_is_refused_with_what_is_wrong() -> None:
     """Its bytes cannot be counted for the words of the stock client."""
-    with Peer(lambda line: (line.greet({"x": np.zeros(2)}), line.hear_all())) as peer:  # type: ignore[func-returns-value]
+    with Peer(lambda conn: (conn.send_handshake({"x": np.zeros(2)}), conn.receive_all())) as peer:  # type: ignore[func-returns-value]
         client = TcpClient(peer.host, peer.port, {"x": np.zeros(2)})
         with pytest.raises(SpecMismatchError, match=r"data\['y'\]: unexpected"):
             client.send({"x": np.zeros(2), "y": torch.eye(2).to_sparse()})

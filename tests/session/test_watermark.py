@@ -20,8 +20,8 @@ import torch
 from calls import eventually, running
 from hypothesis import given
 from hypothesis import strategies as st
-from peers import Line, Peer
-from training import IMAGES, LABELS, STALLING, arrived, learner, sink_to
+from peers import Peer, PeerConnection
+from training import IMAGES, LABELS, STALLING_COUNT, arrived, learner, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, SpecMismatchError, numpy_example
 from echo_torch.metrics.stats import SAVED_FIELDS
@@ -209,7 +209,7 @@ def test_numbering_continues_from_a_given_step() -> None:
 
 
 def test_a_paused_learner_stops_the_watermark() -> None:
-    steps = 2 * STALLING // BATCH
+    steps = 2 * STALLING_COUNT // BATCH
     with learner() as server, sink_to(server, resend_at_close=False) as sink:
         server.pause()
         for step in range(steps):
@@ -217,7 +217,7 @@ def test_a_paused_learner_stops_the_watermark() -> None:
         with pytest.raises(DeliveryTimeoutError):
             sink.wait(SHORT_S)
         through = sink.acked_through
-        assert through < STALLING // BATCH
+        assert through < STALLING_COUNT // BATCH
         assert through == sink.stats().samples_acked // BATCH - 1
         server.resume()
         sink.wait()
@@ -227,7 +227,7 @@ def test_a_paused_learner_stops_the_watermark() -> None:
 def test_a_batch_that_timed_out_holds_it_down_until_it_is_sent() -> None:
     """Under the same step; the next number is another batch's."""
     with learner() as server:
-        sink = sink_to(server, buffer_bytes=2 * STALLING * SIZE, resend_acked=0, resend_at_close=False)
+        sink = sink_to(server, buffer_bytes=2 * STALLING_COUNT * SIZE, resend_acked=0, resend_at_close=False)
         server.pause()
         step = 0
         with pytest.raises(DeliveryTimeoutError) as caught:  # noqa: PT012
@@ -249,18 +249,18 @@ def test_a_batch_that_timed_out_holds_it_down_until_it_is_sent() -> None:
 
 def test_an_interrupted_send_holds_it_down_until_it_is_repeated() -> None:
     with learner() as server:
-        sink = sink_to(server, buffer_bytes=STALLING * SIZE, resend_acked=0, resend_at_close=False)
+        sink = sink_to(server, buffer_bytes=STALLING_COUNT * SIZE, resend_acked=0, resend_at_close=False)
         sink.send(digits(0))
         server.pause()
         strike = threading.Timer(SHORT_S, os.kill, (os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
             strike.start()
-            sink.send(digits(BATCH, 3 * STALLING))
+            sink.send(digits(BATCH, 3 * STALLING_COUNT))
         strike.join()
         server.resume()
         sink.wait()
         assert sink.acked_through == 0
-        sink.send(digits(BATCH, 3 * STALLING), step=1)
+        sink.send(digits(BATCH, 3 * STALLING_COUNT), step=1)
         sink.wait()
         assert sink.acked_through == 1
         sink.close()
@@ -306,16 +306,16 @@ def test_a_learner_that_was_never_there_acks_nothing() -> None:
 
 def test_resent_samples_are_acked_once() -> None:
     """A connection that is lost and opened again."""
-    lines: list[Line] = []
+    connections: list[PeerConnection] = []
 
-    def script(line: Line) -> None:
-        lines.append(line)
-        line.greet(numpy_example({"id": 0}))
-        if len(lines) > 1:
-            line.hear_all(ack_every=8)
-        line.hear(5 * 8)
-        line.ack(3)
-        line.hang_up()
+    def script(conn: PeerConnection) -> None:
+        connections.append(conn)
+        conn.send_handshake(numpy_example({"id": 0}))
+        if len(connections) > 1:
+            conn.receive_all(ack_every=8)
+        conn.receive(5 * 8)
+        conn.ack(3)
+        conn.close()
 
     with Peer(script) as peer, EchoSink(peer.host, peer.port, {"id": 0}) as sink:
         for number in range(5):
@@ -349,14 +349,14 @@ def test_threads_may_send_steps_in_any_order() -> None:
     def rows_of(step: int) -> int:
         return step % 4
 
-    def script(line: Line) -> None:
-        line.greet(numpy_example({"step": 0}))
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(numpy_example({"step": 0}))
         choose = random.Random(2)
         while True:
             run = choose.randint(1, 20)
             for _ in range(run):
-                acked[int(np.frombuffer(line.hear(8), np.int64)[0])] += 1
-                line.ack()
+                acked[int(np.frombuffer(conn.receive(8), np.int64)[0])] += 1
+                conn.ack()
             ended.wait(0.0005)
 
     def send(steps: list[int]) -> None:
@@ -499,11 +499,11 @@ def test_samples_in_flight_in_a_saved_state_count_as_maybe_lost() -> None:
     with learner() as server:
         sink = sink_to(server, resend_at_close=False)
         server.pause()
-        sink.send(digits(0, 2 * STALLING))
+        sink.send(digits(0, 2 * STALLING_COUNT))
         with pytest.raises(DeliveryTimeoutError):
             sink.wait(SHORT_S)
         saved = sink.state_dict()
-        assert saved["in_flight"] == 2 * STALLING - saved["samples_acked"] > STALLING
+        assert saved["in_flight"] == 2 * STALLING_COUNT - saved["samples_acked"] > STALLING_COUNT
         server.resume()
         sink.close()
     other = EchoSink("nowhere.invalid", 1, {"id": 0})

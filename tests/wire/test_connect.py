@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peers import PATIENCE_S, TCP_REPAIR, Line, Peer, Script, Scripts, full_queue, greeting
+from peers import PATIENCE_S, TCP_REPAIR, Peer, PeerConnection, Script, Scripts, full_queue, greeting
 
 from echo_torch.errors import ConnectionClosedError, HandshakeError
 from echo_torch.support.deadline import Deadline
@@ -41,9 +41,9 @@ CLOCK_TOLERANCE_S = 0.02
 def script_sending(data: bytes) -> Script:
     """A peer that says this much, and then nothing."""
 
-    def script(line: Line) -> None:
-        line.say(data)
-        line.hear_all()
+    def script(conn: PeerConnection) -> None:
+        conn.send(data)
+        conn.receive_all()
 
     return script
 
@@ -96,7 +96,7 @@ def resolve_to(monkeypatch):
 
 
 def can_repair_tcp() -> bool:
-    """Whether `Line.forget` can be had; root on Linux always can, so that nothing is skipped there."""
+    """Whether `PeerConnection.drop_silently` can be had; root on Linux always can, so that nothing is skipped there."""
     if sys.platform != "linux" or not os.geteuid():
         return sys.platform == "linux"
     with socket.socket() as sock:
@@ -172,9 +172,9 @@ def test_a_deadline_may_exceed_the_longest_socket_timeout(host: str, timeout: fl
 
 
 def test_what_follows_the_greeting_stays_in_the_socket() -> None:
-    def greet_and_ack(line: Line) -> None:
-        line.say(GREETING + ACK * 3)
-        line.hang_up()
+    def greet_and_ack(conn: PeerConnection) -> None:
+        conn.send(GREETING + ACK * 3)
+        conn.close()
 
     with Peer(greet_and_ack) as peer:
         sock, leaves = connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
@@ -400,20 +400,20 @@ def test_a_refused_connection_is_not_retried_by_default(refusing: socket.socket,
 
 
 def test_a_peer_that_closes_is_not_retried() -> None:
-    with Peer(Line.hang_up) as peer:
+    with Peer(PeerConnection.close) as peer:
         with pytest.raises(ConnectionClosedError):
             connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S), retry_refused=True)
-        assert len(peer.lines) == 1
+        assert len(peer.connections) == 1
 
 
 def test_a_reset_connection_is_retried_with_retry_refused() -> None:
     """As a proxy does whose backend is not there yet."""
 
-    def begin(line: Line) -> None:
-        line.say(GREETING[:9])
-        line.reset()
+    def begin(conn: PeerConnection) -> None:
+        conn.send(GREETING[:9])
+        conn.reset()
 
-    with Peer(Scripts(Line.reset, begin, send_greeting)) as peer:
+    with Peer(Scripts(PeerConnection.reset, begin, send_greeting)) as peer:
         with pytest.raises(ConnectionClosedError):
             connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
         sock, leaves = connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S), retry_refused=True)
@@ -422,25 +422,25 @@ def test_a_reset_connection_is_retried_with_retry_refused() -> None:
 
 
 def test_a_peer_that_always_resets_is_given_up_at_the_deadline() -> None:
-    with Peer(Line.reset) as peer:
+    with Peer(PeerConnection.reset) as peer:
         began = time.monotonic()
         with pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port} broke the connection off"):
             connect_and_handshake("127.0.0.1", peer.port, Deadline(SHORT_TIMEOUT_S), retry_refused=True)
         assert time.monotonic() - began < SLACK_S
-    assert len(peer.lines) > 1
+    assert len(peer.connections) > 1
 
 
 @pytest.mark.skipif(not can_repair_tcp(), reason="takes Linux, and root")
 def test_a_peer_that_forgot_the_connection_is_retried() -> None:
     """As Linux does where more call at once than its queue takes: the peer was to speak first, and never would."""
-    with Peer(Scripts(Line.forget, send_greeting)) as peer:
+    with Peer(Scripts(PeerConnection.drop_silently, send_greeting)) as peer:
         began = time.monotonic()
         sock, leaves = connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S), retry_refused=True)
         with sock:
             assert leaves == LEAVES
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == keepalive.KEEPALIVE_IDLE_S
         assert time.monotonic() - began < keepalive.GREETING_IDLE_S + SLACK_S
-    assert len(peer.lines) == 2
+    assert len(peer.connections) == 2
 
 
 # Shaking hands.
@@ -459,9 +459,9 @@ def test_slow_bytes_do_not_extend_the_deadline() -> None:
     """They keep coming, and the whole greeting takes at least 3 s."""
     left = threading.Event()
 
-    def send_slowly(line: Line) -> None:
+    def send_slowly(conn: PeerConnection) -> None:
         for byte in greeting([np.zeros((1,) * 60, np.uint8)] * 30):
-            line.say(bytes([byte]))
+            conn.send(bytes([byte]))
             left.wait(0.0005)
 
     with Peer(send_slowly) as peer:
@@ -471,10 +471,10 @@ def test_slow_bytes_do_not_extend_the_deadline() -> None:
 
 
 def test_a_greeting_in_single_bytes_is_read() -> None:
-    def send_slowly(line: Line) -> None:
+    def send_slowly(conn: PeerConnection) -> None:
         for byte in GREETING:
-            line.say(bytes([byte]))
-        line.hear_all()
+            conn.send(bytes([byte]))
+        conn.receive_all()
 
     with Peer(send_slowly) as peer:
         sock, leaves = connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
@@ -482,18 +482,18 @@ def test_a_greeting_in_single_bytes_is_read() -> None:
             assert leaves == LEAVES
 
 
-@pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["closes", "resets"])
+@pytest.mark.parametrize("end", [PeerConnection.close, PeerConnection.reset], ids=["closes", "resets"])
 @pytest.mark.parametrize("count", [0, 1, 4, 9, 17, len(GREETING) - 1])
 def test_a_peer_that_disconnects_during_its_greeting(count: int, end: Script) -> None:
-    def leave(line: Line) -> None:
-        line.say(GREETING[:count])
-        end(line)
+    def leave(conn: PeerConnection) -> None:
+        conn.send(GREETING[:count])
+        end(conn)
 
     with Peer(leave) as peer, pytest.raises(ConnectionClosedError, match=f"127.0.0.1:{peer.port}"):
         connect_and_handshake("127.0.0.1", peer.port, Deadline(LONG_TIMEOUT_S))
 
 
-@pytest.mark.parametrize("end", [Line.hang_up, Line.reset], ids=["closes", "resets"])
+@pytest.mark.parametrize("end", [PeerConnection.close, PeerConnection.reset], ids=["closes", "resets"])
 def test_a_peer_that_disconnects_while_we_connect(end: Script, monkeypatch) -> None:
     """As a proxy does whose backend is gone: here always before the client looks at its new connection."""
     gone = threading.Event()
@@ -504,8 +504,8 @@ def test_a_peer_that_disconnects_while_we_connect(end: Script, monkeypatch) -> N
                 super().connect(address)
             assert gone.wait(PATIENCE_S)
 
-    def leave(line: Line) -> None:
-        end(line)
+    def leave(conn: PeerConnection) -> None:
+        end(conn)
         gone.set()
 
     with Peer(leave) as peer:
@@ -570,8 +570,10 @@ def test_peer_name(host: str, name: str) -> None:
 def test_close_socket_frees_the_socket_in_any_state(state: str) -> None:
     gone = threading.Event()
 
-    def leave(line: Line) -> None:
-        {"left by the peer": Line.hang_up, "reset by the peer": Line.reset}.get(state, Line.hear_all)(line)
+    def leave(conn: PeerConnection) -> None:
+        {"left by the peer": PeerConnection.close, "reset by the peer": PeerConnection.reset}.get(
+            state, PeerConnection.receive_all
+        )(conn)
         gone.set()
 
     with Peer(leave) as peer:
@@ -591,8 +593,8 @@ def test_close_socket_is_seen_by_the_peer_although_a_copy_is_open() -> None:
     """In a forked child, say: the connection is shut down, and not only this descriptor closed."""
     saw_eof = threading.Event()
 
-    def listen(line: Line) -> None:
-        line.hear_all()
+    def listen(conn: PeerConnection) -> None:
+        conn.receive_all()
         saw_eof.set()
 
     with Peer(listen) as peer:

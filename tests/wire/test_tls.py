@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import SOON_S, Gate, eventually, running
+from calls import HANG_TIMEOUT_S, Gate, eventually, running
 from cutting import Cutter
 from learner_process import Learner
 from numbered import FILLER, digest, example, fillers, samples
-from peers import Line, Peer, Script, Scripts, greeting
+from peers import Peer, PeerConnection, Script, Scripts, greeting
 from terminator import Terminator, server_context
 from torch.utils.data import DataLoader
 
@@ -111,7 +111,7 @@ def test_all_samples_arrive(certificates: Path, tls: TLS, size: int, batch: int,
         with EchoSink("127.0.0.1", terminator.port, example(size), **options) as sink:
             for number in range(batches):
                 sink.send(samples(number * batch, batch, size))
-            sink.wait(SOON_S)
+            sink.wait(HANG_TIMEOUT_S)
             assert sink.stats().samples_acked == sent
         assert sink.stats().maybe_duplicated == 8
         assert terminator.versions() == [version.replace("_", ".")]
@@ -129,7 +129,7 @@ def test_several_threads_send_at_once(learner: Learner, terminator: Terminator, 
         def send(number: int) -> None:
             for batch in range(20):
                 sink.send(samples(first + 1000 * number + 50 * batch, 50, SIZE))
-            sink.wait(SOON_S)
+            sink.wait(HANG_TIMEOUT_S)
 
         with running(*[lambda number=number: send(number) for number in range(4)]) as outcomes:  # type: ignore[misc]
             pass
@@ -151,7 +151,7 @@ def test_a_client_certificate_and_another_name(learner: Learner, certificates: P
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 def test_a_certificate_may_be_for_a_name_or_an_address(terminator: Terminator, tls: TLS, host: str) -> None:
     with TcpClient(host, terminator.port, example(SIZE), tls=tls) as client:
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
 
 
 # Connections that are lost.
@@ -169,7 +169,7 @@ def test_nothing_is_lost_over_connections_that_are_cut(
                 count += 200
             assert terminator.cut(abort=cut % 2 == 0)
             eventually(lambda: sink.stats().reconnects == cut + 1)  # noqa: B023
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         stats = sink.stats()
     assert stats.samples_acked == count
     check_stored(learner, first, count)
@@ -187,7 +187,7 @@ def test_nothing_is_lost_over_connections_that_are_cut_anywhere(
             while cutter.counts()["cuts"] < cuts:
                 sink.send(samples(first + count, 200, SIZE))
                 count += 200
-            sink.wait(SOON_S)
+            sink.wait(HANG_TIMEOUT_S)
             stats = sink.stats()
     assert stats.samples_acked == count
     assert stats.reconnects > 0
@@ -200,11 +200,11 @@ def test_a_terminator_that_starts_again(learner: Learner, certificates: Path, tl
     with Terminator(learner.port, cert) as terminator:
         sink = sink_to(terminator.port, tls).connect()
         sink.send(samples(first, 64, SIZE))
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         terminator.kill()
         sink.send(samples(first + 64, 64, SIZE))
     with Terminator(learner.port, cert, port=terminator.port):
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         sink.close()
     check_stored(learner, first, 128)
 
@@ -212,9 +212,9 @@ def test_a_terminator_that_starts_again(learner: Learner, certificates: Path, tl
 def test_a_learner_that_starts_after_its_terminator(certificates: Path, tls: TLS) -> None:
     """Until then the terminator accepts and hangs up."""
 
-    def script(line: Line) -> None:
-        line.greet(example(SIZE))
-        line.hear_all()
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(example(SIZE))
+        conn.receive_all()
 
     with Peer(script) as peer, Terminator(peer.port, str(certificates / "server.pem")) as terminator:
         peer.refuse()
@@ -229,41 +229,41 @@ def test_a_learner_that_starts_after_its_terminator(certificates: Path, tls: TLS
 
 def test_a_changed_certificate_ends_reconnecting(certificates: Path, tls: TLS, learner: Learner) -> None:
     with Terminator(learner.port, str(certificates / "server.pem")) as terminator:
-        client = client_to(terminator.port, tls, reconnect=SOON_S)
+        client = client_to(terminator.port, tls, reconnect=HANG_TIMEOUT_S)
         terminator.kill()
         client.send({name: leaf[0] for name, leaf in samples(next(FIRST_NUMBERS), 1, SIZE).items()})
     with (
         Terminator(learner.port, str(certificates / "strange.pem"), port=terminator.port),
         pytest.raises(ConnectionClosedError, match=r"connection lost: .*; .*its certificate was not issued by a CA"),
     ):
-        client.wait(SOON_S)
+        client.wait(HANG_TIMEOUT_S)
     client.close()
 
 
 @pytest.mark.parametrize("orderly", [True, False])
 def test_a_peer_that_closes_is_noticed_at_once(certificates: Path, tls: TLS, orderly: bool) -> None:
-    def leave(line: Line) -> None:
-        line.greet(example(SIZE))
-        line.hear(SIZE)
+    def leave(conn: PeerConnection) -> None:
+        conn.send_handshake(example(SIZE))
+        conn.receive(SIZE)
         if orderly:
             with contextlib.suppress(ssl.SSLZeroReturnError):
-                line.sock.unwrap()  # type: ignore[attr-defined]
+                conn.sock.unwrap()  # type: ignore[attr-defined]
         else:
-            line.hang_up()
+            conn.close()
 
     with Peer(tls_script(leave, certificates)) as peer, client_to(peer.port, tls) as client:
         client.send({name: leaf[0] for name, leaf in samples(0, 1, SIZE).items()})
         with pytest.raises(ConnectionClosedError, match=r"(?s)the peer closed the connection.*1 samples un-acked"):
-            client.wait(SOON_S)
+            client.wait(HANG_TIMEOUT_S)
 
 
 def test_the_peer_receives_close_notify(certificates: Path, tls: TLS) -> None:
     """A proxy could not tell it from a cut otherwise, and may reset its connection to the learner."""
     received = []
 
-    def listen(line: Line) -> None:
-        line.greet(example(SIZE))
-        received.append(line.sock.recv(1))  # raises if the end is not told
+    def listen(conn: PeerConnection) -> None:
+        conn.send_handshake(example(SIZE))
+        received.append(conn.sock.recv(1))  # raises if the end is not told
 
     with Peer(tls_script(listen, certificates)) as peer:
         client_to(peer.port, tls).close()
@@ -274,9 +274,9 @@ def tls_script(script: Script, certificates: Path, name: str = "server") -> Scri
     """The script of a peer that speaks TLS, in this process."""
     context = server_context(str(certificates / f"{name}.pem"))
 
-    def run(line: Line) -> None:
-        line.sock = context.wrap_socket(line.sock, server_side=True, suppress_ragged_eofs=False)
-        script(line)
+    def run(conn: PeerConnection) -> None:
+        conn.sock = context.wrap_socket(conn.sock, server_side=True, suppress_ragged_eofs=False)
+        script(conn)
 
     return run
 
@@ -288,11 +288,11 @@ def handshake_script(certificates: Path, name: str, **options: Any) -> Script:
     """A peer that speaks TLS and is not meant to get far."""
     context = server_context(str(certificates / f"{name}.pem"), **options)
 
-    def run(line: Line) -> None:
+    def run(conn: PeerConnection) -> None:
         try:
-            line.sock = context.wrap_socket(line.sock, server_side=True)
+            conn.sock = context.wrap_socket(conn.sock, server_side=True)
         except (ssl.SSLError, ConnectionError):
-            line.hang_up()
+            conn.close()
 
     return run
 
@@ -359,13 +359,13 @@ def test_a_server_without_tls_that_is_far_away(tls: TLS) -> None:
     """Its greeting is waited for as long as it may be on the way."""
     received = []
 
-    def script(line: Line) -> None:
-        if select.select([line.sock], [], [], SHORT_TIMEOUT_S)[0]:
-            received.append(line.sock.recv(1))
-        line.greet(example(SIZE))
-        line.hear_all()
+    def script(conn: PeerConnection) -> None:
+        if select.select([conn.sock], [], [], SHORT_TIMEOUT_S)[0]:
+            received.append(conn.sock.recv(1))
+        conn.send_handshake(example(SIZE))
+        conn.receive_all()
 
-    deadline = Deadline(SOON_S)
+    deadline = Deadline(HANG_TIMEOUT_S)
     with Peer(script) as peer:
         address = (socket.AF_INET, ("127.0.0.1", peer.port))
         with connect([address], "it", deadline, DistantTlsSocket) as sock:
@@ -389,12 +389,12 @@ def test_a_server_without_tls_that_is_far_away(tls: TLS) -> None:
     ],
 )
 def test_servers_of_other_protocols(tls: TLS, before: bytes, after: bytes, words: str) -> None:
-    def script(line: Line) -> None:
-        line.say(before)
+    def script(conn: PeerConnection) -> None:
+        conn.send(before)
         if after:
-            line.hear(5)
-            line.say(after)
-        line.hear_all()
+            conn.receive(5)
+            conn.send(after)
+        conn.receive_all()
 
     with Peer(script) as peer, pytest.raises(HandshakeError) as caught:
         client_to(peer.port, tls)
@@ -404,10 +404,10 @@ def test_servers_of_other_protocols(tls: TLS, before: bytes, after: bytes, words
 
 @pytest.mark.parametrize("last_words", [b"", tls_alert(80)], ids=["none", "internal_error"])
 def test_a_server_that_closes_during_the_handshake_may_be_retried(tls: TLS, last_words: bytes) -> None:
-    def script(line: Line) -> None:
-        line.hear(5)
-        line.say(last_words)
-        line.hang_up()
+    def script(conn: PeerConnection) -> None:
+        conn.receive(5)
+        conn.send(last_words)
+        conn.close()
 
     with Peer(script) as peer, pytest.raises(ConnectionClosedError, match=r"broke .* off during the TLS handshake"):
         client_to(peer.port, tls)
@@ -424,16 +424,16 @@ def test_an_old_version_of_tls(certificates: Path, tls: TLS) -> None:
 # Time.
 
 
-def stay_silent(line: Line) -> None:
-    line.hear_all()
+def stay_silent(conn: PeerConnection) -> None:
+    conn.receive_all()
 
 
-def send_slowly(line: Line) -> None:
+def send_slowly(conn: PeerConnection) -> None:
     """The header of a record, and then as little of it as can be, until the client has left."""
-    line.hear(5)
-    line.say(b"\x16\x03\x03\x40\x00")
+    conn.receive(5)
+    conn.send(b"\x16\x03\x03\x40\x00")
     while True:
-        line.say(b"\0")
+        conn.send(b"\0")
         time.sleep(0.02)
 
 
@@ -443,7 +443,7 @@ def test_a_handshake_that_stalls_ends_with_connect_timeout(tls: TLS, script: Scr
         began = time.monotonic()
         with pytest.raises(TimeoutError, match=r"TLS handshake not complete within 0\.3 s"):
             client_to(peer.port, tls, connect_timeout=SHORT_TIMEOUT_S)
-        assert SHORT_TIMEOUT_S - 0.02 <= time.monotonic() - began < SOON_S
+        assert SHORT_TIMEOUT_S - 0.02 <= time.monotonic() - began < HANG_TIMEOUT_S
 
 
 def test_reading_the_names_of_a_wrong_certificate_does_not_block(certificates: Path, tls: TLS) -> None:
@@ -466,7 +466,7 @@ def test_a_greeting_that_never_arrives_times_out() -> None:
             raise BlockingIOError
 
     deadline = Deadline(SHORT_TIMEOUT_S)
-    with Peer(lambda line: line.say(b"more")) as peer:
+    with Peer(lambda conn: conn.send(b"more")) as peer:
         address = (socket.AF_INET, ("127.0.0.1", peer.port))
         with (
             connect([address], "it", deadline, NeverReadable) as sock,
@@ -479,11 +479,11 @@ def test_a_greeting_that_never_arrives_times_out() -> None:
 def test_undecrypted_bytes_are_not_read_without_limit(tls: TLS) -> None:
     """It waits in the kernel, whose memory has a bound."""
     said = 1 << 20
-    deadline = Deadline(SOON_S)
+    deadline = Deadline(HANG_TIMEOUT_S)
 
-    def script(line: Line) -> None:
-        line.say(bytes(said))
-        line.hang_up()
+    def script(conn: PeerConnection) -> None:
+        conn.send(bytes(said))
+        conn.close()
 
     with Peer(script) as peer:
         address = (socket.AF_INET, ("127.0.0.1", peer.port))
@@ -503,23 +503,23 @@ def test_a_stalled_handshake_can_be_cancelled(certificates: Path, tls: TLS, desc
     """Here by closing a client that reconnects."""
     stalling = Gate()
 
-    def first(line: Line) -> None:
-        tls_script(lambda line: line.greet(example(SIZE)), certificates)(line)
-        line.hang_up()
+    def first(conn: PeerConnection) -> None:
+        tls_script(lambda conn: conn.send_handshake(example(SIZE)), certificates)(conn)
+        conn.close()
 
-    def later(line: Line) -> None:
+    def later(conn: PeerConnection) -> None:
         stalling.open()
-        line.hear_all()
+        conn.receive_all()
 
     scripts = iter([first])
-    with Peer(lambda line: next(scripts, later)(line)) as peer:
+    with Peer(lambda conn: next(scripts, later)(conn)) as peer:
         client = client_to(peer.port, tls, reconnect=600.0, connect_timeout=None)
         client.send({name: leaf[0] for name, leaf in samples(0, 1, SIZE).items()})
         stalling.wait()
         began = time.monotonic()
         with pytest.raises((ConnectionClosedError, DeliveryTimeoutError)):
             client.close(timeout=0)
-        assert time.monotonic() - began < SOON_S
+        assert time.monotonic() - began < HANG_TIMEOUT_S
 
 
 def test_a_plain_client_of_a_tls_server_gets_a_hint(terminator: Terminator) -> None:
@@ -542,7 +542,7 @@ def test_no_busy_loop_while_nothing_moves(learner: Learner, terminator: Terminat
         sink.send(samples(first, 1000, SIZE))
         assert cpu_while_waiting(0.3) < 0.12
         terminator.resume()
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
     check_stored(learner, first, 1000)
 
 
@@ -551,12 +551,12 @@ def test_no_busy_loop_while_the_socket_is_full(certificates: Path, tls: TLS) -> 
     going = Gate()
     rows = np.random.default_rng(0).integers(0, 256, (32, 1 << 20), np.uint8)
 
-    def script(line: Line) -> None:
-        line.greet(rows[0])
+    def script(conn: PeerConnection) -> None:
+        conn.send_handshake(rows[0])
         going.wait()
-        line.hear(rows.nbytes)
-        line.ack(32)
-        line.hear_all()
+        conn.receive(rows.nbytes)
+        conn.ack(32)
+        conn.receive_all()
 
     peer = Peer(tls_script(script, certificates), receive_buffer=64 * 1024)
     with peer, TcpClient("127.0.0.1", peer.port, rows[0], 64, tls=tls) as client:
@@ -564,8 +564,8 @@ def test_no_busy_loop_while_the_socket_is_full(certificates: Path, tls: TLS) -> 
         eventually(lambda: cpu_while_waiting(0.1) < 0.03)  # all is full by then
         assert cpu_while_waiting(0.3) < 0.12
         going.open()
-        client.wait(SOON_S)
-        assert peer.lines[0].received == rows.tobytes()
+        client.wait(HANG_TIMEOUT_S)
+        assert peer.connections[0].received == rows.tobytes()
 
 
 # Processes.
@@ -592,7 +592,7 @@ def test_child_processes_open_their_own_connections(
         child.join(60)
         assert child.exitcode == 0
         sink.send(samples(first + 128, 64, SIZE))
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         assert sink.stats().reconnects == 0
     assert len(terminator.versions()) == before + 1
     check_stored(learner, first, 192)
@@ -615,7 +615,7 @@ def test_workers_of_a_loader(learner: Learner, terminator: Terminator, tls: TLS)
         dataset: Any = NumberedDataset(first)
         for _ in DataLoader(dataset, 32, num_workers=2, collate_fn=sink.collate(), multiprocessing_context="fork"):
             pass
-        sink.wait(SOON_S)
+        sink.wait(HANG_TIMEOUT_S)
         assert sink.stats().samples_acked == 256
     check_stored(learner, first, 256)
 
