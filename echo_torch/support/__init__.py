@@ -1,11 +1,12 @@
-"""What every wing leans on, and what knows nothing of batches, sockets or learners.
+"""Helpers for every wing. Nothing here knows about batches, sockets or learners.
 
 * `deadline`: one moment on the monotonic clock that all steps of an operation share.
 * `validation`: checks of numeric arguments, with one wording for all errors.
-* `interrupts`: what keeps state whole when Ctrl-C strikes between any two calls.
-* `shutdown`: what happens to open connections when the process exits or forks.
+* `interrupts`: keeps state consistent when Ctrl-C strikes between any two calls.
+* `shutdown`: ends open connections when the process exits, and drops them in a forked child.
 * `accelerator`: the part of PyTorch's device API that we use: streams, events, pinned memory.
-* `backoff`: growing pauses with jitter. `tracing`: profiler ranges, and what ``torch.compile`` must not trace.
+* `backoff`: growing pauses with jitter.
+* `tracing`: ranges in PyTorch's profiler, and functions that ``torch.compile`` must not trace.
 
 Rules:
 

@@ -1,7 +1,12 @@
-"""What is asked of an accelerator: streams, pinned memory, and whether it can be used at all.
+"""The part of PyTorch's device API that we use: streams, events, pinned memory, and whether a device is usable.
 
-Only the part of PyTorch that is the same for all accelerators, but for what it has for CUDA alone: on older releases,
-whether a graph is captured.
+* Tests replace these functions with those of a fake device.
+* We use the API that all accelerators share, ``torch.accelerator``. CUDA gets its own code only where that API lacks
+  something: sleeping until an event is done, relaxing a thread's capture mode, and on older releases of PyTorch finding
+  out whether a graph is being captured.
+* A forked child must not use a device that its parent has used, and must not free the parent's pinned memory.
+* While any thread captures a graph, a call to the device may end the capture. `check_usable` raises before we make one
+  in the capturing thread. `dedicate_thread` prevents it in threads of our own.
 """
 
 from __future__ import annotations
@@ -20,30 +25,39 @@ import torch
 
 _log = logging.getLogger(__name__)
 
+# Accelerators that have no streams. We treat them as if there were none.
 _WITHOUT_STREAMS = {"mps"}
+# Exact types: a subclass may change what any operation does.
 _DENSE_TYPES = {torch.Tensor, torch.nn.Parameter}
 
-# What PyTorch does for threads of its own, and has no call for: the function of the driver, and the mode it is given.
+# PyTorch relaxes the capture mode of its own threads, but offers no call for ours. So we call the driver: its library,
+# and the function that sets the mode of the calling thread.
 _CAPTURE_MODE_FUNCTIONS = {
     "cuda": ("libcuda.so.1", "cuThreadExchangeStreamCaptureMode"),
     "hip": ("libamdhip64.so", "hipThreadExchangeStreamCaptureMode"),
 }
+# The mode to set: only captures that the calling thread itself began can fail because of its calls.
 _CAPTURE_MODE_THREAD_LOCAL = 1
+
+# ``device``: the one that `dedicate_thread` has made current in this thread.
 _this_thread = threading.local()
 
-# Pinned memory of this process.
+# All pinned memory of this process. The keys are ids, because ``==`` of tensors compares their elements.
 _pinned_tensors: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
 
 @functools.cache
 def device_type() -> str | None:
-    """The type of this build's accelerator, ``"cuda"`` for instance; None if it has none, or none with streams."""
+    """Return the type of this build's accelerator, for instance ``"cuda"``.
+
+    None if the build has no accelerator, or one without streams.
+    """
     device = torch.accelerator.current_accelerator()
     return None if device is None or device.type in _WITHOUT_STREAMS else device.type
 
 
 def is_on_accelerator(value: Any) -> bool:
-    """Whether it is a plain dense tensor of an accelerator."""
+    """Whether ``value`` is a plain, dense tensor on the accelerator."""
     return (
         type(value) in _DENSE_TYPES
         and not value.is_cpu
@@ -54,24 +68,29 @@ def is_on_accelerator(value: Any) -> bool:
 
 
 class PinnedMemoryError(RuntimeError):
-    """There is no pinned memory to be had."""
+    """Pinned memory could not be allocated."""
 
 
 def check_usable(device: torch.device) -> None:
-    """Raise RuntimeError where values of that device cannot be had.
+    """Check that tensors on ``device`` can be read here and now.
 
-    That is in a process that was forked from one that used it, and inside the capture of a graph.
+    Raises:
+        RuntimeError: this process was forked from one that used the device, or this thread is capturing a graph.
     """
+    # The fork comes first: in such a child, other calls to the device fail with less helpful errors.
     _check_not_forked(device)
     _check_not_capturing(device, current_stream(device))
 
 
 def _check_not_capturing(device: torch.device, stream: torch.Stream) -> None:
     capturing = getattr(stream, "is_capturing", None)
+    # Older releases of PyTorch tell this for CUDA only.
     if capturing is None and device.type == "cuda":
         capturing = torch.cuda.is_current_stream_capturing
     if capturing is not None and capturing():
-        raise RuntimeError(f"send() while a graph of {device} is captured; call it outside of that, after each replay")
+        raise RuntimeError(
+            f"send() while a graph of {device} is captured; call it outside the capture, after each replay"
+        )
 
 
 def _check_not_forked(device: torch.device) -> None:
@@ -84,7 +103,7 @@ def _check_not_forked(device: torch.device) -> None:
 
 
 def current_stream(device: torch.device) -> torch.Stream:
-    """The one that this thread works on."""
+    """Return the stream that this thread works on."""
     return torch.accelerator.current_stream(device)
 
 
@@ -93,29 +112,38 @@ def new_stream(device: torch.device) -> torch.Stream:
 
 
 def run_on_current_stream(work: Callable[[], object]) -> None:
-    """Have what ``work`` enqueues on the device run in the stream that this thread works on, as it does anyway."""
+    """Call ``work``; what it enqueues runs in this thread's current stream.
+
+    PyTorch does so without this function. A fake device in tests replaces it, to see the work.
+    """
     work()
 
 
 def run_on_stream(stream: torch.Stream, work: Callable[[], object]) -> None:
-    """Have what ``work`` enqueues on the device run in this stream."""
+    """Call ``work``; what it enqueues runs in ``stream``."""
     with _stream_context(stream):
         work()
 
 
 def empty_like(tensor: torch.Tensor, stream: torch.Stream) -> torch.Tensor:
-    """Memory on the device of a stream, whose tensor belongs to that stream."""
+    """Allocate a tensor like ``tensor`` on the device of ``stream``, with memory that belongs to that stream."""
     with _stream_context(stream):
         return torch.empty_like(tensor, device=stream.device)
 
 
 def record_current_stream(tensor: torch.Tensor) -> None:
-    """Let nobody have its memory, once it is dropped, before what this thread's stream has to do by then is done."""
+    """Tell PyTorch that this thread's current stream uses ``tensor``.
+
+    After you drop the tensor, its memory is not reused before the stream has done all work that it has by then.
+    """
     tensor.record_stream(current_stream(tensor.device))
 
 
 def synchronize(stream: torch.Stream) -> None:
-    """Sleep until what is in the stream is done. Devices other than CUDA's may keep the processor busy meanwhile."""
+    """Block until all work in ``stream`` is done.
+
+    On CUDA the thread sleeps. Other devices may keep a CPU core busy meanwhile.
+    """
     with _stream_context(stream):
         event: Any
         if stream.device.type == "cuda":
@@ -132,7 +160,7 @@ def _stream_context(stream: torch.Stream) -> contextlib.AbstractContextManager[A
 
 @contextlib.contextmanager
 def _set_stream_context(stream: torch.Stream) -> Iterator[None]:
-    """As entering a stream does in PyTorch 2.7 and later."""
+    """Do what ``with stream`` does in PyTorch 2.7 and later."""
     before, device = torch.accelerator.current_stream(stream.device), torch.accelerator.current_device_index()
     try:
         torch.accelerator.set_stream(stream)
@@ -143,9 +171,10 @@ def _set_stream_context(stream: torch.Stream) -> Iterator[None]:
 
 
 def query_from_dedicated_thread(event: torch.Event) -> bool:
-    """Whether what was before the event is done; for a thread that does nothing else with devices.
+    """Whether all work before ``event`` is done. Only for a thread that does nothing else with devices.
 
-    Its current device becomes the event's: asking, and freeing the event later, would else begin to use another one.
+    Makes the event's device current in this thread. Otherwise querying the event now, or freeing it later, would
+    initialize whatever device is current.
     """
     device = event.device
     if device is not None:
@@ -154,7 +183,10 @@ def query_from_dedicated_thread(event: torch.Event) -> bool:
 
 
 def dedicate_thread(device: torch.device) -> None:
-    """Make the device current in a thread that does nothing else with devices; captures of others do not mind it."""
+    """Make ``device`` current in a thread that does nothing else with devices.
+
+    On CUDA, calls of this thread no longer end a capture that another thread has begun.
+    """
     if device != getattr(_this_thread, "device", None):
         torch.accelerator.set_device_index(device.index)
         if device.type == "cuda":
@@ -163,36 +195,44 @@ def dedicate_thread(device: torch.device) -> None:
 
 
 def _relax_capture_mode() -> None:
-    """Have questions of this thread not end the capture of a graph by another, as by default all do."""
+    """Keep calls of this thread from ending a graph capture of another thread, as they do by default."""
     library, function = _CAPTURE_MODE_FUNCTIONS["hip" if torch.version.hip else "cuda"]
     try:
+        # RTLD_NOLOAD: only the driver that PyTorch has loaded already will do.
         driver = ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
         status = getattr(driver, function)(ctypes.byref(ctypes.c_int(_CAPTURE_MODE_THREAD_LOCAL)))
     except (OSError, AttributeError) as error:
         status = error
     if status:
-        _log.info("using a device while a graph is captured may end the capture: %s: %s", function, status)
+        _log.info("using a device while a graph is captured may end the capture: %s failed: %s", function, status)
 
 
 def empty_pinned(size: int) -> torch.Tensor:
-    """Host memory of so many bytes that a device copies to and from by itself, out of PyTorch's cache of such.
+    """Allocate ``size`` bytes of pinned host memory, which a device reads and writes without the CPU.
 
-    That takes it from the system in powers of two.
+    The memory comes from PyTorch's cache, which allocates powers of two from the system.
+
+    Returns:
+        A one-dimensional uint8 tensor on the CPU, not initialized.
 
     Raises:
-        PinnedMemoryError: there is none.
+        PinnedMemoryError: the system has no more pinned memory.
     """
     try:
-        with torch.inference_mode(False):  # a tensor of that mode could not be written to outside of it
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
             memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError as error:
-        raise PinnedMemoryError(f"no pinned memory of {size} bytes: {error}") from error
+        raise PinnedMemoryError(f"cannot allocate {size} bytes of pinned memory: {error}") from error
     _pinned_tensors[id(memory)] = memory
     return memory
 
 
 def _keep_pinned_after_fork() -> None:
-    """In a forked child: never free the copies, for the driver knows nothing of this process."""
+    """In a forked child: keep the parent's pinned tensors forever.
+
+    Freeing one would call the driver, which does not know this process.
+    """
     for reference in _pinned_tensors.valuerefs():
         memory = reference()
         if memory is not None:

@@ -1,4 +1,10 @@
-"""One moment on the monotonic clock that all steps of an operation share."""
+"""One moment on the monotonic clock that all steps of an operation share.
+
+* An operation makes one deadline from its timeout and passes it down. A step that made its own timeout would start the
+  count anew.
+* A wait may end early. Code that waits checks the deadline again and continues, so waits can be cut to any length.
+* Python and the system calls reject waits that are infinite or too long. `clamp_timeout` cuts them.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +15,33 @@ from collections.abc import Callable
 
 from .validation import check_timeout
 
-# What `lock.acquire` and `poll` take at the most; a longer wait is cut here and begun again by whoever waits.
+# The longest wait in seconds that ``lock.acquire`` and ``poll`` accept. Code that waits longer starts another wait.
 _LONGEST_WAIT_S = min(threading.TIMEOUT_MAX, 86_400.0)
 
 
 class Deadline:
-    """A point in time, made from a timeout in seconds (``None`` for never)."""
+    """A moment that lies ``timeout`` seconds from now, or never comes if ``timeout`` is None.
+
+    Raises:
+        TypeError: ``timeout`` is not a number.
+        ValueError: ``timeout`` is negative.
+    """
 
     __slots__ = ("at", "timeout")
 
     def __init__(self, timeout: float | None) -> None:
+        # The timeout that this was made from, in seconds, for messages.
         self.timeout = check_timeout("timeout", timeout)
+        # The moment in seconds of ``time.monotonic``; infinite for never.
         self.at = math.inf if timeout is None else time.monotonic() + timeout
 
     def remaining(self) -> float:
-        """Seconds that are left, never below 0."""
+        """Return how many seconds are left: at least 0, infinite for never."""
         return max(0.0, self.at - time.monotonic())
 
     @property
     def timeout_left(self) -> float | None:
-        """What is left as a timeout, to the millisecond, for messages have it; None for no limit."""
+        """Seconds left, or None for no limit; to the millisecond, because messages quote it."""
         return None if self.at == math.inf else round(self.remaining(), 3)
 
     @property
@@ -36,21 +49,25 @@ class Deadline:
         return time.monotonic() >= self.at
 
     def within(self, timeout: float | None) -> Deadline:
-        """The same kind of deadline, for a step that may take ``timeout`` seconds at the most."""
+        """Return a deadline for one step: ``timeout`` seconds from now, but not later than this one.
+
+        It is of the same kind, so a step of a revocable deadline can be revoked, too.
+        """
         left = self.remaining()
         return Deadline(left if timeout is None else min(timeout, left))
 
 
 class RevocableDeadline(Deadline):
-    """A deadline that has also passed as soon as ``revoked()`` says so.
+    """A deadline that also expires as soon as ``revoked()`` returns True.
 
-    Nobody who waits is woken by that: a wait for it is cut into pieces of `POLL_INTERVAL_S`.
+    Revoking wakes nobody. So code that waits under such a deadline waits in pieces of `POLL_INTERVAL_S`.
     """
 
     __slots__ = ("_revoked",)
 
     def __init__(self, timeout: float | None, revoked: Callable[[], bool]) -> None:
         super().__init__(timeout)
+        # Whether the operation has become useless.
         self._revoked = revoked
 
     def remaining(self) -> float:
@@ -65,15 +82,16 @@ class RevocableDeadline(Deadline):
         return RevocableDeadline(left if timeout is None else min(timeout, left), self._revoked)
 
 
-# Seconds after which a wait that nobody can wake looks at its deadline again.
+# Seconds after which a wait that nobody can wake checks its deadline again.
 POLL_INTERVAL_S = 0.05
 
+# The deadline that does not come.
 NEVER = Deadline(None)
 
 
 def clamp_timeout(seconds: float) -> float:
-    """Cut a wait, which may be infinite, to what the operating system takes.
+    """Cut ``seconds``, which may be infinite or negative, to a wait that the operating system accepts.
 
-    Time that is over is none: ``poll`` would take less than none for ever.
+    A negative wait becomes 0, because ``poll`` would wait forever.
     """
     return min(max(seconds, 0.0), _LONGEST_WAIT_S)

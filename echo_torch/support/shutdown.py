@@ -1,7 +1,11 @@
-"""What becomes of open connections when their process ends or forks.
+"""What happens to open connections when their process exits or forks.
 
-At the end, all of them deliver side by side, each on its own thread, for as long as they are given. In a forked child,
-they close their copies of the descriptors before anything else happens there.
+* At exit, all connections deliver at the same time, each on its own thread, for `DELIVER_AT_EXIT_S`. Exit handlers run
+  before that, because they use connections.
+* A forked child closes its copies of the descriptors before any other code runs there. Otherwise a connection would
+  stay open until the child ends, too.
+* Nothing here takes a lock. This code also runs in finalizers, which may interrupt the holder of a lock, and in forked
+  children, where nobody releases what another thread of the parent held.
 """
 
 from __future__ import annotations
@@ -20,44 +24,48 @@ from .deadline import Deadline
 
 _log = logging.getLogger(__name__)
 
-# Seconds that a connection may go on delivering after its client was dropped, or at interpreter exit.
+# Seconds that a connection has to deliver what is un-acked, after its client was garbage collected or at exit.
 DELIVER_AT_EXIT_S = 5.0
-# Seconds on top, for its thread to say so and be gone.
+# Seconds more for its thread to log the outcome and end.
 _JOIN_GRACE_S = 1.0
 
 
 class ExitHandler(Protocol):
-    """What uses connections, and has something to do before they end."""
+    """Something that uses connections and has work to do before they end."""
 
     def begin_exit(self) -> None:
-        """Called at the end of the process, for all of them: begin with what takes time, without waiting for it."""
+        """Start what takes time, without waiting for it. Called first, on all handlers."""
 
     def finish_exit(self) -> None:
-        """Called after that: wait for it."""
+        """Wait for what `begin_exit` started."""
 
 
 class ExitingConnection(Protocol):
-    """A connection, as seen from here."""
+    """What this module needs of a connection."""
 
+    # The peer's name, for messages.
     peer: str
 
     def deliver_at_exit(self) -> None:
-        """Deliver what is there for at most `DELIVER_AT_EXIT_S`, and end, without being waited for."""
+        """Start to deliver what is un-acked, and to end after `DELIVER_AT_EXIT_S` at the latest. Does not block."""
 
     def join(self, deadline: Deadline) -> bool:
-        """Wait for the end; gives whether it came."""
+        """Block until the connection has ended; return whether it did before the deadline."""
 
     def detach_after_fork(self) -> None:
-        """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
+        """In a forked child: close its copies of the descriptors, without taking a lock."""
 
 
+# All connections whose threads run. Strong references: a connection must deliver even if its client is gone.
 _open_connections: set[ExitingConnection] = set()
+# All handlers that still exist.
 _exit_handlers: weakref.WeakSet[ExitHandler] = weakref.WeakSet()
-_finalizer_pid = 0  # the process, a child of multiprocessing, in which a finaliser is set
+# The multiprocessing child that has our finalizer. Compared with the current pid, because a fork copies the variable.
+_finalizer_pid = 0
 
 
 def register_connection(connection: ExitingConnection) -> None:
-    """To be called while a connection's thread runs, and undone by `unregister_connection`."""
+    """Deliver ``connection`` at exit. Its thread calls this first, and `unregister_connection` last."""
     _open_connections.add(connection)
 
 
@@ -66,13 +74,16 @@ def unregister_connection(connection: ExitingConnection) -> None:
 
 
 def register_exit_handler(handler: ExitHandler) -> None:
-    """Have ``handler`` told of the end of this process, unless it is gone by then."""
+    """Call ``handler`` at exit. Holds only a weak reference, so this keeps no handler alive."""
     register_child_finalizer()
     _exit_handlers.add(handler)
 
 
 def register_child_finalizer() -> None:
-    """multiprocessing ends forked children without `atexit`, but not without its own finalisers."""
+    """Make sure that a child of multiprocessing runs our steps at exit.
+
+    Such a child ends without `atexit`, but it does run multiprocessing's own finalizers.
+    """
     global _finalizer_pid
     if multiprocessing.parent_process() is not None and _finalizer_pid != os.getpid():
         _finalizer_pid = os.getpid()
@@ -82,8 +93,10 @@ def register_child_finalizer() -> None:
 def _run_at_exit() -> None:
     handlers = list(_exit_handlers)
     try:
+        # All begin before the first is waited for, so their waits overlap.
         _run_all([handler.begin_exit for handler in handlers] + [handler.finish_exit for handler in handlers])
     finally:
+        # Also after an interrupt: it ends the wait for a handler, not the delivery of samples.
         deadline = Deadline(DELIVER_AT_EXIT_S + _JOIN_GRACE_S)
         connections = list(_open_connections)
         deliveries = [connection.deliver_at_exit for connection in connections]
@@ -91,13 +104,16 @@ def _run_at_exit() -> None:
 
 
 def _run_all(steps: Sequence[Callable[[], None]]) -> None:
-    """Take all the steps; what interrupts one, such as Ctrl-C, breaks off that one, and is raised at the end."""
+    """Run all steps, even if some raise.
+
+    Logs errors. An interrupt such as Ctrl-C ends only the step that it strikes, and is raised after the last step.
+    """
     interrupt: BaseException | None = None
     for step in steps:
         try:
             step()
         except Exception as error:
-            _log.warning("at the end of the process: %s", error)
+            _log.warning("error at process exit: %s", error)
         except BaseException as error:
             interrupt = error
     if interrupt is not None:
@@ -106,7 +122,7 @@ def _run_all(steps: Sequence[Callable[[], None]]) -> None:
 
 def _join_or_warn(connection: ExitingConnection, deadline: Deadline) -> None:
     if not connection.join(deadline):
-        _log.warning("%s: not ended within %g s", connection.peer, DELIVER_AT_EXIT_S + _JOIN_GRACE_S)
+        _log.warning("%s: the connection has not ended within %g s", connection.peer, DELIVER_AT_EXIT_S + _JOIN_GRACE_S)
 
 
 def _detach_all_after_fork() -> None:

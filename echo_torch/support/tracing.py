@@ -1,4 +1,4 @@
-"""What PyTorch's profiler shows of us, and what its compiler must not see."""
+"""Ranges in PyTorch's profiler, and functions that its compiler must not trace."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ _NULL_CONTEXT: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 _Args = ParamSpec("_Args")
 
 is_profiling: Callable[[], bool] = _profiler_enabled
-"""Whether a profiler runs."""
+"""Whether a profiler runs in this thread."""
 
 
 def profiler_range(name: str) -> contextlib.AbstractContextManager[Any]:
-    """A range of that name in the trace, while a profiler runs: entering one costs a microsecond even if none does."""
+    """Return a context that shows as a range called ``name`` in the profiler's trace.
+
+    Without a profiler it does nothing, because entering a real range costs a microsecond even then.
+    """
     return record_function(name) if is_profiling() else _NULL_CONTEXT
 
 
 def disable_compile(function: Callable[_Args, None]) -> Callable[_Args, None]:
-    """As ``torch.compiler.disable``, which takes a second to import: not before there is a compiler."""
+    """Keep ``torch.compile`` from tracing ``function``, as ``torch.compiler.disable`` does.
+
+    That one imports the compiler, which takes a second. So we use it only from the first call on that finds the
+    compiler imported.
+    """
     disabled: Callable[_Args, None] | None = None
 
     @functools.wraps(function)
@@ -39,7 +46,7 @@ def disable_compile(function: Callable[_Args, None]) -> Callable[_Args, None]:
             disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
         disabled(*args, **kwargs)
 
-    # For a compiled function that would inline this one.
+    # Without these marks, a compiled function that calls this one would inline it.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     call._torchdynamo_disable_msg = "it sends to another process"  # type: ignore[attr-defined]
     return call

@@ -1,13 +1,18 @@
-"""From a host name to a socket that has shaken hands, under one deadline.
+"""From a host name to a socket that has completed the handshake, under one deadline.
 
-Every address that the name resolves to is tried in turn (IPv6 literals and v6-only names included). A resolver cannot
-be interrupted, so a name is looked up on a daemon thread that is left behind when the deadline passes. All else waits
-in pieces (`wait_ready`), so that a deadline that can be revoked is looked at often enough.
+* We try every address that the name resolves to, in order, IPv6 included. An address may not use up the time of the
+  addresses after it.
+* A name lookup cannot be interrupted. So it runs on a daemon thread, which we leave behind when the deadline passes.
+* Everything else waits in short pieces (`wait_ready`), so that a `RevocableDeadline` is checked often enough.
+* The deadline limits the whole handshake. Bytes that trickle in do not extend it.
+* A function that raises, for whatever reason, closes the sockets that it made. Sockets that you pass in stay open.
+* Every message names the peer as ``host:port``.
 """
 
 from __future__ import annotations
 
-import encodings.idna  # noqa: F401  # or the first lookup would, and a child forked meanwhile could not
+# The first lookup of a name would import this on its thread, and a child forked meanwhile could not import it.
+import encodings.idna  # noqa: F401
 import errno
 import ipaddress
 import os
@@ -32,28 +37,33 @@ from .protocol import Handshake, WireLeaves
 from .tls import TLS
 from .tls_socket import TlsSocket, do_tls_handshake
 
-# Seconds between tries while a server is not listening yet: at first and at the most.
+# Seconds between tries while a server is not listening yet: the first pause, and the longest.
 _RETRY_DELAYS_S = (0.05, 1.0)
-# An address must leave this share of what is left of the deadline to the addresses after it.
+# The share of the remaining time that one address may use. The rest is for the addresses after it.
 _ADDRESS_TIME_SHARE = 0.5
 
 ResolvedAddress = tuple[socket.AddressFamily, Any]
-"""A resolved address: its family, and what ``connect`` takes."""
+"""A resolved address: its family, and the argument of ``socket.connect``."""
 Addresses = tuple[tuple[str, int], ...]
 """Host and port of each learner."""
 
-# All that were made here, and are not gone yet: a forked child closes its copies, or the peer would not learn of the
-# end of this process before that of the child.
+# All sockets that were made here and still exist. A forked child closes its copies. Otherwise the peer would not learn
+# that this process has ended before the child has, too.
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def peer_name(host: str, port: int) -> str:
-    """``host:port`` as messages name it, IPv6 literals in brackets."""
+    """Return ``host:port`` for messages, with brackets around an IPv6 literal."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise TypeError or ValueError unless these could be a host and a port."""
+    """Check the types of a host and a port, and the port's range. Resolves nothing.
+
+    Raises:
+        TypeError: ``host`` is not a string, or ``port`` is not a whole number.
+        ValueError: ``port`` is not in 1 to 65535.
+    """
     if not isinstance(host, str):
         raise TypeError(f"host: got {host!r}, expected a name or an address")
     if check_count("port", port, least=1) > 65535:
@@ -61,23 +71,29 @@ def check_address(host: str, port: int) -> None:
 
 
 def expand_addresses(host: Any, port: Any) -> Addresses:
-    """One address for each of several hosts or ports; a single one of either goes with all of the other.
+    """Pair hosts with ports, one address for each learner.
+
+    Args:
+        host: a name or address, or a list of them.
+        port: a number, or a list or range of them. A single host or port goes with all of the other.
 
     Raises:
-        TypeError, ValueError: some could be no address, there are none, as many hosts as ports, or one comes twice.
+        TypeError: a host is not a string, or a port is not a whole number.
+        ValueError: a port is out of range, a list is empty, the numbers of hosts and ports differ and neither is 1, or
+            an address comes twice.
     """
     hosts = [host] if isinstance(host, str) else _as_list("host", host)
     ports = _as_list("port", port) if isinstance(port, (list, tuple, range)) else [port]
     if 1 not in (len(hosts), len(ports)) and len(hosts) != len(ports):
         raise ValueError(
-            f"host, port: got {len(hosts)} hosts and {len(ports)} ports, expected as many, or one of either"
+            f"host, port: got {len(hosts)} hosts and {len(ports)} ports, expected the same number, or one of either"
         )
     count = max(len(hosts), len(ports))
     pairs = list(zip(hosts * (count // len(hosts)), ports * (count // len(ports)), strict=True))
-    for one in pairs:
-        check_address(*one)
-        if pairs.count(one) > 1:
-            raise ValueError(f"host, port: got {peer_name(*one)} twice, expected a learner each")
+    for pair in pairs:
+        check_address(*pair)
+        if pairs.count(pair) > 1:
+            raise ValueError(f"host, port: got {peer_name(*pair)} twice, expected another address for each learner")
     return tuple(pairs)
 
 
@@ -92,22 +108,27 @@ def _as_list(name: str, values: Any) -> list[Any]:
 def connect_and_handshake(
     host: str, port: int, deadline: Deadline, *, retry_refused: bool = False, tls: TLS | None = None
 ) -> tuple[socket.socket, WireLeaves]:
-    """Connect and read the server's greeting; gives a non-blocking socket and the leaves that the server expects.
+    """Connect to an echo server and read its greeting.
 
     Args:
         host: name, IPv4 or IPv6 address.
         port: 1 to 65535.
-        deadline: covers resolving, connecting and the handshakes.
-        retry_refused: try again until the deadline while nobody listens there, or behind the proxy there, with TLS; or
-            the connection is reset before the greeting is complete, as by a host that is called by too many at once.
-        tls: None for a socket without; else it is a `TlsSocket`.
+        deadline: covers resolving, connecting and all handshakes.
+        retry_refused: try again until the deadline while the server is not ready. That is: nobody listens there, or
+            the peer resets the connection before its greeting is complete, because too many clients call it at once.
+            With TLS, also while the proxy hangs up, because it finds nobody behind it.
+        tls: settings for TLS; None for a plain connection.
+
+    Returns:
+        A non-blocking socket, a `TlsSocket` if ``tls`` is given, and the leaves that the server expects.
 
     Raises:
-        OSError: as the system reports it (``ConnectionRefusedError``, ``socket.gaierror``, ...).
+        OSError: the system's error (``ConnectionRefusedError``, ``socket.gaierror``, ...).
         TimeoutError: the deadline passed.
         ConnectionClosedError: the peer hung up before its greeting was complete.
-        HandshakeError: the peer is no echo server of wire version 1, or speaks no TLS and was to.
-        CertificateError: a certificate will not do.
+        HandshakeError: the peer is not an echo server of wire version 1, or does not speak TLS although ``tls`` is
+            given.
+        CertificateError: one side refuses the other's certificate, or a file of ``tls`` is not usable.
     """
     check_address(host, port)
     peer = peer_name(host, port)
@@ -117,9 +138,10 @@ def connect_and_handshake(
             return _attempt(host, port, peer, deadline, tls)
         except (ConnectionRefusedError, ConnectionClosedError) as error:
             left = deadline.remaining()
-            # The last one if there is no time for another that could do more than run out of it.
+            # Too little time is left for another try to do anything but time out: this error says more.
             if not (retry_refused and _is_transient(error, tls)) or left <= _RETRY_DELAYS_S[0]:
                 raise
+        # Half of the time that is left stays for the next try.
         time.sleep(min(backoff.next_delay(), left / 2))
 
 
@@ -135,18 +157,22 @@ def _attempt(host: str, port: int, peer: str, deadline: Deadline, tls: TLS | Non
 
 
 def _is_transient(error: OSError, tls: TLS | None) -> bool:
-    """Whether the peer may yet become a server that takes us: it was not there, or did not know of the connection.
+    """Whether another try may succeed: the server was not there yet, or its host dropped the connection.
 
-    A proxy, which is there, hangs up when it finds nobody behind it.
+    With TLS, every hang-up counts. The proxy is there already, and hangs up while it finds nobody behind it.
     """
     return isinstance(error, ConnectionRefusedError) or isinstance(error.__cause__, ConnectionResetError) or bool(tls)
 
 
 def resolve(host: str, port: int, deadline: Deadline) -> Sequence[ResolvedAddress]:
-    """The addresses of a name, in the order in which to try them, or the one that it is; raises as `connect_and_handshake`.
+    """Look up a host, and return its addresses in the order in which to try them.
 
-    Of a name that cannot be one, ``UnicodeError``.
+    Raises:
+        OSError: the name is unknown or the resolver fails (``socket.gaierror``).
+        TimeoutError: the deadline passed.
+        UnicodeError: ``host`` cannot be a name.
     """
+    # An address needs no resolver, and so no thread.
     if _is_literal(host):
         return _getaddrinfo(host, port)
     answers: queue.SimpleQueue[Sequence[ResolvedAddress] | Exception] = queue.SimpleQueue()
@@ -159,9 +185,10 @@ def resolve(host: str, port: int, deadline: Deadline) -> Sequence[ResolvedAddres
 
     try:
         threading.Thread(target=look_up, name=f"echo_torch resolve {host}", daemon=True).start()
-    except RuntimeError:  # the interpreter is ending, and starts none any more
+    except RuntimeError:  # the interpreter is exiting and starts no more threads
         look_up()
     answer = None
+    # Wait in short pieces: the deadline may be revoked.
     while answer is None:
         try:
             answer = answers.get(timeout=min(deadline.remaining(), POLL_INTERVAL_S))
@@ -192,24 +219,44 @@ def _getaddrinfo(host: str, port: int) -> Sequence[ResolvedAddress]:
 def connect(
     addresses: Sequence[ResolvedAddress], peer: str, deadline: Deadline, kind: type[socket.socket] = socket.socket
 ) -> socket.socket:
-    """Connect to the first address that answers; of several failures the one that says most is raised, as by `connect_and_handshake`."""
+    """Connect to the first address that answers.
+
+    Args:
+        addresses: at least one, from `resolve`.
+        peer: the peer's name, for messages.
+        deadline: covers all addresses together.
+        kind: the class of the socket to make.
+
+    Returns:
+        A connected, non-blocking socket.
+
+    Raises:
+        OSError: no address answered. Of several errors, the one that tells you most.
+        TimeoutError: the deadline passed.
+        ConnectionClosedError: the peer reset the connection as soon as it was made.
+    """
     failures: list[OSError] = []
     for index, (family, address) in enumerate(addresses):
+        # The last address may use all the time that is left.
         share = None if index == len(addresses) - 1 else deadline.remaining() * _ADDRESS_TIME_SHARE
         try:
             return _connect_one(kind, family, address, deadline.within(share))
         except OSError as error:
             failures.append(error)
-    failure = max(failures, key=_failure_rank)  # getaddrinfo gives at least one address or raises
+    # There is at least one failure, because getaddrinfo returns at least one address or raises.
+    failure = max(failures, key=_failure_rank)
     if isinstance(failure, TimeoutError) and deadline.expired:
         raise TimeoutError(f"{peer}: no connection within {deadline.timeout:g} s") from failure
-    if isinstance(failure, ConnectionResetError):  # just after it was made
+    if isinstance(failure, ConnectionResetError):  # the connection was made, and then reset
         raise ConnectionClosedError(f"{peer} broke the connection off before the handshake: {failure}") from failure
     raise _with_peer_name(failure, peer)
 
 
 def _failure_rank(failure: OSError) -> int:
-    """A refusal says that the host is there and may listen later, silence says nothing."""
+    """Rank how much an error tells you.
+
+    A refusal ranks highest: the host is there and may listen later. A timeout ranks lowest: it tells you nothing.
+    """
     return 2 if isinstance(failure, ConnectionRefusedError) else 0 if isinstance(failure, TimeoutError) else 1
 
 
@@ -220,6 +267,7 @@ def _connect_one(
     _sockets.add(sock)
     try:
         sock.setblocking(False)
+        # Send small writes at once, instead of holding them back until the peer has acknowledged earlier ones.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         enable_keepalive(sock, greeted=False)
         try:
@@ -227,6 +275,7 @@ def _connect_one(
         except BlockingIOError:
             if not wait_ready(sock, select.POLLOUT, deadline):
                 raise TimeoutError("timed out") from None
+            # The socket is ready in either case; only this tells whether it is connected.
             problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if problem:
                 raise OSError(problem, os.strerror(problem)) from None
@@ -239,30 +288,43 @@ def _connect_one(
 
 
 def _is_self_connected(sock: socket.socket) -> bool:
-    """Loopback joins a port that nobody listens on to itself when it happens to be picked as the source."""
+    """Whether the socket is its own peer.
+
+    On loopback, the kernel may pick the port that we connect to as our own port. If nobody listens on it, TCP then
+    connects the socket to itself.
+    """
     try:
         return bool(sock.getsockname() == sock.getpeername())
-    except OSError:  # hung up on already, as the handshake will find
+    except OSError:  # the peer has hung up already; the handshake will find that out
         return False
 
 
 def _with_peer_name(failure: OSError, peer: str) -> OSError:
-    """The same failure, its text naming the peer."""
+    """Return the same error, with the peer's name in its text."""
     if failure.errno is None:
         return failure
     return type(failure)(failure.errno, f"{failure.strerror} ({peer})")
 
 
 def do_handshake(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeaves:
-    """Read the greeting from a socket of `connect`, which stays open whatever comes; raises as `connect_and_handshake`."""
+    """Read the greeting from a socket of `connect`, and return the leaves that the server expects.
+
+    Never closes the socket.
+
+    Raises:
+        TimeoutError: the deadline passed.
+        ConnectionClosedError: the peer hung up before its greeting was complete.
+        HandshakeError: the peer is not an echo server of wire version 1.
+        CertificateError: the TLS proxy refuses our certificate, which TLS 1.3 tells us only now.
+    """
     handshake = Handshake()
     while handshake.leaves is None:
+        # Read first and wait only if nothing is there: a `TlsSocket` may hold bytes in memory that no poll can see.
         try:
             data = sock.recv(handshake.missing)
-        except BlockingIOError:  # first of all, for a record of TLS may have held more than was read of it
-            if (
-                not wait_ready(sock, select.POLLIN, deadline) or deadline.expired
-            ):  # what is no greeting does not extend it
+        except BlockingIOError:
+            # Check the deadline even if bytes came: over TLS, they may be no part of the greeting.
+            if not wait_ready(sock, select.POLLIN, deadline) or deadline.expired:
                 raise _handshake_timeout(sock, handshake, peer, deadline) from None
             continue
         except HandshakeError as error:
@@ -276,27 +338,35 @@ def do_handshake(sock: socket.socket, peer: str, deadline: Deadline) -> WireLeav
             handshake.feed(data)
         except HandshakeError as error:
             raise HandshakeError(f"{peer}: {error}") from None
-        if handshake.leaves is None and deadline.expired:  # bytes that dribble in do not extend the deadline
+        # Bytes that trickle in do not extend the deadline.
+        if handshake.leaves is None and deadline.expired:
             raise _handshake_timeout(sock, handshake, peer, deadline)
+    # The peer has greeted us, so probe less often from now on.
     enable_keepalive(sock)
     return handshake.leaves
 
 
 def _handshake_timeout(sock: socket.socket, handshake: Handshake, peer: str, deadline: Deadline) -> TimeoutError:
     got = handshake.received
+    # A TLS server waits for us to speak first, so it sends nothing at all.
     hint = "" if got or isinstance(sock, TlsSocket) else "; if that server expects TLS, give tls="
     what = f"{peer}: handshake not complete within {deadline.timeout:g} s; got {got} bytes of it"
     return TimeoutError(f"{what}{hint}")
 
 
 def close_socket(sock: socket.socket) -> None:
-    """End the connection and free the descriptor, whatever state it is in."""
+    """End the connection and free the descriptor, in whatever state the socket is.
+
+    Not for a forked child: ``shutdown`` would end its parent's connection.
+    """
+    # A copy of the descriptor in another process would keep the connection open; this ends it for all copies.
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()
 
 
 def _close_all_after_fork() -> None:
+    # Only ``close``: ``shutdown`` would end the parent's connections.
     for sock in _sockets:
         sock.close()
 

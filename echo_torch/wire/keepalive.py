@@ -1,14 +1,16 @@
-"""Whether the host at the other end is still there, which a host that vanishes (power, cable) does not say.
+"""Detects a host that vanished (power, cable) without closing its connections.
 
-* While nothing is under way, the kernel asks (keepalive) and ends the connection if there is no answer.
-* While the peer has not said anything yet, that is asked soon: a host that is called by many at once may forget a
-  connection that it has let begin (its queue is full by then), and answers that it knows of none. Of itself it would
-  be silent, and so would we, who wait for it to speak first.
-* While something is, the kernel only repeats it, for a quarter of an hour; `unreachable_reason` looks at how often it did.
-* A learner that is paused is no fault: its kernel answers for it. So nothing here counts time without acks, and
-  TCP_USER_TIMEOUT, which ends connections to hosts that are only slow, is not used.
+* On an idle connection, the kernel sends keepalive probes and ends the connection if no answer comes.
+* Before the peer's greeting, the kernel probes sooner. A host that many clients call at once may complete the TCP
+  handshake on our side and then drop the connection, because its queue is full. We would wait for its greeting forever,
+  but it answers a probe with a reset.
+* While our bytes are unacknowledged, the kernel sends no keepalive probes. It retransmits, or asks a full peer whether
+  it has room, for a quarter of an hour. `unreachable_reason` reads how often it did, so you can give up sooner.
+* A paused learner is not a fault, and its kernel still answers. So nothing here counts time without acks. Neither do we
+  use TCP_USER_TIMEOUT, which ends connections to hosts that are only slow.
 
-Both are Linux's; elsewhere the defaults of the operating system and ``stall_timeout`` remain.
+The probe settings and the counters need Linux. Elsewhere you get the defaults of the operating system, and
+``stall_timeout``.
 """
 
 from __future__ import annotations
@@ -16,24 +18,30 @@ from __future__ import annotations
 import socket
 import struct
 
-# Seconds until the first question to an idle peer and between them, and how many may stay without an answer: together
-# a minute, as fast as is usual for datacentres, and too slow for a hiccup of the network to count.
+# Seconds of silence before the first probe, seconds between probes, and how many probes may stay unanswered. Together
+# they take a minute: as fast as is usual in data centers, and slow enough to survive a hiccup of the network.
 KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_COUNT = 3
-# Seconds until the first question while the peer's greeting is waited for; the kernel counts whole ones.
+# Seconds before the first probe while we wait for the peer's greeting. The kernel accepts whole seconds only.
 GREETING_IDLE_S = 1
-# How often the same bytes were sent without an answer, which takes some seven seconds on a fast network; and how many
-# questions whether a full peer has room again stayed without one. A peer that lives answers the first.
+# Retransmissions of the same bytes without an answer. Five take some seven seconds on a fast network.
 MAX_RETRANSMITS = 5
+# Unanswered probes of a peer whose receive buffer was full, which ask whether it has room again. A host that is alive
+# answers the first.
 MAX_PROBES = 2
-# Where these two are in struct tcp_info of linux/tcp.h, in bytes; and the round trip's time, in microseconds.
+# Where struct tcp_info of linux/tcp.h keeps these two counters, one byte each, and the round-trip time in microseconds.
 _RETRANSMITS_OFFSET, _PROBES_OFFSET = 2, 3
 _ROUND_TRIP_FIELD = struct.Struct("=68xI")
 
 
 def enable_keepalive(sock: socket.socket, greeted: bool = True) -> None:
-    """Turn keepalive on, for a peer that has said something, or one that has not yet."""
+    """Turn keepalive on.
+
+    Args:
+        sock: a TCP socket.
+        greeted: whether the peer has sent its greeting; until then, the kernel probes sooner.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {
         "TCP_KEEPIDLE": KEEPALIVE_IDLE_S if greeted else GREETING_IDLE_S,
@@ -46,19 +54,22 @@ def enable_keepalive(sock: socket.socket, greeted: bool = True) -> None:
 
 
 def unreachable_reason(sock: socket.socket) -> str | None:
-    """Why the peer's host is taken to be gone, if it is, while something is under way to it."""
+    """Return why the peer's host counts as gone, or None.
+
+    Only for a socket with unacknowledged bytes; the kernel watches an idle one by itself.
+    """
     if not hasattr(socket, "TCP_INFO"):
         return None
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _PROBES_OFFSET + 1)
     if info[_RETRANSMITS_OFFSET] >= MAX_RETRANSMITS:
         return f"the peer's host does not answer: the same bytes were sent again {info[_RETRANSMITS_OFFSET]} times"
     if info[_PROBES_OFFSET] >= MAX_PROBES:
-        return f"the peer's host does not answer: it was full, and asked {info[_PROBES_OFFSET]} times in vain since"
+        return f"the peer's host does not answer: its buffer was full, we asked {info[_PROBES_OFFSET]} times in vain"
     return None
 
 
 def round_trip_seconds(sock: socket.socket) -> float:
-    """Seconds that a word to the peer's host and its answer take, as connecting did; 0 where that is not known."""
+    """Return the round-trip time in seconds, as measured by the kernel; 0 where it does not tell."""
     if not hasattr(socket, "TCP_INFO"):
         return 0.0
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ROUND_TRIP_FIELD.size)

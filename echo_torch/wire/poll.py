@@ -1,4 +1,4 @@
-"""Waiting for a socket in pieces, so that a deadline that can be revoked is looked at often enough."""
+"""Waits for a socket in short pieces, so that a `RevocableDeadline` is checked often enough."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from echo_torch.support.deadline import POLL_INTERVAL_S, Deadline
 
 
 def wait_ready(sock: socket.socket, event: int, deadline: Deadline) -> bool:
-    """Wait for a socket; gives whether the event came before the deadline, which is looked at once at least."""
+    """Block until ``event`` comes at ``sock``; return False if the deadline expires first.
+
+    Args:
+        sock: any socket with a descriptor.
+        event: ``select.POLLIN``, ``select.POLLOUT``, or both.
+        deadline: polls at least once, even if it has expired.
+    """
     poller = select.poll()
     poller.register(sock, event)
     while not poller.poll(min(deadline.remaining(), POLL_INTERVAL_S) * 1000):

@@ -1,11 +1,11 @@
 """echo wire version 1 as plain values: bytes in, bytes out; no sockets, no threads, no torch.
 
-* The server speaks first and once: ``magic, version, num_arrays`` and, per array, ``itemsize, num_dims, dims``, all
-  little-endian. Everything after it that comes from the server is acks.
-* The client sends payloads back to back. A payload is the leaves of one sample, C order, concatenated.
-* An ack is one byte, 0x01, per payload and in order.
-* A peer is not trusted: no count it sends makes us read or hold more than `HANDSHAKE_LIMIT` bytes. So what it announces
-  stays the bytes that it sent (`WireLeaves`).
+* The server sends one greeting as soon as the connection is open: ``magic, version, num_arrays`` and, for each array,
+  ``itemsize, num_dims, dims``. The magic has 4 bytes, the version 1, all else is uint32, little-endian.
+* After the greeting, the server sends nothing but acks: one byte, 0x01, for each payload, in order.
+* The client sends payloads back to back. A payload is the leaves of one sample, concatenated, each in C order.
+* The peer is not trusted: no count that it sends makes us read or hold more than `HANDSHAKE_LIMIT` bytes. So we keep
+  the greeting as the bytes that the server sent (`WireLeaves`).
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ from typing import NamedTuple, overload
 
 from echo_torch.errors import HandshakeError, ProtocolError
 
+# The first bytes of a greeting.
 MAGIC = b"ECHO"
+# The only version that we speak.
 VERSION = 1
+# What the server sends for each payload.
 ACK = b"\x01"
 
-# A sample of more arrays or dimensions than these is taken for noise: numpy itself stops at 64 dimensions.
+# A greeting that announces more arrays or dimensions than these is noise. NumPy itself stops at 64 dimensions.
 MAX_ARRAYS = 4096
 MAX_DIMS = 64
-# All of the handshake, in bytes.
+# The longest greeting that we accept, in bytes.
 HANDSHAKE_LIMIT = 64 * 1024
 
+# magic, version, num_arrays
 _HEADER = struct.Struct("<4sBI")
+# itemsize, num_dims; the dims follow
 _ARRAY = struct.Struct("<II")
 
 
 class WireLeaf(NamedTuple):
-    """All that the wire knows of one leaf: the bytes per item and the shape, but no dtype."""
+    """What the wire says about one leaf: the bytes per item and the shape, but no dtype."""
 
     itemsize: int
     shape: tuple[int, ...]
@@ -44,14 +49,16 @@ class WireLeaf(NamedTuple):
 
 
 class WireLeaves(Sequence[WireLeaf]):
-    """The leaves that a whole greeting announces, read from its bytes whenever they are asked for.
+    """The leaves that a complete greeting announces. Equal to every sequence of the same leaves.
 
-    As objects they would take up to thirty times the memory. Equal to every sequence of the same leaves.
+    Parses the bytes again for each access, because objects would take up to thirty times their memory.
     """
 
+    # Equal to lists, too, which have no hash.
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, greeting: bytes | bytearray) -> None:
+        # The whole greeting, already checked by `Handshake`.
         self._greeting = greeting
 
     def __len__(self) -> int:
@@ -83,35 +90,41 @@ class WireLeaves(Sequence[WireLeaf]):
 
 
 class Handshake:
-    """Reads a server's greeting from bytes that arrive in any pieces.
+    """Parses a server's greeting from bytes that arrive in any pieces.
 
-    Call `feed` with what was read until `leaves` is not None. ``missing`` says how many more bytes may be read now
-    without taking an ack that follows.
+    Read at most `missing` bytes, pass them to `feed`, and repeat until `leaves` is not None. If you read more, you may
+    take acks that follow the greeting.
     """
 
     def __init__(self) -> None:
+        # All bytes so far.
         self._data = bytearray()
-        self._arrays_left = 0  # how many are not parsed yet
+        # How many arrays are not parsed yet.
+        self._arrays_left = 0
+        # How many bytes are parsed: none, or the header and some whole arrays.
         self._parsed = 0
+        # How many bytes, in all, the next step needs.
         self._needed = _HEADER.size
+        # What the greeting announces; None until it is complete.
         self.leaves: WireLeaves | None = None
 
     @property
     def missing(self) -> int:
-        """Bytes without which the next step cannot be taken; 0 once the handshake is complete."""
+        """How many more bytes the next step needs; 0 once the handshake is complete."""
         return self._needed - len(self._data)
 
     @property
     def received(self) -> int:
-        """Bytes that were fed so far."""
+        """How many bytes were fed so far."""
         return len(self._data)
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes, at most `missing` of them.
+        """Parse the next bytes, at most `missing` of them.
 
         Raises:
-            HandshakeError: wrong magic (as early as its first wrong byte), another wire version, or counts over the
-                caps. The object is of no use afterwards.
+            HandshakeError: wrong magic (raised at its first wrong byte), another wire version, or a count above its
+                limit. Drop the object then.
+            ValueError: more than `missing` bytes.
         """
         if len(data) > self.missing:
             raise ValueError(f"fed {len(data)} bytes where {self.missing} were missing")
@@ -130,8 +143,8 @@ class Handshake:
             )
 
     def _parse_header(self) -> None:
-        """Parse one header whose bytes are all there, and say what is needed next."""
-        if self._parsed == 0:
+        """Parse the next header, whose bytes are complete, and set how many bytes the step after it needs."""
+        if self._parsed == 0:  # the greeting's own header
             self._arrays_left = _HEADER.unpack_from(self._data)[2]
             _check_limit("num_arrays", self._arrays_left, MAX_ARRAYS)
             self._parsed = _HEADER.size
@@ -139,6 +152,7 @@ class Handshake:
             num_dims = _ARRAY.unpack_from(self._data, self._parsed)[1]
             _check_limit("num_dims", num_dims, MAX_DIMS)
             end = self._parsed + _ARRAY.size + 4 * num_dims
+            # An array comes in two steps, because only its num_dims tells how long it is.
             if len(self._data) < end:
                 self._need(end)
                 return
@@ -160,7 +174,7 @@ def _check_limit(what: str, got: int, limit: int) -> None:
 
 
 def encode_handshake(leaves: Sequence[WireLeaf]) -> bytes:
-    """The greeting of a server whose samples have these leaves."""
+    """Return the greeting of a server whose samples have these leaves, in wire order."""
     parts = [_HEADER.pack(MAGIC, VERSION, len(leaves))]
     for leaf in leaves:
         parts.append(_ARRAY.pack(leaf.itemsize, len(leaf.shape)))
@@ -169,13 +183,18 @@ def encode_handshake(leaves: Sequence[WireLeaf]) -> bytes:
 
 
 def check_acks(data: bytearray, count: int, outstanding: int) -> None:
-    """Check the first ``count`` bytes of ``data``, read while ``outstanding`` payloads waited for their acks.
+    """Check that what the server sent is acks, and not too many.
+
+    Args:
+        data: a buffer; its first ``count`` bytes are what was read.
+        count: how many bytes were read.
+        outstanding: how many payloads had no ack when they were read.
 
     Raises:
-        ProtocolError: more acks than payloads, or a byte that is no ack.
+        ProtocolError: more acks than payloads, or a byte that is not an ack.
     """
     if count > outstanding:
         raise ProtocolError(f"got {count} acks while {outstanding} payloads were un-acked")
     if data.count(ACK, 0, count) != count:
         wrong = next(byte for byte in data[:count] if byte != ACK[0])
-        raise ProtocolError(f"got byte 0x{wrong:02x} where only acks (0x01) can be")
+        raise ProtocolError(f"got byte 0x{wrong:02x} where only acks (0x01) are allowed")

@@ -1,9 +1,10 @@
-"""What a sink is told to have TLS, for a learner behind a proxy that speaks it; and what went wrong with it, in words.
+"""The settings for TLS to a proxy in front of the learner, and OpenSSL's errors in plain words.
 
-* The peer's certificate is always verified: there is no way to turn that off.
-* Files are read when a connection is opened, by the process that opens it: so a `TLS` pickles, each machine reads files
-  of its own, a relative path counts from the directory that the process is in by then, and certificates that were
-  renewed count from the next connection on.
+* We always verify the proxy's certificate. No option turns that off.
+* The process that opens a connection reads the files when it opens it. So a `TLS` pickles, and each machine has its own
+  files. A relative path counts from that process's current directory. The next connection sees a renewed certificate.
+* An error that another try cannot fix becomes a HandshakeError or CertificateError. All others stay errors of the
+  connection, and `connect` or a reconnect may try again.
 """
 
 from __future__ import annotations
@@ -15,38 +16,41 @@ from typing import Any, NoReturn
 
 from echo_torch.errors import CertificateError, HandshakeError
 
-# What OpenSSL says of a certificate that it refuses: X509_V_ERR_* of openssl/x509_vfy.h.
+# OpenSSL's codes for a server certificate that it refuses: X509_V_ERR_* of openssl/x509_vfy.h.
 _NOT_YET_VALID, _EXPIRED = 9, 10
 _UNTRUSTED = {2, 18, 19, 20, 21}
 _HOSTNAME_MISMATCH = {62, 64}
-# What a peer says, or OpenSSL of it, that is not about our certificate but about TLS itself.
+# OpenSSL's reasons, or the peer's alerts, if the peer sends something that is not TLS.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"}
+# Parts of the alerts with which the peer refuses our certificate, or asks for one.
 _CLIENT_CERTIFICATE_ALERTS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
+# The peer speaks only versions older than TLS 1.2.
 _OLD_TLS = {"TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"}
-# What a server says that has trouble of its own, which may pass.
+# The alert of a server with a problem of its own, which may pass.
 _SERVER_ERROR = "ALERT_INTERNAL_ERROR"
-# A server of TLS 1.2 says no more than this if it misses a certificate.
+# All that a TLS 1.2 server says if it wants a client certificate and gets none.
 _HANDSHAKE_FAILURE = "HANDSHAKE_FAILURE"
 
 
 @dataclasses.dataclass(frozen=True)
 class TLS:
-    """TLS 1.2 or later to a proxy in front of the learner (stunnel, haproxy, ...), whose certificate is verified.
+    """Settings for TLS 1.2 or later to a proxy in front of the learner (stunnel, haproxy, ...).
+
+    The proxy's certificate is always verified. The process that opens a connection reads the files when it opens it, so
+    a relative path counts from that process's current directory.
 
     Args:
         ca_file: PEM file of the CA that issued the proxy's certificate, or of that certificate itself if it is
-            self-signed; None for those that the operating system trusts.
-        cert_file: PEM file of a client certificate, and what it takes to verify it, if the proxy asks for one.
-        key_file: PEM file of its private key, without a passphrase; None if that is in ``cert_file``.
-        server_name: the name, or IP address, that the proxy's certificate must be for; None for the host that is
-            connected to.
-
-    The files are read whenever a connection is opened, by the process that opens it: relative paths count from the
-    directory that it is in by then.
+            self-signed. None to accept the CAs that the operating system trusts.
+        cert_file: PEM file of your client certificate, with the intermediate certificates that the proxy needs to
+            verify it. None if the proxy asks for no certificate.
+        key_file: PEM file of the certificate's private key, without a passphrase. None if ``cert_file`` contains it.
+        server_name: the name or IP address that the proxy's certificate must be for. None for the host that you
+            connect to.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an empty name, or a ``key_file`` without a ``cert_file``.
+        ValueError: an argument is empty, or there is a ``key_file`` without a ``cert_file``.
     """
 
     ca_file: str | os.PathLike[str] | None = None
@@ -67,14 +71,16 @@ class TLS:
             raise ValueError("key_file: got one without a cert_file")
 
     def context(self) -> ssl.SSLContext:
-        """What OpenSSL needs, read from the files.
+        """Read the files and return a new OpenSSL context.
 
         Raises:
-            CertificateError: a file is missing, or is not what it should be.
+            CertificateError: a file cannot be read, or does not contain what it should. Names the file.
         """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies certificates and names
+        # This kind of context verifies certificates and names.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION  # or writing could have to wait for something to read
+        # If the peer could renegotiate, a write might have to wait for something to read.
+        context.options |= ssl.OP_NO_RENEGOTIATION
         if self.ca_file is None:
             context.load_default_certs()
         else:
@@ -108,23 +114,30 @@ class TLS:
 
 
 def check_tls(tls: Any) -> TLS | None:
-    """TypeError unless it is one, or None."""
+    """Return ``tls``; raise TypeError unless it is a `TLS` or None."""
     if tls is not None and not isinstance(tls, TLS):
         raise TypeError(f"tls: got {tls!r}, expected None or a TLS, such as TLS(ca_file='ca.pem')")
     return tls
 
 
 class _EncryptedKeyError(Exception):
-    pass
+    """The private key needs a passphrase."""
 
 
 def _refuse_passphrase() -> NoReturn:
-    """OpenSSL would ask at the terminal, where there may be nobody."""
+    """Raise instead of asking for the passphrase of a key.
+
+    Without this, OpenSSL would ask at the terminal, where nobody may sit.
+    """
     raise _EncryptedKeyError
 
 
 def _check_readable(name: str, path: str | os.PathLike[str]) -> None:
-    """For OpenSSL says that a file is missing, but not which."""
+    """Open the file once, because OpenSSL does not say which file it misses.
+
+    Raises:
+        CertificateError: the file cannot be read; names the argument and the path.
+    """
     try:
         with open(path, "rb"):
             pass
@@ -133,28 +146,34 @@ def _check_readable(name: str, path: str | os.PathLike[str]) -> None:
 
 
 class HostnameMismatchError(CertificateError):
-    """The server's certificate is valid, for somebody else; told to nobody by this name."""
+    """The server's certificate is valid, but for another name.
+
+    Internal: `do_tls_handshake` turns it into a CertificateError that says which names.
+    """
 
 
 def permanent_error(error: ssl.SSLError, tls: TLS, name: str) -> HandshakeError | None:
-    """Why the handshake was refused by one of the two sides, for good; None if it only broke off.
+    """Return the error to raise if another try cannot succeed; None if the connection only broke.
 
     Args:
-        error: what OpenSSL made of it.
-        tls: as the user gave it.
-        name: what the certificate had to be for.
+        error: what OpenSSL raised.
+        tls: the user's settings, for the remedies in the message.
+        name: the name that the certificate had to be for.
     """
+    # We refuse the server's certificate.
     if isinstance(error, ssl.SSLCertVerificationError):
         if error.verify_code in _HOSTNAME_MISMATCH:
             return HostnameMismatchError(f"its certificate is not for {name!r}")
         return CertificateError(_server_certificate_problem(error, tls))
     reason = error.reason or ""
+    # The server refuses ours, or misses it.
     if any(part in reason for part in _CLIENT_CERTIFICATE_ALERTS):
         return CertificateError(_client_certificate_problem(reason, tls))
     if reason in _NO_TLS:
         return HandshakeError("the server speaks no TLS; if it is a plain echo server, leave out tls=")
     if reason in _OLD_TLS:
         return HandshakeError(f"the server speaks no TLS 1.2 or later ({reason})")
+    # The connection broke, or the server has a problem of its own: both may pass.
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)) or _SERVER_ERROR in reason:
         return None
     if _HANDSHAKE_FAILURE in reason and tls.cert_file is None:

@@ -1,14 +1,14 @@
-"""A socket that speaks TLS: what is sent over it is sealed first, and what arrives is opened.
+"""A socket that speaks TLS. OpenSSL encrypts and decrypts in memory, and plain system calls move the encrypted bytes.
 
-OpenSSL works in memory here, and the socket stays one like any other, since ``ssl.SSLSocket`` would not do:
+``ssl.SSLSocket`` does not work for us:
 
-* It reads and writes in one go with encrypting, and looks for signals in between: an interrupt takes with it how many
-  bytes were written, or read, which then cannot go on. In memory, sealing is told by what lies there afterwards, and no
-  interrupt can come between taking bytes from one place and putting them into the next: that is done in C (`call_and_append`).
-* A write that did not fit would have to be repeated with the same bytes.
-* A copy of this socket in a forked child can send nothing, whatever is done to it: closing it closes a descriptor.
+* It encrypts and writes in one call, and runs signal handlers in between. An interrupt there loses how many bytes were
+  written or read, so the connection cannot continue. In memory, the size of the buffer tells what OpenSSL has
+  encrypted. C code moves bytes from one place to the next (`call_and_append`), so no interrupt comes between.
+* If the kernel does not take all bytes, the same write has to be repeated. Here, the bytes wait in memory.
+* A forked child must drop its copy without sending anything. Closing this socket only closes a descriptor.
 
-Nothing blocks. One thread at a time may call.
+Nothing here blocks, except the handshake, which waits until its deadline. Only one thread at a time may use a socket.
 """
 
 from __future__ import annotations
@@ -29,67 +29,91 @@ from .poll import wait_ready
 from .protocol import MAGIC
 from .tls import TLS, HostnameMismatchError, permanent_error
 
+# With this flag, ``send`` on a closed connection raises an error and sends no SIGPIPE.
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
-# Most bytes of one seal, which may have to wait for the socket in memory. Each takes the GIL twice, and so does each
-# system call, for which a thread waits if others are busy: hence not a record (16 KB) at a time.
+# The most bytes that one call of `encrypt` takes. They may have to wait in memory for the socket. The limit is not one
+# TLS record (16 KB), because each encryption and each system call takes the GIL twice, and waits for it while other
+# threads are busy.
 MAX_ENCRYPT_BYTES = 256 * 1024
-# Read by one system call.
+# The most bytes that one system call reads.
 _READ_BYTES = 64 * 1024
-# Seconds for the peer to speak first, before we do. A TLS server never does, but an echo server that was taken for one
-# does at once, and would take our handshake for samples. To that is added what its words take from afar, and as much
-# again for what delays them, in round trips.
+# Before our TLS handshake, we wait for a greeting for so many seconds, and so many round trips more. A TLS server sends
+# none. A plain echo server sends it at once, and would take our TLS handshake for samples. One round trip is for the
+# greeting's way here, and one for delays.
 GREETING_WAIT_S = 0.05
 GREETING_WAIT_ROUND_TRIPS = 2
-# Seconds for what only says more of an error that is known.
+# Seconds for a second connection that only adds details to an error.
 _READ_NAMES_S = 1.0
 
 
 class TlsSocket(socket.socket):
-    """One that is to speak TLS once it is connected (`do_tls_handshake`)."""
+    """A TCP socket that speaks TLS after `do_tls_handshake`.
 
+    Connect it first. Until then, and for everything but the methods below, it is a plain socket.
+    """
+
+    # Whether `start_tls` has made the objects of OpenSSL.
     _tls_started = False
 
     def start_tls(self, context: ssl.SSLContext, name: str, tls: TLS) -> None:
-        """Begin to speak it.
+        """Set up OpenSSL in memory. Sends nothing yet.
+
+        Args:
+            context: made by ``tls.context()``.
+            name: the name or IP address that the server's certificate must be for.
+            tls: the user's settings, for messages.
 
         Raises:
-            HandshakeError: ``name`` cannot be one.
+            HandshakeError: no certificate can be for ``name``.
         """
+        # Two buffers of encrypted bytes: those that are not decrypted yet, and those that `flush` has not taken yet.
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        # OpenSSL's state. It reads from the first buffer and writes to the second.
         try:
             self._ssl_object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name.partition("%")[0])
         except (TypeError, ValueError) as error:
             raise HandshakeError(f"no certificate can be for {name!r} ({error}); give server_name") from error
+        # What `permanent_error` needs to explain an error.
         self._handshake_arguments = (tls, name)
+        # Whether the peer sends no more.
         self.at_eof = False
-        """Whether the peer sends no more."""
-        self._unsent: deque[bytes] = deque()  # taken from `_outgoing`, and not sent as a whole
-        self._send_result: deque[int] = deque()  # what a system call sent of it
-        self._unsent_offset = 0  # bytes of it that are sent
+        # At most one piece, taken from `_outgoing` and not sent completely.
+        self._unsent: deque[bytes] = deque()
+        # How many bytes of it the last system call sent; empty once `_unsent_offset` includes them.
+        self._send_result: deque[int] = deque()
+        # How many bytes of it are sent.
+        self._unsent_offset = 0
         self._tls_started = True
 
     @property
     def ssl_object(self) -> ssl.SSLObject:
+        """OpenSSL's state, to ask for the version or the certificate."""
         return self._ssl_object
 
-    # Out.
+    # Sending.
 
     @property
     def unflushed_bytes(self) -> int:
-        """Bytes that were sealed since `flush` has taken any: moved by `encrypt`, and by answers to the peer."""
+        """How many encrypted bytes `flush` has not taken yet.
+
+        `encrypt` adds to them, and so do OpenSSL's answers to the peer.
+        """
         return self._outgoing.pending
 
     def encrypt(self, data: memoryview) -> int:
-        """Encrypt up to `MAX_ENCRYPT_BYTES`; gives how many."""
+        """Encrypt ``data``, at most `MAX_ENCRYPT_BYTES`; return how many bytes it took. `flush` sends them."""
         return self._ssl_object.write(data)
 
     def flush(self) -> bool:
-        """Send what is sealed; gives whether all of it is gone. What an interrupt broke off, the next call completes.
+        """Send all encrypted bytes that the kernel takes; return whether none are left.
+
+        If an interrupt ends a call, the next one completes it.
 
         Raises:
             OSError: the connection is lost.
         """
+        # An interrupt may have come between the system call and the counting.
         self._account_for_sent()
         while self._unsent or self._outgoing.pending:
             if not self._unsent:
@@ -104,27 +128,28 @@ class TlsSocket(socket.socket):
         return True
 
     def _account_for_sent(self) -> None:
+        """Add the last system call's result to the offset, and drop the piece if it is sent completely."""
         if not self._send_result:
             return
         sent = self._unsent_offset + self._send_result[0]
         done = sent == len(self._unsent[0])
         unsent: deque[bytes] = deque() if done else self._unsent
         sent = 0 if done else sent
-        nothing: deque[int] = deque()
-        # Nothing comes between the next three lines.
+        no_result: deque[int] = deque()
+        # Nothing comes between the next three lines. They call nothing, so no interrupt strikes there.
         self._unsent = unsent
         self._unsent_offset = sent
-        self._send_result = nothing
+        self._send_result = no_result
 
-    # In.
+    # Receiving.
 
     @property
     def has_undecrypted(self) -> bool:
-        """Whether bytes are there to be opened; fewer than a record, maybe."""
+        """Whether there are received bytes to decrypt. They may be less than a TLS record."""
         return self._incoming.pending > 0
 
     def receive_encrypted(self) -> None:
-        """Read what has arrived, unless as much lies in memory that nobody has opened.
+        """Read from the kernel what has arrived. Does nothing while enough received bytes wait to be decrypted.
 
         Raises:
             OSError: the connection is lost.
@@ -132,7 +157,7 @@ class TlsSocket(socket.socket):
         if self.at_eof or self._incoming.pending >= _READ_BYTES:
             return
         try:
-            # Taken from the system and put into memory in one piece of C code.
+            # The `map`s move the bytes from the kernel into memory in C, so no interrupt can lose them.
             if not any(map(self._incoming.write, map(super().recv, (_READ_BYTES,)))):
                 self.at_eof = True
                 self._incoming.write_eof()
@@ -140,19 +165,21 @@ class TlsSocket(socket.socket):
             pass
 
     def decrypt_into(self, buffer: bytearray) -> int:
-        """Decrypt into ``buffer``; gives how many bytes, 0 at the peer's orderly end.
+        """Decrypt received bytes into ``buffer``; return how many, or 0 if the peer has closed TLS properly.
 
         Raises:
-            ssl.SSLWantReadError: more has to arrive before that.
-            ssl.SSLError: the connection is broken, or ended without a word.
+            ssl.SSLWantReadError: no complete record is there.
+            ssl.SSLError: the connection is broken, or the peer hung up without closing TLS.
         """
         return self._ssl_object.read(len(buffer), buffer)  # type: ignore[return-value]
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """As of any socket: BlockingIOError if nothing is there; b"" if the peer has hung up.
+        """Return up to ``size`` decrypted bytes, or ``b""`` if the peer has hung up. Ignores ``flags``.
 
         Raises:
-            HandshakeError, CertificateError: the server refuses us, as one of TLS 1.3 says only now.
+            BlockingIOError: nothing is there.
+            HandshakeError, CertificateError: the server refuses us. With TLS 1.3, it tells us only after the handshake.
+            OSError: the connection is lost.
         """
         self.receive_encrypted()
         try:
@@ -166,15 +193,21 @@ class TlsSocket(socket.socket):
             if permanent is None:
                 raise
             raise permanent from error
+        # Reading may have made OpenSSL answer the peer.
         self.flush()
         return data
 
-    # The end.
+    # Closing.
 
     def shutdown(self, how: int) -> None:
-        """Say so to the peer, if that can be done at once; it could not tell the end from a cut otherwise."""
+        """Tell the peer that this is the end, if it can be sent at once, and shut the socket down.
+
+        Otherwise the peer could not tell a proper end from a lost connection.
+        """
+        # Only if nothing else waits to be sent: this must come after all data.
         if self._tls_started and not self._unsent and not self.unflushed_bytes:
-            with contextlib.suppress(OSError, ValueError):  # the peer has not said so yet, or all is broken already
+            # Raises if the peer has not closed its side yet, or if the connection is broken. Neither matters here.
+            with contextlib.suppress(OSError, ValueError):
                 self._ssl_object.unwrap()
             with contextlib.suppress(OSError):
                 self.flush()
@@ -182,12 +215,19 @@ class TlsSocket(socket.socket):
 
 
 def do_tls_handshake(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadline) -> None:
-    """Speak TLS over a socket that has just been connected, which stays open whatever comes.
+    """Complete the TLS handshake on a socket that has just been connected. Never closes the socket.
+
+    Args:
+        sock: connected, non-blocking.
+        tls: the user's settings.
+        host: the host that the socket is connected to; the certificate must be for it unless ``tls`` says otherwise.
+        peer: the peer's name, for messages.
+        deadline: covers all of this.
 
     Raises:
         TimeoutError: the deadline passed.
-        CertificateError: a certificate will not do, the server's or ours, or a file of ``tls``.
-        HandshakeError: the server speaks no TLS, or none that we do.
+        CertificateError: one side refuses the other's certificate, or a file of ``tls`` is not usable.
+        HandshakeError: the server does not speak TLS, or no version that we speak.
         ConnectionClosedError: the peer hung up.
     """
     name = tls.server_name or host
@@ -210,6 +250,7 @@ def do_tls_handshake(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: 
 
 
 def _check_no_greeting(sock: TlsSocket, deadline: Deadline) -> None:
+    """Raise HandshakeError if the server speaks first, as only one without TLS does."""
     wait_s = GREETING_WAIT_S + GREETING_WAIT_ROUND_TRIPS * round_trip_seconds(sock)
     if not wait_ready(sock, select.POLLIN, deadline.within(wait_s)):
         return
@@ -222,7 +263,7 @@ def _check_no_greeting(sock: TlsSocket, deadline: Deadline) -> None:
 
 
 def _advance_handshake(sock: TlsSocket, tls: TLS, name: str) -> bool:
-    """Go on with the handshake as far as bytes have arrived; gives whether it is complete."""
+    """Take the handshake as far as the received bytes allow; return whether it is complete."""
     sock.receive_encrypted()
     try:
         sock.ssl_object.do_handshake()
@@ -231,25 +272,29 @@ def _advance_handshake(sock: TlsSocket, tls: TLS, name: str) -> bool:
         complete = False
     except ssl.SSLError as error:
         with contextlib.suppress(OSError):
-            sock.flush()  # tells the server why
+            sock.flush()  # sends the alert that tells the server why
         permanent = permanent_error(error, tls, name)
         if permanent is None:
             raise
         raise permanent from error
+    # Complete only if our last bytes are sent: flush in any case, and before the caller waits for an answer.
     return sock.flush() and complete
 
 
 def _wait_for_peer(sock: TlsSocket, peer: str, deadline: Deadline) -> None:
+    """Block until the handshake can continue, or raise TimeoutError."""
     event = select.POLLIN if sock.flush() else select.POLLIN | select.POLLOUT
-    if not wait_ready(sock, event, deadline) or deadline.expired:  # bytes that dribble in do not extend the deadline
+    # Bytes that trickle in do not extend the deadline.
+    if not wait_ready(sock, event, deadline) or deadline.expired:
         what = f"TLS handshake not complete within {deadline.timeout:g} s"
         raise TimeoutError(f"{peer}: {what}; does that server speak TLS?")
 
 
 def _fetch_certificate_names(sock: TlsSocket, context: ssl.SSLContext, tls: TLS, name: str, deadline: Deadline) -> str:
-    """Whom the server's certificate is for, to tell who asked for another; on a connection of its own, and no more.
+    """Return the names that the server's certificate is for, or an empty string if they cannot be read.
 
-    OpenSSL shows no certificate that it refused, so here it is verified but for the name.
+    OpenSSL does not show a certificate that it has refused. So this opens a second connection, which verifies all but
+    the name, and closes it after the handshake.
     """
     context.check_hostname = False
     with TlsSocket(sock.family, sock.type) as other, contextlib.suppress(OSError, HandshakeError):
@@ -264,7 +309,7 @@ def _fetch_certificate_names(sock: TlsSocket, context: ssl.SSLContext, tls: TLS,
     return ""
 
 
-def certificate_names(tls: ssl.SSLObject) -> str:
-    """Whom the peer's certificate is for."""
-    found: Any = tls.getpeercert() or {}
-    return ", ".join(name for _, name in found.get("subjectAltName", ()))
+def certificate_names(ssl_object: ssl.SSLObject) -> str:
+    """Return the names and addresses that the peer's certificate is for, separated by commas."""
+    certificate: Any = ssl_object.getpeercert() or {}
+    return ", ".join(name for _, name in certificate.get("subjectAltName", ()))
