@@ -1,10 +1,9 @@
 """The learner's side: what an ``echo.Server`` receives, as batches of tensors for a training loop.
 
-A `Prefetcher` thread asks the server, checks and converts; the threads that iterate wait for it. What a batch is worth:
-
-* on a device, or with ``copy=True``, it is the caller's, and the next one is made while the caller works on it;
-* with ``copy=False`` on the CPU it is the server's memory, until the next one is asked for. So the next one is not
-  asked for before the caller does, and only one iteration, in one thread, may do so.
+* A `Prefetcher` thread takes batches from the server, checks and converts them. The threads that iterate wait for it.
+* With ``copy=True``, or on a device, a batch belongs to the caller. The thread prepares the next one meanwhile.
+* With ``copy=False`` on the CPU, a batch is memory of the server. Taking the next batch overwrites it. So the thread
+  takes the next one only when the caller asks for it, and only one iteration in one thread may ask.
 """
 
 from __future__ import annotations
@@ -24,69 +23,86 @@ from .prefetch import Prefetcher, sample_lock_for
 from .unpack import Convert, SynchronousUploader, Unpacker, Uploader, copy_arrays, wrap_arrays
 
 _ONE_CONSUMER = (
-    "with copy=False the batch of one would be overwritten as the other asks for its own; drop the iterator of the "
-    "one, or use copy=True"
+    "with copy=False each batch overwrites the one before, so there can be one consumer only; iterate once at a time, "
+    "in one thread, or use copy=True"
 )
 
 
 class _Batch(NamedTuple):
+    """One batch from the prefetcher."""
+
     tensors: list[torch.Tensor]
+    """One per leaf, in wire order."""
     info: Any
+    """The server's counters (``echo.SampleInfo``)."""
 
 
 class EchoDataset(IterableDataset[Any]):
-    """Batches of an ``echo.Server`` as pytrees of tensors, ``(batch_size, *shape)`` each, until the server is closed.
+    """Batches of an ``echo.Server`` as pytrees of tensors, ``(batch_size, *shape)`` each, until you close the server.
 
-    To be iterated over as it is, or through ``DataLoader(dataset, batch_size=None)``: it is the server that makes the
-    batches. Iterating again goes on with the next batch. It has no length. After ``server.close()``, in any thread, the
-    batches come that the server still hands out, and then all iterations end; what has not made a full batch is lost,
-    and full ones may be.
+    Example::
 
-    Ctrl-C gets through while a batch is waited for, as it does not in ``server.sample()``. What is waited for is not
-    lost then, nor what was taken ahead when a loop is left: it comes next.
+        batches = EchoDataset(server, example)  # the server was made with numpy_example(example)
+        for batch in batches:  # a leaf of shape (4,) comes as a tensor (batch_size, 4)
+            step(batch)
 
-    Use one `EchoDataset` per server for as long as there is the server: what one has taken ahead is lost with it. Let
-    nothing else call ``server.sample()``: each call gives the last batch back, whoever has it.
-    Where several ranks have a server each, they end after different numbers of batches. Have all ranks agree on each
-    step that there is a batch, by an all-reduce; or have them use ``torch.distributed.algorithms.join.Join``.
+    Iterate over it directly, or through ``DataLoader(dataset, batch_size=None)``, because the server makes the batches.
+    A second iteration continues with the next batch. There is no length.
+
+    * *The end.* ``server.close()``, called in any thread, ends all iterations, after the batches that the server still
+      hands out. Samples that do not fill a batch are lost then, and full batches may be.
+    * *Ctrl-C* interrupts waiting for a batch, which it cannot do in ``server.sample()``. The batch is not lost: you get
+      it next. The same goes for a batch that was read ahead when you left a loop.
+    * *One dataset.* Use one `EchoDataset` for the whole life of a server, because dropping it loses the batch that it
+      has read ahead. Let nothing else call ``server.sample()``: each call returns the memory of the last batch to the
+      server, whoever uses that batch.
+    * *Several ranks*, each with a server, end after different numbers of batches. In every step, let them agree by an
+      all-reduce that each has a batch, or use ``torch.distributed.algorithms.join.Join``.
 
     Args:
-        server: an ``echo.Server`` made with ``numpy_example(example)``; anything that has its ``sample()``. Stays the
-            caller's to close, but for the end of the process, which closes it if a batch is waited for. Nothing but the
-            next batch, or its end, gets this dataset's thread out of it.
-        example: one sample, as `EchoSink` takes it; only its structure, shapes and dtypes count. Batches come in its
-            containers: dict, OrderedDict, list, tuple, namedtuple; as dicts where these count as such (TensorDict,
-            dataclasses, other mappings). bfloat16, float8 and so on come as such.
-        device: where batches are to be; the CPU by default. On an accelerator they are copied by a stream of our own
-            while the caller works on the batch before, and are complete when they come. The device copies by itself if
-            the server was made with ``pin_host_memory=True``, and else by way of the driver's own memory.
-        copy: True for batches that are the caller's to keep. False for the memory of the server: *valid until the next
-            batch is asked for*, and then overwritten at any moment. It may be changed meanwhile. One thread may ask, in
-            one iteration at a time. No good for what asks ahead: Lightning's and accelerate's loops do. Makes no
-            difference with another ``device`` than the CPU.
+        server: an ``echo.Server`` made with ``numpy_example(example)``, or an object with the same ``sample()``. You
+            close it. Process exit closes it, too, if this dataset's thread is in ``server.sample()`` then: only a batch
+            or ``server.close()`` gets the thread out of there.
+        example: one sample, as `EchoSink` takes it. Only structure, shapes and dtypes count. Batches have its dtypes,
+            bfloat16 and float8 included, and its containers: dict, OrderedDict, list, tuple and namedtuple.
+            TensorDicts, dataclasses and other mappings come as dicts.
+        device: where you want the batches; the CPU by default. A batch is copied to an accelerator in a separate stream
+            while you work on the one before, and is complete when you get it. If the server was made with
+            ``pin_host_memory=True``, the device copies by itself; if not, the driver copies through memory of its own.
+        copy: True for batches that you may keep. False for the server's own memory, *valid until you ask for the next
+            batch*. You may change it until then; afterwards it may be overwritten at any moment. Only one thread may
+            iterate, one iteration at a time. Do not use False in loops that read ahead, such as Lightning's and
+            accelerate's. If ``device`` is not the CPU, ``copy`` makes no difference.
 
     Raises:
-        TypeError: an argument has the wrong type; a leaf of the example is no dense array of numbers, or has a numpy
-            dtype that PyTorch lacks.
+        TypeError: an argument has the wrong type, a leaf of the example is not a dense array of numbers, or PyTorch
+            lacks its numpy dtype.
         ValueError: a sample has no bytes, or the device cannot be used here.
 
-    Iterating raises `SpecMismatchError` if the server was not made for samples like the example; `RuntimeError` in
-    another process than this one, such as a DataLoader's worker, and for a second consumer with ``copy=False``; and
-    what ``server.sample()`` does, or PyTorch for want of memory on the device. One may go on then, with the next batch.
+    Iterating raises the following errors. You can continue with the next batch after each of them.
+
+    * `SpecMismatchError`: the server was not made for samples like the example.
+    * `RuntimeError`: you iterate in another process, such as a DataLoader's worker, or with a second consumer although
+      ``copy=False``.
+    * What ``server.sample()`` raises, or PyTorch if the device is out of memory.
     """
 
     def __init__(
         self, server: Any, example: Any, *, device: torch.device | str | int | None = None, copy: bool = True
     ) -> None:
         if not callable(getattr(server, "sample", None)):
-            raise TypeError(f"server: got {server!r}, expected an echo.Server, or what has its sample()")
+            raise TypeError(f"server: got {server!r}, expected an echo.Server, or an object with its sample()")
         if not isinstance(copy, bool):
             raise TypeError(f"copy: got {copy!r}, expected True or False")
         convert = _choose_converter(_resolve_device(device), copy)
         unpacker = Unpacker(example, convert)
+        # Puts tensors into the example's containers.
         self._unflatten = unpacker.unflatten
+        # Whether batches are memory of the server, so that only one consumer is allowed.
         self._shares_memory = convert is wrap_arrays
+        # Whether batches are copied in another stream than the consumer's.
         self._on_accelerator = isinstance(convert, Uploader)
+        # Takes batches from the server. Its callables must not refer to this dataset: the thread would keep it alive.
         self._prefetcher = Prefetcher(
             server.sample,
             lambda sample: _Batch(unpacker.to_tensors(sample.batch, server), sample.info),
@@ -94,15 +110,20 @@ class EchoDataset(IterableDataset[Any]):
             sample_lock=sample_lock_for(server),
             read_ahead=not self._shares_memory,
         )
+        # The process that has the server and the thread.
         self._pid = os.getpid()
+        # Guards `_consumer`, and the `thread` of each iterator.
         self._lock = threading.Lock()
+        # The iterator that got the last batch, with `copy=False`.
         self._consumer: weakref.ref[_BatchIterator] | None = None
+        # The server's counters as of the last batch.
         self._info: Any = None
+        # Ends the thread when the dataset is dropped. Not at process exit, which `prefetch` handles.
         weakref.finalize(self, self._prefetcher.stop).atexit = False
 
     @property
     def info(self) -> Any:
-        """The server's counters as of the last batch that was given (``echo.SampleInfo``); None before the first."""
+        """The server's counters as of the last batch that you got (``echo.SampleInfo``); None before the first."""
         return self._info
 
     def __iter__(self) -> Iterator[Any]:
@@ -113,7 +134,7 @@ class EchoDataset(IterableDataset[Any]):
         raise TypeError(f"an EchoDataset cannot be pickled or copied: {self._remedy()}")
 
     def _next(self, iterator: _BatchIterator) -> _Batch | None:
-        """The next batch for one of the iterations; None at the end."""
+        """Block until there is a batch for this iterator and return it; None at the end."""
         self._check_process()
         if self._shares_memory:
             self._check_single_consumer(iterator)
@@ -121,12 +142,17 @@ class EchoDataset(IterableDataset[Any]):
         if batch is not None:
             self._info = batch.info
             if self._on_accelerator:
+                # The memory belongs to the copying stream. Nobody may reuse it while this thread's stream works on it.
                 for tensor in batch.tensors:
                     accelerator.record_current_stream(tensor)
         return batch
 
     def _check_single_consumer(self, iterator: _BatchIterator) -> None:
-        """Raise RuntimeError if another consumer may still use the last batch, or is to use the next."""
+        """Raise RuntimeError if another consumer may still use the last batch; else note this one.
+
+        A consumer is an iterator together with the thread that calls it. A dropped or exhausted iterator does not
+        count, and neither does a thread that has ended.
+        """
         here = threading.current_thread()
         with self._lock:
             current = None if self._consumer is None else self._consumer()
@@ -145,19 +171,21 @@ class EchoDataset(IterableDataset[Any]):
 
     def _remedy(self) -> str:
         return (
-            f"its server takes samples in process {self._pid} only; iterate there, in a DataLoader with "
-            "num_workers=0 (the server receives in threads of its own, and batches are made in another)"
+            f"its server receives samples in process {self._pid} only; iterate there, in a DataLoader with "
+            "num_workers=0 (threads of that process receive samples and prepare batches in the background already)"
         )
 
 
 class _BatchIterator(Iterator[Any]):
-    """One iteration; keeps the dataset."""
+    """One iteration over an `EchoDataset`."""
 
     def __init__(self, dataset: EchoDataset) -> None:
+        # Kept alive for as long as you iterate.
         self._dataset = dataset
+        # Whether this iteration has reached the end.
         self.exhausted = False
+        # With `copy=False`, the thread that last asked for a batch.
         self.thread: threading.Thread | None = None
-        """That a batch was lent to, if any was."""
 
     def __next__(self) -> Any:
         batch = None if self.exhausted else self._dataset._next(self)
@@ -168,15 +196,17 @@ class _BatchIterator(Iterator[Any]):
 
 
 def _resolve_device(device: torch.device | str | int | None) -> torch.device:
-    """The device that is meant, with its index."""
+    """Return the device with its index; raise ValueError if it cannot be used here."""
+    # Allocating finds out whether the device works, and which index "cuda" means.
     try:
         return torch.empty(0, device="cpu" if device is None else device).device
-    except (AssertionError, RuntimeError) as error:  # the former where PyTorch was built without it
+    except (AssertionError, RuntimeError) as error:  # AssertionError if PyTorch was built without this device
         why = str(error).partition("\n")[0]
         raise ValueError(f"device: got {device!r}, which cannot be used here: {why}") from None
 
 
 def _choose_converter(device: torch.device, copy: bool) -> Convert:
+    """Return the function that makes tensors for this device."""
     if device.type == accelerator.device_type():
         return Uploader(device)
     if device.type != "cpu":

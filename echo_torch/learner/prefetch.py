@@ -1,19 +1,18 @@
-"""A thread that takes batches from a server, so that who waits for one can be interrupted.
+"""A thread that takes batches from a server, so that Ctrl-C can interrupt the threads that wait for them.
 
-``echo.Server.sample()`` waits in code that no Ctrl-C gets through to, until a batch comes. So a thread of our own waits
-there, and whoever asks for a batch waits on a queue. For each prefetcher:
+``echo.Server.sample()`` blocks in native code, which Ctrl-C does not interrupt. So a thread of our own calls it, and
+your threads wait on a queue.
 
-* One thread calls ``sample()``, and converts what it gives. It starts with the first question, and ends with the
-  server, or after the prefetcher was stopped; until the server has a next batch, or is closed, nothing gets it out of there.
-* It takes a batch only when one was asked for, and none is there; with ``read_ahead``, as soon as the last one is fetched.
-  So no slot of the server is given back before the batch in it was converted, and at most one is taken ahead.
-* What was taken stays until it is fetched: it is not lost if who asked was interrupted, or has stopped asking. It is
-  lost with the prefetcher.
-* A prefetcher that is dropped may leave its thread in ``sample()``. The next one for that server waits for it to come out:
-  each call gives back the slot of the last batch, whoever got it.
-* One lock guards the state. It is not held while anybody waits, and stopping does not need it: finalisers may do so.
-* The end of the process ends the thread, and the server for that: a daemon thread that comes back to the interpreter
-  when that is ending aborts it, out of ``sample()`` as out of PyTorch.
+* Each prefetcher has one thread. It starts with the first request. It ends when the server ends, or after `stop`. While
+  it is in ``sample()``, only the next batch or ``server.close()`` gets it out.
+* The thread takes a batch when one is requested and none is ready. With ``read_ahead``, fetching a batch requests the
+  next one. So at most one batch is ready, and no slot goes back to the server before its batch is converted.
+* A batch that nobody fetched stays ready, for example after Ctrl-C. It is lost only with the prefetcher.
+* A dropped prefetcher may leave its thread in ``sample()``. The next prefetcher for that server waits for that thread
+  on ``sample_lock``, because each call of ``sample()`` gives the slot of the last batch back, whichever thread got it.
+* One lock guards the state. No thread holds it while waiting. `stop` does not need it, so finalizers may call `stop`.
+* Process exit stops the threads, and closes the server of a thread that is in ``sample()``. A daemon thread that
+  returns from ``sample()``, or from PyTorch, into an interpreter that is shutting down would abort the process.
 """
 
 from __future__ import annotations
@@ -30,9 +29,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from echo_torch.support.deadline import Deadline
 
-# Seconds that the end of the process waits for the threads.
+# How long process exit waits for all threads together, in seconds.
 EXIT_TIMEOUT_S = 5.0
-# Seconds after which a Ctrl-C is seen at the latest: one that comes just as the waiting begins does not end it.
+# How long a thread waits for a batch before it looks again, in seconds. A Ctrl-C that comes just before the wait begins
+# does not interrupt it, so this bounds the delay.
 POLL_INTERVAL_S = 0.5
 
 _Sample = TypeVar("_Sample")
@@ -40,21 +40,21 @@ _Batch = TypeVar("_Batch")
 
 
 class _Outcome(NamedTuple, Generic[_Batch]):
-    """What one call of ``sample()`` came to: a batch, an error, or none of them at the end."""
+    """What one call of ``sample()`` led to: a batch, an error, or neither at the end."""
 
     batch: _Batch | None = None
     error: BaseException | None = None
 
 
 class Prefetcher(Generic[_Sample, _Batch]):
-    """Gives what ``convert`` makes of what ``sample`` gives, one after the other.
+    """Calls ``sample`` and ``convert`` in a thread, and returns the results one after the other.
 
     Args:
-        sample: blocks until there is one; None at the end.
-        convert: called in the same thread, before ``sample`` is again.
-        close: has ``sample`` end soon; called at the end of the process.
-        sample_lock: held in ``sample`` and ``convert``; the same for all prefetchers of a server.
-        read_ahead: take the next one as soon as one is fetched, rather than when it is asked for.
+        sample: blocks until there is a sample and returns it, or returns None at the end.
+        convert: makes a batch of a sample. Called in the same thread, before the next call of ``sample``.
+        close: makes ``sample`` return soon; called at process exit.
+        sample_lock: held during ``sample`` and ``convert``; `sample_lock_for` returns the one of a server.
+        read_ahead: whether to take the next batch as soon as you fetch one, rather than when you ask for it.
     """
 
     def __init__(
@@ -71,22 +71,32 @@ class Prefetcher(Generic[_Sample, _Batch]):
         self._close = close
         self._sample_lock = sample_lock
         self._read_ahead = read_ahead
+        # Guards `_thread`, `_requested`, `_exhausted`, `_waiters` and `_ready`.
         self._lock = threading.Lock()
+        # The thread, from its first step on.
         self._thread: threading.Thread | None = None
+        # requested: a batch is wanted and not ready yet. exhausted: there will be no more batches. stopped: `stop` was
+        # called. in_sample: the thread is in `sample`, or about to call it.
         self._requested = self._exhausted = self._stopped = self._in_sample = False
-        self._waiters: set[queue.SimpleQueue[None]] = set()  # who has to be told that something is there
+        # One queue for each thread that waits in `next`; an item wakes it.
+        self._waiters: set[queue.SimpleQueue[None]] = set()
+        # The outcome that nobody has fetched yet, if any.
         self._ready: deque[_Outcome[_Batch]] = deque()
+        # Items wake the prefetcher's thread. They carry no meaning: the thread looks at the state.
         self._requests: queue.SimpleQueue[None] = queue.SimpleQueue()
         _live_prefetchers.add(self)
 
     def next(self) -> _Batch | None:
-        """The next batch; None at the end, and from then on. Any thread may ask, and each batch goes to one of them.
+        """Block until the next batch is ready and return it; None at the end and from then on.
+
+        Any thread may call this. Each batch goes to one of them.
 
         Raises:
-            Exception: whatever ``sample`` or ``convert`` raised; the next call asks again.
+            Exception: whatever ``sample`` or ``convert`` raised. The next call asks for another batch.
         """
         waiter: queue.SimpleQueue[None] = queue.SimpleQueue()
         while (outcome := self._pop_or_request(waiter)) is None:
+            # An interrupt here loses nothing: the batch becomes ready all the same, and the next call returns it.
             with contextlib.suppress(queue.Empty):
                 waiter.get(timeout=POLL_INTERVAL_S)
         if outcome.error is None:
@@ -94,52 +104,62 @@ class Prefetcher(Generic[_Sample, _Batch]):
         try:
             raise outcome.error
         finally:
-            del outcome  # an error knows this frame, and would so keep itself, and what the frames it came by hold
+            # The traceback of the error refers to this frame. If the frame kept the error, the cycle would keep alive
+            # whatever the frames in the traceback hold.
+            del outcome
 
     def stop(self) -> None:
-        """Take no more. Without a lock, and without waiting."""
+        """Tell the thread to end; takes no lock and does not wait."""
         self._stopped = True
         self._requests.put(None)
 
     def stop_at_exit(self) -> None:
-        """At the end of the process: stop, and have ``sample`` end."""
+        """Stop, and make ``sample`` return if the thread is in it."""
+        # Set `_stopped` first, then read `_in_sample`. `_wait_for_sample` does the opposite, so one of the two notices.
         self.stop()
         if self._in_sample:
             self._close()
 
     def join(self, timeout: float) -> None:
-        """Wait for the thread to end."""
+        """Wait for the thread to end, for at most ``timeout`` seconds."""
         if self._thread is not None:
             self._thread.join(timeout)
 
     def _pop_or_request(self, waiter: queue.SimpleQueue[None]) -> _Outcome[_Batch] | None:
-        """What is there; or else ask for it, and to be told."""
+        """Return the outcome that is ready; else request one, register ``waiter`` to be woken, and return None."""
         with self._lock:
             outcome = self._ready.popleft() if self._ready else _Outcome() if self._exhausted else None
             if outcome is None:
                 self._waiters.add(waiter)
-            ask = not self._exhausted and (outcome is None or (self._read_ahead and outcome.error is None))
-            self._requested = self._requested or ask
-            start = ask and self._thread is None
+            # With `read_ahead`, fetching a batch requests the next one. Fetching an error does not: the caller may give
+            # up.
+            request = not self._exhausted and (outcome is None or (self._read_ahead and outcome.error is None))
+            self._requested = self._requested or request
+            start = request and self._thread is None
+        # An interrupt here loses no request: the next call starts the thread, if there is none, and wakes it.
         if start:
             threading.Thread(target=self._run, name="echo_torch dataset", daemon=True).start()
-        if ask:
+        if request:
             self._requests.put(None)
         return outcome
 
     def _run(self) -> None:
+        """Take batches until the end; the body of the thread."""
         with self._lock:
-            if self._thread is not None:  # who started that one was interrupted, and started another
+            # Two calls may each start a thread before the first thread gets here. The second one ends at once.
+            if self._thread is not None:
                 return
             self._thread = threading.current_thread()
         done = False
         while not done:
             self._requests.get()
+            # There may be more wake-ups than requests, so ask the state.
             with self._lock:
                 wanted = self._requested and not self._ready
             done = self._stopped or (wanted and self._deliver(self._sample_and_convert()))
 
     def _sample_and_convert(self) -> _Outcome[_Batch]:
+        """Take one sample and convert it; an error becomes the outcome, for `next` to raise."""
         try:
             with self._sample_lock:
                 sample = self._wait_for_sample()
@@ -148,14 +168,15 @@ class Prefetcher(Generic[_Sample, _Batch]):
             return _Outcome(error=error)
 
     def _wait_for_sample(self) -> _Sample | None:
-        self._in_sample = True  # before the other is looked at, as `stop_at_exit` does it the other way round
+        # Set `_in_sample` first, then read `_stopped`; see `stop_at_exit`.
+        self._in_sample = True
         try:
             return None if self._stopped else self._sample()
         finally:
             self._in_sample = False
 
     def _deliver(self, outcome: _Outcome[_Batch]) -> bool:
-        """Tell those who wait; gives whether it was the last."""
+        """Make the outcome ready and wake all waiters; return whether it was the end."""
         with self._lock:
             self._requested = False
             self._exhausted = outcome.batch is None and outcome.error is None
@@ -167,22 +188,25 @@ class Prefetcher(Generic[_Sample, _Batch]):
         return self._exhausted
 
 
+# The locks of `sample_lock_for`, for as long as their servers live.
 _sample_locks: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 def sample_lock_for(server: Any) -> threading.Lock:
-    """The one lock for that server."""
+    """Return the one lock that all prefetchers of this server share."""
     try:
         return _sample_locks.setdefault(server, threading.Lock())
-    except TypeError:  # it has no hash, or no weak references
+    except TypeError:  # the object is not hashable, or has no weak references: it gets no shared lock
         return threading.Lock()
 
 
+# The prefetchers of this process that may have a thread.
 _live_prefetchers: weakref.WeakSet[Prefetcher[Any, Any]] = weakref.WeakSet()
 
 
 def _stop_all_at_exit() -> None:
-    """All are told first, as one may wait for the turn of another."""
+    """Stop all prefetchers, then wait for their threads."""
+    # Stop all of them before joining any: one thread may wait for a sample lock that another holds.
     prefetchers = list(_live_prefetchers)
     for prefetcher in prefetchers:
         prefetcher.stop_at_exit()
@@ -192,4 +216,5 @@ def _stop_all_at_exit() -> None:
 
 
 atexit.register(_stop_all_at_exit)
-os.register_at_fork(after_in_child=_live_prefetchers.clear)  # whose threads are not there
+# A forked child does not have the threads.
+os.register_at_fork(after_in_child=_live_prefetchers.clear)

@@ -1,10 +1,10 @@
-"""The batches that a server gives into tensors of an example's structure, shapes and dtypes.
+"""Converts a server's batches into tensors of an example's structure, shapes and dtypes.
 
-* The leaves of ``echo.Server.sample().batch`` are numpy views of the server's ring: read-only, good until the next call
-  of ``sample()``, and of freed memory once the server is dropped. A tensor that shares their memory keeps the server.
-* Who made the server told it no more than numpy dtypes, so a batch is checked against the example before it is taken
-  for one of its kind; later ones have only to look as the one before.
-* dtypes that numpy lacks are viewed back from their bytes.
+* The leaves of ``echo.Server.sample().batch`` are read-only numpy views of the server's ring. They are valid until the
+  next call of ``sample()``. Dropping the server frees the memory, so a tensor that shares it keeps the server alive.
+* The server may have been made with another example, so the first batch is checked. A later batch is only compared
+  with the layout of the one before.
+* The server knows only numpy dtypes. Leaves of other dtypes arrive as unsigned integers and are viewed back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from echo_torch.samples.pytree import key_paths
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support import accelerator
 
-# Makes tensors of the arrays of a batch, and of what their memory belongs to.
+# Makes tensors of the arrays of a batch. The second argument is the object that their memory belongs to.
 Convert = Callable[[Sequence[Array], object], list[torch.Tensor]]
 
 
@@ -32,17 +32,19 @@ class Unpacker:
 
     Args:
         example: one sample, as `EchoSink` takes it.
-        convert: `wrap_arrays`, `copy_arrays`, or an `Uploader`.
+        convert: `wrap_arrays`, `copy_arrays`, an `Uploader` or a `SynchronousUploader`.
 
     Raises:
-        TypeError: a leaf is no dense array of numbers, or of a dtype of which there are no tensors.
+        TypeError: a leaf is not a dense array of numbers, or PyTorch lacks its dtype.
         ValueError: a sample has no bytes.
     """
 
     def __init__(self, example: Any, convert: Convert) -> None:
         self._spec = SampleSpec(example)
         self._convert = convert
+        # Structure, shapes and dtypes of the last batch that was checked; empty before the first.
         self._last_layout: tuple[Any, ...] = ()
+        # The dtypes of the tensors, in wire order.
         self._dtypes: list[torch.dtype] = []
         for leaf in self._spec.leaves:
             if not isinstance(leaf.dtype, torch.dtype):
@@ -50,11 +52,11 @@ class Unpacker:
             self._dtypes.append(leaf.dtype)
 
     def to_tensors(self, batch: Any, owner: object) -> list[torch.Tensor]:
-        """One per leaf, ``(batch_size, *leaf.shape)``, of the example's dtype.
+        """Return one tensor per leaf, ``(batch_size, *leaf.shape)``, of the example's dtype.
 
         Args:
-            batch: what the server gave.
-            owner: has to be there for as long as its memory is.
+            batch: a pytree of numpy arrays, ``server.sample().batch``.
+            owner: the object whose memory the arrays show. A tensor that shares the memory keeps it alive.
 
         Raises:
             SpecMismatchError: the server was not made for samples like the example.
@@ -69,7 +71,7 @@ class Unpacker:
         return [tensor if tensor.dtype is dtype else tensor.view(dtype) for tensor, dtype in pairs]
 
     def unflatten(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """In the example's containers."""
+        """Put tensors in wire order into the example's containers."""
         return self._spec.unflatten(tensors)
 
     def _check(self, arrays: Sequence[Any], treespec: Any) -> None:
@@ -83,7 +85,10 @@ def _layout_of_array(array: Any) -> object:
 
 
 def _fits(leaf: Leaf, array: Any) -> bool:
-    """Whether an array is one of samples of this leaf. Any dtype of their size will do for bytes."""
+    """Whether an array holds a batch of this leaf.
+
+    If numpy lacks the leaf's dtype, only the bytes count, so any dtype of the same size will do.
+    """
     if not isinstance(array, np.ndarray) or not array.ndim or array.shape[1:] != leaf.shape:
         return False
     fits_as_bytes = (
@@ -93,7 +98,11 @@ def _fits(leaf: Leaf, array: Any) -> bool:
 
 
 class _WritableArray:
-    """The memory of an array, for numpy to take it for writable, and to keep what it belongs to."""
+    """Presents the memory of a read-only array to numpy as writable.
+
+    PyTorch warns if it gets a read-only array. The array that numpy makes of this object keeps this object alive, and
+    with it the owner of the memory.
+    """
 
     def __init__(self, array: Array, owner: object) -> None:
         interface = array.__array_interface__
@@ -102,34 +111,41 @@ class _WritableArray:
 
 
 def wrap_arrays(arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
-    """Tensors of the same memory."""
+    """Return tensors that share the memory of the arrays and keep its owner alive."""
+    # An empty array has no memory to share, so it is copied.
     return [
         torch.from_numpy(np.asarray(_WritableArray(array, owner)) if array.size else array.copy()) for array in arrays
     ]
 
 
 def copy_arrays(arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
-    """Tensors of their own, copied in this thread: PyTorch would take some from those that train, and wait for them."""
+    """Return tensors with memory of their own.
+
+    numpy copies in this thread. PyTorch would take threads from its pool, which training uses, and wait for them.
+    """
     return [torch.from_numpy(array.copy()) for array in arrays]
 
 
 class Uploader:
-    """Makes tensors on an accelerator, for a thread that does nothing else with it.
+    """Copies arrays to an accelerator; call it from one thread that does nothing else with the device.
 
-    They are copied in a stream of our own, beside what others compute meanwhile. If the memory of the arrays is pinned,
-    the device does that by itself; if not, the driver does, in this thread.
+    It copies in a stream of its own, so computation in other streams goes on. If the memory of the arrays is pinned,
+    the device copies by itself. If not, the driver copies, in this thread.
     """
 
     def __init__(self, device: torch.device) -> None:
+        # Where the tensors go.
         self._device = device
+        # Where the copies run; created by the first call, in the thread that copies.
         self._stream: torch.Stream | None = None
 
     def __call__(self, arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
-        """Copies that are complete when this returns, so that the arrays may be overwritten."""
+        """Return tensors on the device; the copies are complete, so the arrays may be overwritten."""
         if self._stream is None:
             accelerator.dedicate_thread(self._device)
             self._stream = accelerator.new_stream(self._device)
         sources = wrap_arrays(arrays, owner)
+        # The copies belong to this stream. `EchoDataset` calls `accelerator.record_current_stream` before you use them.
         copies = [accelerator.empty_like(source, self._stream) for source in sources]
         for target, source in zip(copies, sources, strict=True):
             accelerator.run_on_stream(self._stream, functools.partial(target.copy_, source, non_blocking=True))
@@ -138,9 +154,10 @@ class Uploader:
 
 
 class SynchronousUploader:
-    """Makes tensors on a device without streams."""
+    """Copies arrays to a device that has no streams."""
 
     def __init__(self, device: torch.device) -> None:
+        # Where the tensors go.
         self._device = device
 
     def __call__(self, arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Counters and timings: what became of the samples, and what the time was spent on.
+"""Counters and timings: what happened to the samples, and where the time went.
 
 * `stats`: `Counts` of one connection, and `SinkStats` and `PeerStats`, which `EchoSink.stats` returns.
 * `timing`: seconds per cause of waiting, and a histogram of ack latencies.

@@ -1,4 +1,9 @@
-"""What became of the samples: as a client counts them, and as `EchoSink.stats` tells it."""
+"""Counts of samples: `Counts` and `PeerCounts` inside the package, `SinkStats` and `PeerStats` for the user.
+
+* ``sent`` counts what ``send`` accepted. Samples that are sent again do not count again.
+* ``maybe_lost`` and ``maybe_duplicated`` are upper bounds.
+* A `SinkStats` is a snapshot. It is built from `Counts` and `Times` of this process and of its children.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +13,24 @@ from typing import Any, NamedTuple
 
 
 class Counts(NamedTuple):
-    """What became of the samples of one client, in samples."""
+    """What happened to the samples of one client."""
 
     sent: int = 0
-    """Accepted by ``send``; those sent again do not count."""
+    """Samples that ``send`` accepted."""
     unacked: int = 0
-    """Of those, not acknowledged as far as is known."""
+    """How many of these have no known ack yet."""
     reconnects: int = 0
     """How often a lost connection was opened again."""
     resent: int = 0
-    """Sent again then."""
+    """Samples that were sent again after reconnecting."""
     maybe_duplicated: int = 0
-    """How many the server may have stored once too often, at the most: those sent again, and ``close``'s tail."""
+    """Upper bound of the extra copies that the server stored: ``resent``, and the replay tail that ``close`` sends."""
     maybe_lost: int = 0
-    """How many the server may not have stored, at the most; 0 while there is a connection, or hope for one."""
+    """Upper bound of the samples that the server did not store. 0 while the connection is open or may reopen."""
 
 
 class PeerCounts(NamedTuple):
-    """What became of the samples that one learner was sent, in samples."""
+    """What happened to the samples for one learner. The first four fields mean what they do in `Counts`."""
 
     sent: int = 0
     unacked: int = 0
@@ -36,121 +41,130 @@ class PeerCounts(NamedTuple):
 
     @classmethod
     def from_counts(cls, counts: Counts, lost: bool) -> PeerCounts:
+        """Take the counts of one connection, and whether it is lost for good."""
         return cls(counts.sent, counts.unacked, counts.reconnects, counts.resent, int(lost))
 
     def plus(self, other: PeerCounts) -> PeerCounts:
+        """Return the sums of both."""
         return PeerCounts._make(map(operator.add, self, other))
 
 
 @dataclasses.dataclass(frozen=True)
 class PeerStats:
-    """What became of the samples that one learner was sent, by this process and its DataLoader workers."""
+    """What this process and its DataLoader workers sent to one learner."""
 
     peer: str
     """The learner, as ``host:port``."""
     samples_sent: int
+    """Samples that ``send`` accepted for this learner."""
     samples_acked: int
+    """Samples that the learner acknowledged."""
     in_flight: int
-    """Not acked; those of a connection that was lost may be with other learners since."""
+    """Samples that it has not acknowledged. If a connection was lost, other learners may have got its samples since."""
     reconnects: int
     """How often a lost connection to it was opened again."""
     resent: int
-    """Samples that were sent to it again then."""
+    """Samples that were sent to it again after reconnecting."""
     lost: int
-    """How many connections to it were lost for good: one in each process at the most."""
+    """How many connections to it were lost for good: at most one in each process."""
 
 
-# A verdict is against whoever keeps `send` waiting for this share of the time, or the connection for that.
+# `SinkStats.bottleneck` names a culprit if `send` was blocked for at least the first share of the connected time, or if
+# the connection waited for at least the second.
 BLOCKED_SHARE = 0.05
 WAITING_SHARE = 0.5
-# It is a warning if `send` was blocked for more than this share.
+# The log line is a warning if `send` was blocked for more than this share of the connected time.
 WARN_BLOCKED_SHARE = 1 / 3
 
 
 def _uncompared_field(default: Any = 0.0) -> Any:
-    """A number that is not among those that are compared and saved."""
+    """Return a field that is neither compared nor saved."""
     return dataclasses.field(default=default, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class SinkStats:
-    """What a sink did in this process and its DataLoader workers: samples and payload bytes since it connected.
+    """What a sink did in this process and its DataLoader workers, since it connected.
 
-    Two of them are equal if they count the same, whatever the times.
+    Two objects are equal if their counts and ``blocked_seconds`` are. Other times, rates and ``peers`` do not matter.
     """
 
     samples_sent: int
     """Samples that ``send`` accepted."""
     bytes_sent: int
+    """Payload bytes of these samples."""
     samples_acked: int
     """Samples that the server acknowledged."""
     bytes_acked: int
+    """Payload bytes of these samples."""
     in_flight: int
-    """Samples accepted and not acknowledged; after a connection was lost, those it took with it, maybe stored."""
+    """Samples that were accepted and not acknowledged. After a lost connection, the server may have stored them."""
     dropped: int
-    """Samples given to ``send`` after the learner was gone, with ``on_error="warn"``, and those that a `SinkCallback`
-    skipped for want of room."""
+    """Samples that were not sent: those given to ``send`` after the learner was gone, with ``on_error="warn"``, and
+    those that a `SinkCallback` skipped because there was no room."""
     blocked_seconds: float
-    """Seconds that ``send`` waited for room."""
+    """Seconds that ``send`` waited for room in the buffer."""
     reconnects: int = 0
     """How often a lost connection was opened again."""
     resent: int = 0
-    """Samples that were sent again then."""
+    """Samples that were sent again after reconnecting."""
     maybe_duplicated: int = 0
-    """How many more samples than were sent the learner may have got, at the most: those sent again, and the tail that
-    `close` sends."""
+    """Upper bound of the extra copies that the learner got: ``resent``, and the samples that `close` sends again."""
     maybe_lost: int = 0
-    """How many samples the learner may never get, at the most, now that the connection has ended: the un-acked ones,
-    and the last ``resend_acked`` of the others unless `close` sent them again. 0 before that."""
+    """Upper bound of the samples that the learner never gets. 0 until the connection has ended. Then it counts the
+    unacknowledged samples, and the last ``resend_acked`` others unless `close` sent them again."""
 
     elapsed_seconds: float = _uncompared_field()
-    """Seconds since this process first used the sink, or made it."""
+    """Seconds since this process created the sink or first used it."""
     connected_seconds: float = _uncompared_field()
-    """Seconds for which there was a connection, in each process that sent samples: what the next ones are a part of."""
+    """Seconds with an open connection, summed over all processes that sent samples. The times below are parts of it."""
     check_seconds: float = _uncompared_field()
-    """Seconds that callers of ``send`` had batches compared with the example."""
+    """Seconds that ``send`` compared batches with the example."""
     pack_seconds: float = _uncompared_field()
-    """Seconds that they copied samples into the buffer, and wrote those that could be written at once."""
+    """Seconds that ``send`` copied samples into the buffer, and wrote those that could be written at once."""
     blocked_by_learner_seconds: float = _uncompared_field()
-    """Of ``blocked_seconds``, those in which the window was full: acks did not come."""
+    """The part of ``blocked_seconds`` in which the window was full, because acks did not come."""
     blocked_by_network_seconds: float = _uncompared_field()
-    """In which the socket was full."""
+    """The part of ``blocked_seconds`` in which the socket was full."""
     blocked_by_device_seconds: float = _uncompared_field()
-    """In which copies from a device were under way."""
+    """The part of ``blocked_seconds`` in which copies from a device were not done."""
     learner_seconds: float = _uncompared_field()
-    """Seconds for which connections waited for acks with samples left to write, or with `wait` called."""
+    """Seconds that connections waited for acks while samples were left to write, or while you called `wait`."""
     network_seconds: float = _uncompared_field()
-    """Seconds for which they waited for the socket to take more."""
+    """Seconds that connections waited for the socket to take more."""
     device_seconds: float = _uncompared_field()
-    """Seconds for which they waited for copies from a device."""
+    """Seconds that connections waited for copies from a device."""
     ack_p50_seconds: float = _uncompared_field()
-    """Seconds from when samples were written to their acks: of half of those that were looked at."""
+    """Median of the seconds from writing a sample to reading its ack, over some samples; up to a fifth too high."""
     ack_p99_seconds: float = _uncompared_field()
-    """The same of 99 in 100, to within a fifth."""
+    """99th percentile of the same."""
     sent_per_second: float = _uncompared_field()
-    """Samples accepted per second, over the last seconds in which `EchoSink.stats` or `EchoSink.wait` was called."""
+    """Samples accepted per second, measured between recent calls of `EchoSink.stats` and `EchoSink.wait`."""
     acked_per_second: float = _uncompared_field()
     """Samples acknowledged per second, over the same time."""
     loaded_sent: int = _uncompared_field(0)
-    """How many of ``samples_sent`` are of runs before, and were added by `EchoSink.load_state_dict`."""
+    """How many of ``samples_sent`` belong to earlier runs, added by `EchoSink.load_state_dict`."""
     loaded_acked: int = _uncompared_field(0)
-    """The same of ``samples_acked``."""
+    """How many of ``samples_acked`` belong to earlier runs."""
     peers: tuple[PeerStats, ...] = _uncompared_field(())
-    """What each learner was sent."""
+    """The counts of each learner."""
 
     @property
     def bottleneck(self) -> str:
-        """What holds things up, in words: the learner, the network, the device, or the training, and by how much.
+        """What limits the rate, in words: the learner, the network, the device or the training, and by how much.
 
-        Of this run, without what `EchoSink.load_state_dict` added.
+        Covers this run only, without the counts that `EchoSink.load_state_dict` added.
         """
         elapsed, connected = self.elapsed_seconds, self.connected_seconds
         sent, acked = self.samples_sent - self.loaded_sent, self.samples_acked - self.loaded_acked
         if elapsed <= 0 or connected <= 0 or not (sent or self.in_flight):
             return "idle: nothing was sent"
+        # Callers may be several threads, so the share can exceed 1.
         share = (self.check_seconds + self.pack_seconds + self._blocked) / connected
         cost = f"send took {share:.1%} of the time" if share <= 1 else f"send took the time of {share:.1f} threads"
+        # Payload acked in this run; the totals tell the bytes per sample.
         megabytes = acked * self.bytes_acked / max(1, self.samples_acked) / 1e6
+        # For each verdict, the seconds that I/O threads waited, and that callers of `send` were blocked.
         waiting = {
             f"learner-bound: the server acks {acked / elapsed:,.0f} samples/s": (
                 self.learner_seconds,
@@ -162,6 +176,7 @@ class SinkStats:
             ),
             "device-bound: samples are copied from the device": (self.device_seconds, self.blocked_by_device_seconds),
         }
+        # Blocked callers weigh more: they cost training time. An I/O thread that waits costs none.
         threads, callers = map(sum, zip(*waiting.values(), strict=True))
         if max(callers / BLOCKED_SHARE, threads / WAITING_SHARE) >= connected:
             what = max(waiting, key=lambda what: sum(waiting[what]))
@@ -171,24 +186,30 @@ class SinkStats:
 
     @property
     def blocked_too_long(self) -> bool:
-        """Whether `send` was blocked for more than a third of the time, in this run."""
+        """Whether ``send`` was blocked for more than a third of the connected time, in this run."""
         return self._blocked > WARN_BLOCKED_SHARE * self.connected_seconds > 0
 
     @property
     def _blocked(self) -> float:
-        """As ``blocked_seconds``, of this run."""
+        """Like ``blocked_seconds``, but for this run only."""
         return self.blocked_by_learner_seconds + self.blocked_by_network_seconds + self.blocked_by_device_seconds
 
     def since(self, before: SinkStats) -> SinkStats:
-        """What came after ``before`` was told; what is in flight, latencies and rates as they are now."""
+        """Return what happened since ``before``, an earlier result of `EchoSink.stats`.
+
+        Samples in flight, latencies, rates and ``peers`` are those of now.
+        """
         as_now = ("in_flight", "peers", "ack_p50_seconds", "ack_p99_seconds", "sent_per_second", "acked_per_second")
         names = [field.name for field in dataclasses.fields(self) if field.name not in as_now]
         return dataclasses.replace(self, **{name: getattr(self, name) - getattr(before, name) for name in names})
 
     def as_dict(self, prefix: str = "") -> dict[str, Any]:
-        """All numbers by ``prefix`` and name: for ``self.log_dict`` of Lightning, TensorBoard, or W&B.
+        """Return all numbers by name, for Lightning's ``self.log_dict``, TensorBoard or W&B.
 
-        Of several learners, those of each have names such as ``peer0/in_flight``.
+        With several learners, the numbers of each one have names such as ``peer0/in_flight``.
+
+        Args:
+            prefix: goes before each name, for example ``"echo/"``.
         """
         numbers = {f"{prefix}{name}": value for name, value in vars(self).items() if name != "peers"}
         for index, peer in enumerate(self.peers if len(self.peers) > 1 else ()):
@@ -198,5 +219,5 @@ class SinkStats:
         return numbers
 
 
+# The fields that `EchoSink.state_dict` saves.
 SAVED_FIELDS = [field.name for field in dataclasses.fields(SinkStats) if field.compare]
-"""Those that are saved."""

@@ -1,8 +1,9 @@
-"""One leaf of a sample: which values can be sent, in which dtype they travel, and how they get into numpy.
+"""One leaf of a sample: which values can be sent, in which dtype they travel, and how they become numpy arrays.
 
-* No value is ever cast. A Python scalar has the dtype that ``default_collate`` would give it.
-* dtypes that numpy lacks (bfloat16, complex32, the float8 types) travel as unsigned integers of their size.
-* What has no fixed dense values (strings, objects; sparse, nested, quantised, meta tensors) is refused by path.
+* No value is ever cast. A Python scalar has the dtype that ``default_collate`` gives it.
+* dtypes that numpy lacks (bfloat16, complex32, the float8 types) travel as unsigned integers of the same size.
+* Strings, objects, and sparse, nested, quantized and meta tensors hold no dense numbers. They raise a TypeError that
+  names the path of the leaf.
 """
 
 from __future__ import annotations
@@ -20,28 +21,32 @@ from echo_torch.wire.protocol import WireLeaf
 
 Array = npt.NDArray[Any]
 DType = torch.dtype | np.dtype[Any]
-# Where a leaf or container is: for each step, whether it is a mapping's, and its key or index.
+# The place of a leaf or container in a tree. Each step is (whether the parent is a mapping, the key or index).
 KeyPath = tuple[tuple[bool, Hashable], ...]
 
-# What `to_wire_array` gives for a value of a wrong dtype: an array of a dtype that no leaf has, so that the caller sees it.
+# `to_wire_array` returns a view of this for a value of a wrong dtype. No leaf has dtype object, so the caller's
+# comparison of dtypes fails.
 _WRONG_DTYPE = np.array(None, dtype=object)
+# The types that a leaf can have.
 ARRAY_TYPES = (torch.Tensor, np.ndarray, np.generic, bool, int, float, complex)
+# The dtypes that ``default_collate`` gives to Python scalars.
 _SCALAR_DTYPES: dict[type, torch.dtype] = {
     bool: torch.bool,
     int: torch.int64,
     float: torch.float64,
     complex: torch.complex128,
 }
-_UNSIGNED: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+# The wire dtype of a torch-only dtype, by item size in bytes.
+_UNSIGNED_BY_SIZE: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 def _make_wire_dtypes() -> dict[torch.dtype, np.dtype[Any]]:
-    """How each dense torch dtype travels."""
+    """Map each torch dtype that can be sent to the numpy dtype in which it travels."""
     pairs: dict[torch.dtype, np.dtype[Any]] = {}
     names = ["bfloat16", "complex32", *(name for name in dir(torch) if name.startswith("float8_"))]
     for name in names:
         dtype: torch.dtype = getattr(torch, name)
-        pairs[dtype] = _UNSIGNED[dtype.itemsize]
+        pairs[dtype] = _UNSIGNED_BY_SIZE[dtype.itemsize]
     shared = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
     for name in shared.split():
         pairs[getattr(torch, name)] = np.dtype(name)
@@ -49,8 +54,10 @@ def _make_wire_dtypes() -> dict[torch.dtype, np.dtype[Any]]:
 
 
 _WIRE_DTYPES = _make_wire_dtypes()
+# The reverse, for the dtypes that numpy and torch both have.
 _TORCH_DTYPES = {dtype: tensor for tensor, dtype in _WIRE_DTYPES.items() if str(tensor) == f"torch.{dtype}"}
 
+# The dtypes that numpy lacks.
 TORCH_ONLY_DTYPES = _WIRE_DTYPES.keys() - _TORCH_DTYPES.values()
 
 
@@ -58,21 +65,23 @@ class Leaf(NamedTuple):
     """One array of a sample."""
 
     path: str
-    """As one would index the sample: ``['obs']['camera']``; empty if the sample is this one array."""
+    """The path as you would write it to index the sample: ``['obs']['camera']``. Empty if the sample is one array."""
     key_path: KeyPath
-    """The path, alike for containers that are interchangeable."""
+    """The path as a key; equal for containers that are interchangeable, such as dict and OrderedDict."""
     shape: tuple[int, ...]
+    """The shape in one sample, without a batch dimension."""
     dtype: DType
-    """The dtype of the values; a torch dtype where torch has it."""
+    """The dtype of the values: a torch dtype, or a numpy dtype if torch lacks it."""
     wire_dtype: np.dtype[Any]
     """The numpy dtype of the bytes on the wire and at the learner."""
     offset: int
     """Where the leaf starts in a sample's payload, in bytes."""
     torch_only: bool
-    """Whether numpy lacks the dtype, so that only its bytes travel."""
+    """Whether numpy lacks the dtype, so that the leaf travels as unsigned integers."""
 
     @property
     def wire(self) -> WireLeaf:
+        """What the wire knows of this leaf: item size and shape."""
         return WireLeaf(self.wire_dtype.itemsize, self.shape)
 
     def __str__(self) -> str:
@@ -80,30 +89,45 @@ class Leaf(NamedTuple):
 
 
 class UnreadableLeaf:
-    """Takes the place of a leaf whose values cannot be had, so that it is refused where its path is known."""
+    """A stand-in for a leaf whose values cannot be read.
+
+    `checked_dtypes` raises the error later, because only its callers know the path of the leaf.
+    """
 
     def __init__(self, why: str) -> None:
+        # The error message, without the path that goes before it.
         self.why = why
 
 
 def to_wire_array(value: Any, leaf: Leaf, root: str) -> Array:
-    """``value`` as a numpy array in which it travels, without a copy where that is possible.
+    """Return ``value`` as a numpy array of its wire dtype, without a copy where possible.
 
-    Its shape is not looked at. A value of another dtype than the leaf's never comes out in the dtype of the leaf.
+    The shape is not checked. If ``value`` does not have the leaf's dtype, the array does not have the leaf's wire dtype
+    either, so comparing dtypes afterwards finds the error.
+
+    Args:
+        value: a tensor, numpy array or scalar, one sample's or a batch's.
+        leaf: the leaf of the example that ``value`` belongs to.
+        root: what error messages call the data.
 
     Raises:
-        TypeError: no dense array of numbers.
+        TypeError: ``value`` is not a dense array of numbers.
+        RuntimeError: the device of a tensor cannot be used here, or not now.
     """
+    # What cannot be returned here falls through to the end: it raises, or gets a dtype that no leaf has.
     if isinstance(value, torch.Tensor):
         if value.dtype is leaf.dtype:
+            # Outside of the `try`, so that its RuntimeError reaches the caller as it is.
             if not value.is_cpu and value.device.type == accelerator.device_type():
                 accelerator.check_usable(value.device)
             try:
                 return to_host(value, leaf)
             except Exception as error:  # a subclass of Tensor may raise anything
-                checked_dtypes(value, root + leaf.path)
+                checked_dtypes(value, root + leaf.path)  # raises a more precise error, if it knows one
                 raise _unreadable_error(value, root + leaf.path, error) from None
     elif isinstance(value, np.ndarray):
+        # Returned in any dtype: the caller compares dtypes. An unsigned integer array for a torch-only leaf must not
+        # pass that comparison.
         if not leaf.torch_only and not isinstance(value, MaskedArray):
             return value
     elif not leaf.torch_only and isinstance(value, ARRAY_TYPES):
@@ -116,22 +140,28 @@ def to_wire_array(value: Any, leaf: Leaf, root: str) -> Array:
 
 
 def to_host(tensor: torch.Tensor, leaf: Leaf) -> Array:
-    """A tensor of the leaf's dtype as a numpy array in which it travels; waits for its device if that is another."""
+    """Return a tensor of the leaf's dtype as an array of its wire dtype; blocks until it is copied from its device."""
     if not leaf.torch_only:
         return tensor.numpy(force=True)
+    # PyTorch refuses to view a lazily conjugated or negated tensor as another dtype, so resolve these first.
     return tensor.detach().resolve_conj().resolve_neg().view(_TORCH_DTYPES[leaf.wire_dtype]).numpy(force=True)
 
 
 def checked_dtypes(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
-    """The dtype of a leaf's values, and the one in which they travel.
+    """Return the dtype of a leaf's values, and the numpy dtype in which they travel.
+
+    Args:
+        value: the leaf, of one sample or of a batch.
+        path: what error messages call it.
 
     Raises:
-        TypeError: no dense array of numbers.
+        TypeError: ``value`` is not a dense array of numbers.
     """
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_nested or value.is_meta or value.dtype not in _WIRE_DTYPES:
             raise TypeError(
-                f"{path}: got {_describe_tensor(value)}, expected a dense tensor that holds values; {_how_to_densify(value)}"
+                f"{path}: got {_describe_tensor(value)}, expected a dense tensor that holds values; "
+                f"{_how_to_densify(value)}"
             )
         _check_readable(value, path)
         return value.dtype, _WIRE_DTYPES[value.dtype]
@@ -151,17 +181,19 @@ def checked_dtypes(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
-    """The dtype of tensors of the same values; None if PyTorch lacks it."""
+    """Return the torch dtype for the same values, or None if PyTorch lacks it."""
     return _TORCH_DTYPES.get(dtype)
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor, array or scalar as a plain tuple."""
     return tuple(np.shape(value))
 
 
 def _check_readable(tensor: torch.Tensor, path: str) -> None:
-    """Raise TypeError for fake tensors and wrappers, which look dense and have no memory that numpy could see."""
+    """Raise TypeError for fake tensors and wrappers: they look dense, but have no memory that numpy can read."""
     try:
+        # Converting an empty slice fails like the whole tensor does, and copies nothing.
         some = tensor.detach()
         some = (some[:0] if some.ndim else some).resolve_conj().resolve_neg()
         some.view(_TORCH_DTYPES[_WIRE_DTYPES[tensor.dtype]]).numpy(force=True)
@@ -196,7 +228,7 @@ def _describe_tensor(tensor: torch.Tensor) -> str:
 
 
 def how_to_cast(value: Any, dtype: DType) -> str:
-    """How to convert a value, in the words of the library it is from."""
+    """Return the remedy for a wrong dtype, written for the library that the value comes from."""
     if isinstance(dtype, np.dtype):
         return f"convert with np.asarray(x, '{dtype}')"
     if isinstance(value, torch.Tensor):
@@ -208,7 +240,7 @@ def how_to_cast(value: Any, dtype: DType) -> str:
 
 
 def how_to_expand(value: Any, leaf: Leaf) -> str:
-    """How to repeat one sample's value for a batch of B, in the words of the library it is from."""
+    """Return the code that repeats one sample's value B times, written for the library that the value comes from."""
     shape = ", ".join(["B", *map(str, leaf.shape)])
     if isinstance(value, torch.Tensor):
         return f"x.expand({shape})"

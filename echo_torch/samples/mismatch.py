@@ -1,12 +1,13 @@
-"""What is wrong with a batch, or with a server's spec, and what to do about it, in words.
+"""Error messages: what is wrong with a batch or with a server's spec, and what to do about it.
 
-Only what has been found to differ comes here, so nothing here has to be fast.
+These functions run only after a comparison has failed, so they need not be fast.
 
-* Each function of the public ones makes the error for one kind of difference, for the caller to raise.
-* Every problem is a line: path, got, expected, remedy. At most `_MAX_NAMED` of a kind are named, then counted; the
-  remedies for the whole come last and are never cut off.
-* Only the mistake is named. Where one leaf has a batch dimension, those without one are wrong; where a container is
-  not the example's, it is named rather than all that is in it.
+* Each public function returns the error for one kind of difference. The caller raises it.
+* Every problem is one line: path, got, expected, remedy. A message names at most `_MAX_NAMED` problems of a kind and
+  counts the others. Remedies for the whole batch come last and are never cut off.
+* A message names the mistake and not its consequences. If one leaf has a batch dimension, the leaves without one are
+  wrong. If the example lacks a container, the message names the container and not the leaves in it.
+* In variable names, ``ours`` is the example and ``theirs`` is the batch or the server.
 """
 
 from __future__ import annotations
@@ -22,18 +23,24 @@ from echo_torch.wire.protocol import WireLeaf
 from .leaf import KeyPath, Leaf, checked_dtypes, how_to_cast, how_to_expand, shape_of
 from .pytree import describe_containers, format_key_path, key_paths
 
-# How many wrong leaves an error names.
+# How many problems of a kind an error names before it only counts them.
 _MAX_NAMED = 8
 
 
 def server_spec_error(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf], peer: str) -> SpecMismatchError:
-    """The error for a server that expects other arrays: names both sides, leaf by leaf."""
-    what = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(leaves)}"
-    return SpecMismatchError(_format_message(what, _truncate(_server_differences(leaves, theirs))))
+    """Return the error for a server that expects other arrays; it names both sides, leaf by leaf.
+
+    Args:
+        leaves: the example's.
+        theirs: the server's.
+        peer: the server, as messages name it.
+    """
+    summary = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(leaves)}"
+    return SpecMismatchError(_format_message(summary, _truncate(_server_differences(leaves, theirs))))
 
 
 def _server_differences(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf]) -> Iterator[str]:
-    """A line for each, one at a time: a server may name thousands."""
+    """Yield one line per leaf that differs; a generator, because a server may name thousands of leaves."""
     for index, (server, leaf) in enumerate(itertools.zip_longest(theirs, leaves)):
         if not (server and leaf) or server != leaf.wire:
             example = f"{leaf} ({leaf.wire.itemsize}-byte items)" if leaf else "nothing"
@@ -42,14 +49,15 @@ def _server_differences(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf]) -> I
 
 
 def server_batch_error(leaves: Sequence[Leaf], keys: Sequence[KeyPath], arrays: Sequence[Any]) -> SpecMismatchError:
-    """The error for a server that gives other batches than of samples like the example.
+    """Return the error for a server whose batches do not match the example.
 
     Args:
         leaves: the example's.
-        keys: of the server's, in the order of the wire.
-        arrays: what is there, ``(batch_size, *shape)``.
+        keys: the places of the server's leaves, in wire order.
+        arrays: the server's leaves in the same order, ``(batch_size, *shape)`` each.
     """
     problems = []
+    # Both sides are formatted the same way, so a leaf differs if its text does.
     for index, (key, array, leaf) in enumerate(itertools.zip_longest(keys, arrays, leaves)):
         theirs = (
             "nothing" if key is None else _describe_leaf(key, getattr(array, "dtype", type(array)), shape_of(array)[1:])
@@ -60,44 +68,45 @@ def server_batch_error(leaves: Sequence[Leaf], keys: Sequence[KeyPath], arrays: 
             problems.append(f"leaf {index}: the server has {theirs}, the example {ours}{values}")
         elif leaf and key != leaf.key_path:
             problems.append(
-                f"leaf {index}: {format_key_path(key)} is in a dict of the one and in a list or tuple of the other"
+                f"leaf {index}: {format_key_path(key)} is in a dict on one side and in a list or tuple on the other"
             )
-    what = "Server spec mismatch: the server was not made for samples like the example"
-    remedy = "make it with echo.Server(numpy_example(example), ...), of the example that the senders have, too"
-    return SpecMismatchError(_format_message(what, _truncate(problems), [remedy]))
+    summary = "Server spec mismatch: the server was not made for samples like the example"
+    remedy = "make it with echo.Server(numpy_example(example), ...), and use the same example in the senders"
+    return SpecMismatchError(_format_message(summary, _truncate(problems), [remedy]))
 
 
 def _describe_leaf(key: KeyPath, dtype: object, shape: Sequence[int]) -> str:
-    """A leaf of a server's batches."""
+    """Return one line that describes a leaf of a server's batches."""
     path = format_key_path(key)
     return f"{path}: {dtype} {_format_batch_shape(shape)}" if path else f"{dtype} {_format_batch_shape(shape)}"
 
 
 def structure_error(root: str, leaves: Sequence[Leaf], example: Any, batch: Any) -> SpecMismatchError:
-    """The error for a batch that has not the example's leaves: names what is missing and what is unexpected.
+    """Return the error for a batch that lacks leaves of the example or has other ones; it names them all.
 
     Args:
-        root: what to call the batch.
+        root: what the message calls the batch.
         leaves: the example's.
-        example: its treespec.
+        example: the treespec of the example.
         batch: the treespec of the batch.
     """
     keys = key_paths(batch)
     ours, theirs = describe_containers(example), describe_containers(batch)
-    what = f"{root} has not the structure of the example"
-    remedies = ["send what the example holds (select= picks it), or give an example of what is sent"]
+    summary = f"{root} does not have the structure of the example"
+    remedies = ["send what the example holds (select= picks it), or give an example of what you send"]
+    # The more specific a remedy is, the earlier it comes.
     if _has_list_for_leaf(leaves, keys, ours, theirs):
         remedies.insert(0, "numbers in a list become one leaf with torch.tensor(x)")
     if batch.type in (list, tuple) and batch.num_children and all(child == example for child in batch.children()):
         remedies.insert(0, "stack a list of samples into one batch with torch.utils.data.default_collate(samples)")
     problems = [*_missing_leaves(root, leaves, keys, theirs), *_unexpected_nodes(root, leaves, keys, ours, theirs)]
-    return SpecMismatchError(_format_message(what, problems, remedies))
+    return SpecMismatchError(_format_message(summary, problems, remedies))
 
 
 def _has_list_for_leaf(
     leaves: Sequence[Leaf], keys: Sequence[KeyPath], ours: Mapping[KeyPath, str], theirs: Mapping[KeyPath, str]
 ) -> bool:
-    """Whether one side has a list where the other has a leaf, as a tokenizer makes them of single samples."""
+    """Whether one side has a list where the other has a leaf; tokenizers return such lists for single samples."""
     met = [theirs.get(leaf.key_path, "") for leaf in leaves] + [ours.get(key, "") for key in keys]
     return any(node.startswith("list ") for node in met)
 
@@ -105,7 +114,7 @@ def _has_list_for_leaf(
 def _missing_leaves(
     root: str, leaves: Sequence[Leaf], keys: Sequence[KeyPath], theirs: Mapping[KeyPath, str]
 ) -> list[str]:
-    """What there is in place of the example's leaves that a structure has not."""
+    """Return a line for each leaf of the example that the batch lacks, with what the batch has in its place."""
     found = set(keys)
     problems = []
     for leaf in leaves:
@@ -126,12 +135,13 @@ def _unexpected_nodes(
     ours: Mapping[KeyPath, str],
     theirs: Mapping[KeyPath, str],
 ) -> list[str]:
-    """What a structure has that the example has not: whole containers rather than all that is in them."""
+    """Return a line for each container or leaf that the example lacks; a container is one line, without its leaves."""
     wanted = {leaf.key_path for leaf in leaves}
     problems: dict[str, None] = {}
     for key in keys:
-        # The outermost container that the example has not: naming it says all.
+        # The outermost container that the example lacks, or else the leaf itself.
         top = next((key[:n] for n in range(len(key)) if key[:n] not in ours), key)
+        # `_missing_leaves` already names a container in the place of a leaf.
         if key in wanted or top in wanted:
             continue
         got = f"{root}{format_key_path(top)}: unexpected {theirs.get(top, '')}".rstrip()
@@ -144,27 +154,29 @@ def _unexpected_nodes(
 
 
 def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batched: bool | None) -> SpecMismatchError:
-    """The error for a batch that differs from the example in shapes or dtypes: names every wrong leaf.
+    """Return the error for a batch that differs from the example in shapes or dtypes; it names every wrong leaf.
 
     Args:
-        root: what to call the batch.
+        root: what the message calls the batch.
         leaves: the example's.
         values: the leaves of the batch, in the same order.
-        batched: whether it had to be a batch or one sample; None if it was free to be either.
+        batched: True if a batch is required, False if one sample is, None if either will do.
 
     Raises:
-        TypeError: a leaf is no dense array of numbers.
+        TypeError: a leaf is not a dense array of numbers.
     """
     shapes = [shape_of(value) for value in values]
-    # One leaf with a batch dimension makes it a batch, in which the leaves without one are the mistake.
+    # If one leaf has a batch dimension, this is a batch, and the leaves without one are the mistake.
     stacked = any(len(shape) == len(leaf.shape) + 1 for shape, leaf in zip(shapes, leaves, strict=True))
     stacked = stacked if batched is None else batched
     problems = []
     sizes: dict[int, str] = {}
     misshapen = False
+    # First find the numbers of samples: each size with the first path that has it. The remedies below quote them.
     for shape, leaf in zip(shapes, leaves, strict=True):
         if stacked and shape[1:] == leaf.shape and len(shape) == len(leaf.shape) + 1:
             sizes.setdefault(shape[0], root + leaf.path)
+    # Then describe each wrong leaf. One leaf can have a wrong dtype and a wrong shape.
     for value, shape, leaf in zip(values, shapes, leaves, strict=True):
         path = root + leaf.path
         dtype = checked_dtypes(value, path)[0]
@@ -177,17 +189,21 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
             got = f"{path}: got {dtype} {list(shape)}, expected {leaf.dtype} {expected}"
             problems.append(f"{got}; {', and '.join(remedies)}")
     problems = _truncate(problems)
+    # After truncating, so that it is never cut off.
     if len(sizes) > 1:
         found = ", ".join(f"{size} at {path}" for size, path in sizes.items())
-        problems.append(f"leaves differ in the number of samples: {found}; send as many of each")
-    what = f"{root} does not match the example"
+        problems.append(f"leaves differ in the number of samples: {found}; send the same number of each")
+    summary = f"{root} does not match the example"
     return SpecMismatchError(
-        _format_message(what, problems, _hint_if_example_is_batch(leaves, shapes) if misshapen else ())
+        _format_message(summary, problems, _hint_if_example_is_batch(leaves, shapes) if misshapen else ())
     )
 
 
 def _hint_if_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int, ...]]) -> list[str]:
-    """A remedy, if the shapes of a batch are what they would be if the example were a batch itself."""
+    """Return a remedy if the shapes suggest that the example itself is a batch; else nothing.
+
+    That is so if all leaves of the example share a first dimension, and the batch fits without it.
+    """
     pairs = list(zip(shapes, (leaf.shape for leaf in leaves), strict=True))
     ours = {example[:1] for _, example in pairs}
     theirs = {shape[:1] for shape, _ in pairs}
@@ -203,6 +219,7 @@ def _hint_if_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int
 
 
 def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
+    """Return the shape that a leaf of a batch (True), of one sample (False) or of either (None) must have."""
     single, stacked = f"{list(leaf.shape)}", _format_batch_shape(leaf.shape)
     if batched is None:
         return f"{single} or {stacked}"
@@ -216,6 +233,17 @@ def _format_batch_shape(shape: Sequence[int]) -> str:
 def _how_to_reshape(
     value: Any, leaf: Leaf, shape: tuple[int, ...], stacked: bool, sizes: Sequence[int], batched: bool | None
 ) -> str:
+    """Return the remedy for a leaf of a wrong shape; the cases go from the most specific to the most general.
+
+    Args:
+        value: the leaf.
+        leaf: the example's.
+        shape: the shape of ``value``.
+        stacked: whether the data counts as a batch.
+        sizes: the numbers of samples that other leaves have.
+        batched: as for `leaves_error`.
+    """
+    # How many dimensions the value has more than the leaf of one sample.
     extra = len(shape) - len(leaf.shape)
     if batched is False and extra > 0 and shape[extra:] == leaf.shape:
         return "one sample is expected: send those of a batch one by one"
@@ -234,7 +262,8 @@ def _how_to_reshape(
 
 
 def _reshape_call(leaf: Leaf, rows: int) -> str:
-    if math.prod(leaf.shape):  # else torch cannot infer the -1
+    """Return the call that reshapes to ``rows`` samples, with -1 for the rows where torch can infer it."""
+    if math.prod(leaf.shape):  # with an empty leaf, torch cannot infer it
         rows = -1
     return f"x.reshape({', '.join(map(str, (rows, *leaf.shape)))})"
 
@@ -244,6 +273,13 @@ def _without_ones(shape: tuple[int, ...]) -> list[int]:
 
 
 def _how_to_resize(leaf: Leaf, shape: tuple[int, ...], skip: int) -> str:
+    """Return the remedy for a shape with the right number of dimensions but wrong sizes.
+
+    Args:
+        leaf: the example's.
+        shape: the shape of the value.
+        skip: how many batch dimensions ``shape`` begins with.
+    """
     differ = [
         f"dimension {index} is {got}, {wanted} in the example"
         for index, (got, wanted) in enumerate(zip(shape[skip:], leaf.shape, strict=True), skip)
@@ -254,12 +290,14 @@ def _how_to_resize(leaf: Leaf, shape: tuple[int, ...], skip: int) -> str:
 
 
 def _truncate(problems: Iterable[str]) -> list[str]:
+    """Return the first `_MAX_NAMED` lines, and a line that counts the rest."""
     rest = iter(problems)
     named = list(itertools.islice(rest, _MAX_NAMED))
     more = sum(1 for _ in rest)
     return [*named, f"... and {more} more"] if more else named
 
 
-def _format_message(what: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> str:
+def _format_message(summary: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> str:
+    """Return one line if there is a single problem or remedy, else the summary with an indented line for each."""
     lines = [*problems, *remedies]
-    return f"{what}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{what}:", *lines])
+    return f"{summary}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{summary}:", *lines])

@@ -1,11 +1,11 @@
-"""Trees of containers into leaves, and where in the tree each leaf is.
+"""Flattens trees of containers into leaves, and names the place of each leaf in the tree.
 
-* optree says what a container is; its order is the order of the leaves. Mappings and dataclass instances that it takes
-  for leaves are opened first, into dicts, however deep they lie.
-* A container is read item by item, and one item that cannot be read takes no other with it: an `UnreadableLeaf` stands in
-  for it, to be refused where its path is known.
-* A place in a tree is a `KeyPath`: alike for all mappings, and alike for all sequences. Its path is what one would write to
-  index the tree.
+* optree decides what a container is and in which order the leaves come. optree takes other mappings and dataclass
+  instances for leaves. These are opened: they become dicts first, at any depth.
+* Containers are opened item by item. An item that cannot be read becomes an `UnreadableLeaf`, and the others are still
+  read. The error is raised later, where the path of the item is known.
+* A `KeyPath` is the place of a leaf. It is the same for all types of mapping, and for all types of sequence.
+  `format_key_path` writes it the way you would index the tree.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ import torch
 
 from .leaf import ARRAY_TYPES, KeyPath, UnreadableLeaf
 
-# The torch.func transform that is running, and the fake mode, or None: asked once per batch, where each tensor would
-# cost more.
+# These return the torch.func transform that is running, and the fake mode, or None. One question per batch costs less
+# than looking at each tensor. They are private in PyTorch, so a release may lack them; then the answer is None.
 _peek_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _get_dispatch_mode = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
 _FAKE = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "FAKE", None)
 
 
 def in_transform_or_fake_mode() -> bool:
-    """Whether tensors may show memory in which their values are not."""
+    """Whether tensors may have memory that does not hold their values."""
     return _peek_transform() is not None or _get_dispatch_mode(_FAKE) is not None
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves and treespec, after containers that optree takes for leaves have been made into dicts."""
+    """Return the leaves and the treespec, after opening containers that optree takes for leaves."""
     leaves, treespec, _ = flatten_with_opened(tree)
     return leaves, treespec
 
 
 def flatten_with_opened(tree: Any) -> tuple[list[Any], Any, bool]:
-    """As `flatten`, and whether there was such a container."""
+    """Return what `flatten` does, and whether any container had to be opened."""
     leaves, treespec = optree.tree_flatten(tree)
+    # Most trees have nothing to open. Only the others pay for a second pass.
     opened = any(not isinstance(leaf, ARRAY_TYPES) and _is_container(leaf) for leaf in leaves)
     if opened:
         leaves, treespec = optree.tree_flatten(optree.tree_unflatten(treespec, map(_containers_to_dicts, leaves)))
@@ -58,22 +59,27 @@ def _containers_to_dicts(leaf: Any) -> Any:
 
 
 def _is_container(leaf: Any) -> bool:
-    """Whether it is a mapping or a dataclass instance, and is so to hold leaves."""
-    if getattr(type(leaf), "_is_non_tensor", False):  # tensordict's wrappers of any object are both, and hold no leaf
+    """Whether a leaf, in optree's eyes, is a mapping or dataclass instance that holds leaves."""
+    # tensordict wraps arbitrary objects in classes that are mappings and dataclasses, but hold no tensors.
+    if getattr(type(leaf), "_is_non_tensor", False):
         return False
     return isinstance(leaf, Mapping) or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type))
 
 
 def _container_to_dict(container: Any) -> dict[Any, Any]:
-    """The items of a mapping, or the fields of a dataclass instance."""
+    """Return the items of a mapping, or the fields of a dataclass instance."""
     if isinstance(container, Mapping):
-        # By its keys, for a TensorDict iterates over its rows.
+        # Ask for the keys, because iterating over a TensorDict yields its rows.
         return {key: _read_item(operator.getitem, container, key) for key in container.keys()}  # noqa: SIM118
     return {field.name: _read_item(getattr, container, field.name) for field in dataclasses.fields(container)}
 
 
 def _read_item(read: Callable[[Any, Any], Any], container: Any, key: Any) -> Any:
-    """One item; a stack that is made only now fails for samples that differ in shape, as do fields without a value."""
+    """Return one item, or an `UnreadableLeaf` if reading it raises.
+
+    A lazily stacked TensorDict stacks an item when you read it, and raises if its samples differ in shape. A dataclass
+    field without a value raises, too.
+    """
     try:
         return read(container, key)
     except Exception as error:
@@ -83,7 +89,11 @@ def _read_item(read: Callable[[Any, Any], Any], container: Any, key: Any) -> Any
 
 
 def _replace_if_unreadable(leaf: Any) -> Any:
-    """The leaf; but one of torch.func.functionalize has memory of its own with nothing in it, and so have fake ones."""
+    """Return the leaf, or an `UnreadableLeaf` in place of a fake or functional tensor.
+
+    Both kinds have memory of their own that does not hold their values. Functional tensors come from
+    ``torch.func.functionalize``.
+    """
     if not isinstance(leaf, torch.Tensor):
         return leaf
     if _get_dispatch_mode(_FAKE) is not None:
@@ -97,12 +107,12 @@ def _replace_if_unreadable(leaf: Any) -> Any:
 
 
 def has_only_builtin_containers(treespec: Any) -> bool:
-    """Whether there are only containers that optree knows by itself; of others it does not compare the keys."""
+    """Whether optree knows all container types itself; it does not compare the keys of custom ones."""
     return treespec.kind != optree.PyTreeKind.CUSTOM and all(map(has_only_builtin_containers, treespec.children()))
 
 
 def key_paths(treespec: Any) -> list[KeyPath]:
-    """Where each leaf is, in the order of the leaves."""
+    """Return the place of each leaf, in the order of the leaves."""
     keys: list[KeyPath] = []
     for accessor in treespec.accessors():
         keys.append(tuple((isinstance(entry, optree.MappingEntry), entry.entry) for entry in accessor))
@@ -110,13 +120,18 @@ def key_paths(treespec: Any) -> list[KeyPath]:
 
 
 def format_key_path(key: KeyPath) -> str:
-    """As one would index the tree: ``['obs'][0]``; empty for the tree itself."""
+    """Return the path as you would index the tree: ``['obs'][0]``; empty for the tree itself."""
     return "".join(f"[{entry!r}]" for _, entry in key)
 
 
 def describe_containers(treespec: Any, key: KeyPath = ()) -> dict[KeyPath, str]:
-    """What each node that is no leaf is, in words; ``key`` is where the tree itself is."""
-    if treespec.type is None:
+    """Map the place of each node that is not a leaf to a description such as ``dict of 2``.
+
+    Args:
+        treespec: the tree.
+        key: the place of the tree in a larger one; the root by default.
+    """
+    if treespec.type is None:  # a leaf
         return {}
     if treespec.type is type(None):
         return {key: "None"}

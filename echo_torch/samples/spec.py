@@ -1,12 +1,11 @@
 """What one sample looks like, and whether a batch is made of such samples.
 
-The wire knows nothing but item sizes, so every leaf of every batch is checked here: its key path, shape and dtype.
-
 * The wire order is optree's: dict keys sorted, OrderedDict and sequences in their own order, ``None`` dropped.
-* Leaves match by key path: mappings of any type are interchangeable, and so are list, tuple and namedtuple. Whatever
-  order a batch has its keys in, its leaves travel in the example's order.
-* The same structure comes again and again, so where its leaves are is learnt once. A batch that is right costs no more
-  than finding that out; what is wrong with another is looked into after that.
+* Leaves match by key path. Mappings of any type are interchangeable, and so are list, tuple and namedtuple. Whatever
+  the order of a batch's keys, its leaves travel in the example's order.
+* The same structure comes again and again, so a spec learns the order of its leaves once. The fast path tries the last
+  structure first.
+* The comparison only finds that a batch is wrong. `mismatch` finds out what is wrong, after that.
 """
 
 from __future__ import annotations
@@ -32,41 +31,45 @@ from .pytree import (
     key_paths,
 )
 
-# How many structures of batches are remembered; a loader yields one or two, and a fresh one each time is no leak.
+# How many structures a spec remembers. A loader yields one or two. The limit keeps batches of ever new structures from
+# filling the memory.
 _MAX_STRUCTURES = 64
-# After so many different structures in a row the next is not tried for the last one: to find that it differs is slow,
-# since optree writes it all down for the error.
+# After this many misses in a row the fast path is not tried any more. A miss is slow, because optree formats both
+# structures for an error that nobody reads.
 _MAX_MISSES = 8
 
+# The sets of leaf types that the fast paths accept.
 _TENSORS = {torch.Tensor}
 _ARRAYS = {np.ndarray}
 _NUMPY_TYPES = {np.ndarray, *np.sctypeDict.values()}
 
 
 class Match(NamedTuple):
-    """A batch that was found to be right."""
+    """A batch that matches the example."""
 
     arrays: list[Any]
-    """One array per leaf in wire order, sharing the batch's memory where possible; a tensor if that is on a device.
+    """One numpy array per leaf in wire order, or a tensor if the leaf is on a device.
 
-    Of shape ``(rows, *leaf.shape)``, or ``leaf.shape`` if the batch was one sample.
+    Each has shape ``(rows, *leaf.shape)``, or ``leaf.shape`` if the batch was one sample. It shares the batch's memory
+    where possible.
     """
     rows: int
+    """How many samples there are."""
     batched: bool
-    """False if the batch was one sample."""
+    """False if the batch was one sample without a batch dimension."""
     on_device: bool = False
-    """Whether some are tensors."""
+    """Whether any of the ``arrays`` is a tensor."""
     shards: Any = None
-    """Which of several learners the samples are for, ``(rows,)``, or all of them; None if that is open."""
+    """The index of the learner to send to: an int array ``(rows,)``, or an int for all rows. None: the sink chooses."""
 
     def slice_rows(self, first: int, end: int) -> Match:
-        """Its samples from ``first`` up to ``end``, or to the last."""
+        """Return the samples from ``first`` up to ``end``; ``end`` may lie beyond the last."""
         arrays = self.arrays if self.batched else [array[None, ...] for array in self.arrays]
         shards = self.shards[first:end] if isinstance(self.shards, np.ndarray) else self.shards
         return Match([array[first:end] for array in arrays], min(end, self.rows) - first, True, self.on_device, shards)
 
     def take(self, rows: Array) -> Match:
-        """Copies of the samples of a batch with these indexes, for one learner."""
+        """Return copies of the samples with these indexes, without ``shards``; only for a batch."""
         arrays = [
             array[torch.from_numpy(rows).to(array.device)] if isinstance(array, torch.Tensor) else array[rows]
             for array in self.arrays
@@ -74,26 +77,32 @@ class Match(NamedTuple):
         return Match(arrays, len(rows), True, self.on_device)
 
     def without_last(self, count: int) -> Match:
-        """The same without its last ``count`` samples, of which there are as many at least."""
+        """Return all but the last ``count`` samples.
+
+        Raises:
+            ValueError: there are fewer than ``count`` samples.
+        """
         if count > self.rows:
             raise ValueError(f"skip_last: got {count}, expected at most the {self.rows} samples of the batch")
         return self.slice_rows(0, self.rows - count)
 
 
 class SampleSpec:
-    """The leaves of one sample, made from an example of it.
+    """The leaves of one sample, taken from an example, and the comparison of batches with them.
 
     Args:
-        example: pytree of tensors, numpy arrays and Python or numpy scalars; only shapes and dtypes count.
-        root: what messages call the data that is matched.
+        example: a pytree of tensors, numpy arrays and Python or numpy scalars. Only structure, shapes and dtypes count.
+        root: what error messages call the data that you match.
 
     Raises:
-        TypeError: a leaf is no dense array of numbers; the message names its path.
+        TypeError: a leaf is not a dense array of numbers; the message names its path.
         ValueError: a sample has no bytes.
     """
 
     def __init__(self, example: Any, root: str = "batch") -> None:
+        # What error messages call the data.
         self.root = root
+        # The structure of the example, with opened containers as dicts.
         flat, self.treespec = flatten(example)
         offset = 0
         leaves = []
@@ -103,22 +112,30 @@ class SampleSpec:
             shape = shape_of(leaf)
             leaves.append(Leaf(path, key, shape, dtype, wire_dtype, offset, dtype in TORCH_ONLY_DTYPES))
             offset += leaves[-1].wire.nbytes
+        # In wire order.
         self.leaves = tuple(leaves)
+        # Bytes of one sample on the wire.
         self.payload_size = offset
         if offset == 0:
             raise ValueError(f"a sample has no bytes: {self.describe()}; the example needs a leaf that is not empty")
+        # What `match` compares with, prepared once.
         self._dtypes = [leaf.wire_dtype for leaf in leaves]
         self._any_torch_only = any(leaf.torch_only for leaf in leaves)
         self._identity_order = tuple(range(len(leaves)))
+        # The structure of the last batch and the order of its leaves; None if it has custom containers, because optree
+        # does not compare their keys.
         self._last_structure = (
             (self.treespec, self._identity_order) if has_only_builtin_containers(self.treespec) else None
         )
-        self._misses = 0  # how many in a row had another structure than the one before
+        # How many batches in a row did not have the structure of the one before.
+        self._misses = 0
+        # By structure, the index in a batch's leaves of each leaf of the example.
         self._orders: dict[Any, tuple[int, ...]] = {}
+        # The last result of `_expected_shapes`: the number of rows, -2 for one sample, and the shapes.
         self._cached_shapes: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was learnt, which may hold types that do not pickle."""
+        """Leave out the learned structures, which may hold types that do not pickle."""
         return {
             **self.__dict__,
             "_last_structure": (self.treespec, self._identity_order)
@@ -130,29 +147,37 @@ class SampleSpec:
         }
 
     def describe(self) -> str:
-        """All leaves on one line."""
+        """Return a description of all leaves on one line."""
         return "{" + ", ".join(map(str, self.leaves)) + "}"
 
     def numpy_sample(self) -> Any:
-        """The example's structure with zeroed numpy arrays, as ``echo.Server`` and clients take it."""
+        """Return a sample of zeroed numpy arrays, as ``echo.Server`` and clients take it."""
         return optree.tree_unflatten(self.treespec, [np.zeros(leaf.shape, leaf.wire_dtype) for leaf in self.leaves])
 
     def unflatten(self, arrays: Iterable[Any]) -> Any:
-        """A sample of the example's structure from leaves in wire order."""
+        """Put leaves in wire order into the example's containers."""
         return optree.tree_unflatten(self.treespec, arrays)
 
     def check_server(self, theirs: Sequence[WireLeaf], peer: str) -> None:
-        """Compare with what a server expects.
+        """Check that a server expects samples like the example.
+
+        Args:
+            theirs: the leaves that the server announced.
+            peer: the server, as messages name it.
 
         Raises:
-            SpecMismatchError: naming both sides, leaf by leaf.
+            SpecMismatchError: it does not; the message names both sides, leaf by leaf.
         """
         same_length = len(theirs) == len(self.leaves)
         if not same_length or any(got != leaf.wire for got, leaf in zip(theirs, self.leaves, strict=True)):
             raise server_spec_error(self.leaves, theirs, peer)
 
     def try_numpy_leaves(self, sample: Any) -> list[Array] | None:
-        """The leaves of one sample that is all numpy and in the structure met last; None to have it `match`-ed."""
+        """Return the leaves of one sample if it passes the fastest check; None means that you have to call `match`.
+
+        The fastest check accepts a correct sample with the last structure and only numpy leaves. None does not mean
+        that the sample is wrong.
+        """
         leaves = self._try_flatten_as_last(sample)
         if leaves is None or self._any_torch_only or not _NUMPY_TYPES.issuperset(map(type, leaves)):
             return None
@@ -161,35 +186,37 @@ class SampleSpec:
         )
 
     def match(self, batch: Any, batched: bool | None = None) -> Match:
-        """Check ``batch`` against the example, leaf by leaf.
+        """Check ``batch`` against the example, leaf by leaf, and return its arrays.
 
         Args:
             batch: one sample, or samples stacked along a new first dimension that all leaves share.
-            batched: says which of the two; None to tell by the rank of the leaves.
+            batched: True for stacked samples, False for one sample, None to decide by the rank of the first leaf.
 
         Raises:
-            SpecMismatchError: structure, shape or dtype differ; names path, got, expected and remedy.
-            TypeError: a leaf is no dense array of numbers.
+            SpecMismatchError: structure, shape or dtype differ; the message names path, got, expected and remedy.
+            TypeError: a leaf is not a dense array of numbers.
+            RuntimeError: the device of a tensor cannot be used here, or not now.
         """
         leaves = self.leaves
         arrays = self._try_fast_arrays(batch)
         if arrays is None:
             arrays = self._to_arrays(self._leaves_in_wire_order(batch))
             on_device = torch.Tensor in set(map(type, arrays))
-        else:  # tensors all of them, or none
+        else:  # the fast path returns only tensors or only arrays
             on_device = type(arrays[0]) is torch.Tensor
         first = arrays[0]
         stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
         rows = len(first) if stacked and first.ndim else 1
         if not self._shapes_and_dtypes_match(arrays, self._expected_shapes(rows, stacked), on_device):
+            # Flatten again: an array no longer tells what type the value had, and the remedies depend on that.
             raise leaves_error(self.root, leaves, self._leaves_in_wire_order(batch), batched)
         return Match(arrays, rows, stacked, on_device)
 
     def to_host(self, match: Match) -> list[Array]:
-        """The arrays of a match, after waiting for those that are on a device.
+        """Return the arrays of a match; blocks until those on a device are copied to the host.
 
         Raises:
-            RuntimeError: its device cannot be used here, or now.
+            RuntimeError: the device cannot be used here, or not now.
         """
         arrays = []
         for array, leaf in zip(match.arrays, self.leaves, strict=True):
@@ -200,9 +227,9 @@ class SampleSpec:
         return arrays
 
     def _try_fast_arrays(self, batch: Any) -> list[Any] | None:
-        """The arrays of a batch of the structure met last, all of it plain tensors or all of it arrays; or None.
+        """Return the arrays of a batch with the last structure and only plain tensors, or only numpy arrays; else None.
 
-        This is what a training loop sends again and again; whatever else there is takes the long way.
+        A training loop sends such batches again and again. All others take `_to_arrays`.
         """
         flat = self._try_flatten_as_last(batch)
         if flat is None or in_transform_or_fake_mode():
@@ -215,19 +242,19 @@ class SampleSpec:
         if types == _TENSORS:
             try:
                 return [tensor.numpy() for tensor in flat]
-            except Exception:  # another device or layout, a gradient, a lazy negation, a mode: the long way tells
+            except Exception:  # another device or layout, a gradient, a lazy negation, a mode: `_to_arrays` handles it
                 return None
         return flat if types == _ARRAYS else None
 
     def _try_fast_device_tensors(self, flat: list[Any]) -> list[Any] | None:
-        """Those of tensors that are all on a device, or None."""
+        """Return the tensors if all are on an accelerator in the right dtype, else None."""
         pairs = zip(flat, self.leaves, strict=True)
         if not all(tensor.dtype is leaf.dtype and accelerator.is_on_accelerator(tensor) for tensor, leaf in pairs):
             return None
         return [tensor.detach() for tensor in flat]
 
     def _to_arrays(self, flat: list[Any]) -> list[Any]:
-        """An array for each leaf, or the tensor that stays on its device."""
+        """Return an array for each leaf, or a tensor for a leaf that stays on its device."""
         in_transform = in_transform_or_fake_mode()
         values = []
         for value, leaf in zip(flat, self.leaves, strict=True):
@@ -236,14 +263,17 @@ class SampleSpec:
         return values
 
     def _try_flatten_as_last(self, tree: Any) -> list[Any] | None:
-        """The leaves in wire order, some of them maybe containers, if they are found where they were last; or None."""
+        """Return the leaves in wire order if the tree has the last structure, else None.
+
+        A leaf may turn out to be a container: ``flatten_up_to`` does not look below the places of the leaves.
+        """
         last = self._last_structure
         if last is None or self._misses >= _MAX_MISSES:
             return None
         treespec, order = last
         try:
             flat: list[Any] = treespec.flatten_up_to(tree)
-        except Exception:  # another structure; but what comes is what its `repr` raises, if that does
+        except Exception:  # ValueError for another structure, but a failing `repr` in its message may raise anything
             self._misses += 1
             return None
         self._misses = 0
@@ -254,15 +284,21 @@ class SampleSpec:
             return False
         if not on_device:
             return [array.dtype for array in arrays] == self._dtypes
-        # A tensor has its leaf's dtype, or it would not be here.
+        # A tensor has its leaf's dtype: only such tensors stay on their device.
         pairs = zip(arrays, self._dtypes, strict=True)
         return all(isinstance(array, torch.Tensor) or array.dtype == dtype for array, dtype in pairs)
 
     def _leaves_in_wire_order(self, batch: Any) -> list[Any]:
-        """The leaves of a batch of any structure that has the example's."""
+        """Return the leaves of a batch in wire order.
+
+        Raises:
+            SpecMismatchError: the batch does not have the key paths of the example.
+        """
         flat, treespec, opened = flatten_with_opened(batch)
         last = self._last_structure
         known = last is not None and treespec == last[0]
+        # An opened container misses in `_try_flatten_as_last` even though the structure is the last one. Such batches
+        # must go on counting as misses, so that the fast path is given up.
         if known and not opened:
             self._misses = 0
         order = self._orders.get(treespec)
@@ -273,8 +309,8 @@ class SampleSpec:
         return flat if order == self._identity_order else [flat[i] for i in order]
 
     def _expected_shapes(self, rows: int, batched: bool) -> list[tuple[int, ...]]:
-        """The shapes that the arrays of a batch must have."""
-        wanted = rows if batched else -2
+        """Return the shapes that the arrays of a batch must have."""
+        wanted = rows if batched else -2  # -1 is the empty cache
         known, shapes = self._cached_shapes
         if known != wanted:
             shapes = [(rows, *leaf.shape) if batched else leaf.shape for leaf in self.leaves]
@@ -282,13 +318,19 @@ class SampleSpec:
         return shapes
 
     def _learn_order(self, treespec: Any) -> tuple[int, ...]:
-        """Where each leaf of the example is found among the leaves of a structure not seen before."""
+        """Return where the leaves of the example are among the leaves of a new structure.
+
+        Remembers the answer, but not for custom containers, because optree does not compare their keys.
+
+        Raises:
+            SpecMismatchError: the structure does not have the key paths of the example.
+        """
         keys = key_paths(treespec)
         found = dict(zip(keys, range(len(keys)), strict=True))
         if found.keys() != {leaf.key_path for leaf in self.leaves}:
             raise structure_error(self.root, self.leaves, self.treespec, treespec)
         if len(self._orders) >= _MAX_STRUCTURES:
-            self._orders.clear()
+            self._orders.clear()  # simple, and rare: the structures in use are learned again
         order = tuple(found[leaf.key_path] for leaf in self.leaves)
         if has_only_builtin_containers(treespec):
             self._orders[treespec] = order
@@ -296,24 +338,33 @@ class SampleSpec:
 
 
 def numpy_example(example: Any) -> Any:
-    """What to pass to ``echo.Server`` for samples like ``example``.
+    """Return what to pass to ``echo.Server`` for samples like ``example``.
 
     Args:
         example: one sample: a pytree of tensors, numpy arrays and scalars.
 
     Returns:
-        The same structure with numpy arrays of the same shapes, zeroed. bfloat16 becomes uint16 and the float8 types
-        become uint8: the learner gets the values back with ``torch.from_numpy(leaf).view(torch.bfloat16)``.
+        The same structure with zeroed numpy arrays of the same shapes. dtypes that numpy lacks become unsigned integers
+        of the same size: bfloat16 becomes uint16, the float8 types become uint8. `EchoDataset` converts them back; if
+        you call ``server.sample()`` yourself, use ``torch.from_numpy(leaf).view(torch.bfloat16)``.
 
     Raises:
-        TypeError: a leaf is no dense array of numbers.
+        TypeError: a leaf is not a dense array of numbers.
         ValueError: the sample has no bytes.
     """
     return SampleSpec(example).numpy_sample()
 
 
 def example_from_batch(batch: Any) -> Any:
-    """An example of one sample of ``batch``, leaves ``(B, *shape)``; raises ValueError for one without a B."""
+    """Return an example of one sample of a batch.
+
+    Args:
+        batch: a pytree with leaves ``(B, *shape)``; B may be 0.
+
+    Raises:
+        TypeError: a leaf is not a dense array of numbers.
+        ValueError: a leaf has no batch dimension.
+    """
     leaves, treespec = flatten(batch)
     for leaf, accessor in zip(leaves, treespec.accessors(), strict=True):
         checked_dtypes(leaf, accessor.codify("batch"))
@@ -323,14 +374,15 @@ def example_from_batch(batch: Any) -> Any:
 
 
 def _leaf_example(leaf: Any) -> Any:
-    """An example of one item of a stacked leaf, which may have none."""
+    """Return a leaf with the shape and dtype of one item of a stacked leaf; its values do not matter."""
+    # Not `leaf[0]`, because the batch may be empty.
     if isinstance(leaf, torch.Tensor):
         return torch.empty(leaf.shape[1:], dtype=leaf.dtype, device="cpu")  # whatever the default device is
     return np.zeros(np.shape(leaf)[1:], np.asarray(leaf).dtype)
 
 
 def check_numpy(data_sample: Any) -> None:
-    """Raise TypeError unless every leaf is a numpy array, as the stock client demands of its ``data_sample``."""
+    """Raise TypeError unless every leaf is a numpy array, as ``echo.TcpClient`` requires of its ``data_sample``."""
     leaves, treespec = flatten(data_sample)
     for leaf, key in zip(leaves, key_paths(treespec), strict=True):
         if not isinstance(leaf, np.ndarray):
