@@ -1,17 +1,18 @@
-"""What a connection's callers and its I/O thread share: the socket, what moves rows, and what became of them.
+"""What callers and the I/O thread share: the current socket, the lock around it, and why the connection failed.
 
-* The I/O lock guards the pump: the socket, ``ring.written`` and ``ring.acked``. The I/O thread pumps as long as
-  rows are left to write; a caller pumps for small work when the lock is free, which spares a thread switch, and for
-  more if it cannot run ahead of the acks anyway (`soft_limit`). When everything is written, one of the callers that wait
-  leads: it polls the socket itself, and wakes the others. Nobody blocks while holding it. Of the locks (``ring.packing_lock``,
-  the I/O lock, the leader's, the wake-up's) no two are held at once, but the last two inside the others, and the I/O
-  lock inside the turn, once, when the ring moves.
-* An interrupt (Ctrl-C) may break off whatever the main thread does here; the I/O thread makes good what that left
-  undone, soon (`io_thread`).
-* Whoever finds the connection lost says so (``lost_error``) under the I/O lock, and nobody touches the socket after that but
-  the I/O thread, which may open another. The ring then begins again with the rows that are not released.
-* Otherwise the loss becomes the failure. The first one is kept; it wakes everybody, and every later call raises from
-  it.
+The I/O thread writes as long as rows are left to write. A caller writes small amounts itself if the I/O lock is free,
+because waking the thread costs more. A caller that cannot run ahead of the acks writes more itself (`flow`). When
+everything is written, one waiting caller polls the socket for acks, and wakes the others.
+
+* Hold the I/O lock to use the pump, or to change ``ring.written`` and ``ring.acked``. Never block while you hold it.
+* Do not hold two of the locks (``ring.packing_lock``, the I/O lock, the ack poller's, the wake-up's) at once. There are
+  two exceptions: the last two nest inside the others, and the I/O lock nests inside the packing lock when the ring
+  moves to other memory.
+* Ctrl-C can interrupt whatever the main thread does here. The I/O thread soon completes what was left undone.
+* Whoever finds the socket dead sets ``lost_error`` under the I/O lock. From then on only the I/O thread touches the
+  socket. It may open another one, which starts again at the first row that is not released.
+* If reconnecting is off or fails, the loss becomes ``failure``. The first failure wins and wakes everybody. Every later
+  call raises an error from it.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from .resend import ResendTail
 from .tls_pump import make_pump
 from .wakeup import AckPoller, WakeUp
 
-# A few rows may linger for this long to be written together, if the last write was as recent and acks are still out:
-# one system call costs as much as several samples, or as copying 16 KB.
+# Seconds that a few rows may wait to be written together, if the last write was as recent and acks are outstanding. One
+# system call costs as much as several samples, or as copying 16 KB.
 COALESCE_S = 0.001
+# Rows wait only while they are fewer bytes than this.
 COALESCE_BYTES = 16 * 1024
-COALESCE_WINDOW_DIVISOR = 2  # of the window
+# Rows wait only while they are fewer than the window divided by this.
+COALESCE_WINDOW_DIVISOR = 2
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -46,74 +49,91 @@ class Connection:
     """Moves the rows of a ring over one socket at a time.
 
     Args:
-        sock: the first one, connected, non-blocking, hands shaken; owned from now on.
-        peer: how messages name the other side.
+        sock: the first socket, connected, non-blocking, after the handshake. The connection owns it from now on.
+        peer: the other side's name in messages.
         ring: rows of the size that the server expects.
-        window: most rows written and un-acked.
-        tail: what is sent once more at the end.
-        reconnector: what opens others when one is lost; None to leave it at that.
+        window: upper limit for rows that are written and not acked.
+        tail: the rows to resend at the end.
+        reconnector: opens another socket when one is lost; None to fail instead.
     """
 
     def __init__(
         self, sock: socket.socket, peer: str, ring: Ring, window: int, tail: ResendTail, reconnector: Reconnector | None
     ) -> None:
+        # The other side's name in messages.
         self.peer = peer
+        # The rows, and the counters of how far each stage is.
         self.ring = ring
+        # The rows to resend at the end.
         self.resend_tail = tail
+        # Opens another socket when one is lost; None if reconnecting is off.
         self.reconnector = reconnector
+        # Moves bytes over the current socket. The I/O lock guards it.
         self.pump = make_pump(sock, ring, window)
+        # Decides how far callers run ahead of the acks, and how much they write themselves.
         self.soft_limit = SoftLimit(ring, window)
+        # Why the current socket is lost; None while it works.
         self.lost_error: OSError | None = None
+        # Why the connection has ended for good; None before that.
         self.failure: ConnectionClosedError | None = None
+        # Whether a call has raised the failure, or no call needs to.
         self.failure_reported = False
-        """Whether a caller was told of the failure, or need not be."""
+        # Whether a caller was waiting when the failure came. Its call raises the failure.
         self.failure_will_be_reported = False
-        """Whether anybody waited when it came, and will be told."""
+        # Whether the I/O thread polls for acks, or is about to.
         self.io_thread_polls_acks = False
-        """Whether the I/O thread polls for acks, or will."""
+        # Whether the I/O thread soon queries the device's copies, and goes on until all are done.
         self.io_thread_polls_copies = False
-        """Whether it looks at a device's copies soon, and again until all are done."""
+        # Whether the I/O thread looks for rows to write within COALESCE_S.
         self.is_coalescing = False
-        """Whether the I/O thread will look within COALESCE_S."""
+        # The I/O lock; see the module's rules.
         self.io_lock = threading.RLock()
-        """The I/O lock."""
+        # Lets one waiting caller poll the socket for acks.
         self.ack_poller = AckPoller()
+        # Wakes the I/O thread.
         self.wake_up = WakeUp()
+        # All locks of this connection, to recognize a signal handler that interrupted their holder.
         self._locks = (self.io_lock, ring.packing_lock, self.wake_up.lock, self.ack_poller.lock)
-        self._acked_at_open = 0  # how much was acked when the socket was opened
-        self._stalled_s_before = self._stalled_s_at_loss = 0.0  # of the sockets before, if rows were un-acked then
+        # The value of ``ring.acked`` when the current socket was opened.
+        self._acked_at_open = 0
+        # Seconds without acks on earlier sockets: what still counts now, and the sum at the last loss.
+        self._stalled_s_before = self._stalled_s_at_loss = 0.0
+        # Number of reconnects, and number of rows that they sent again.
         self._reconnects = self._resent = 0
+        # Seconds that the I/O thread waited, for each value of `bottleneck`.
         self.waited_seconds = [0.0, 0.0, 0.0, 0.0]
-        """Seconds that the I/O thread waited, by `bottleneck`."""
+        # When the connection ended for good, in seconds of the monotonic clock; None before that.
         self.ended_at: float | None = None
-        """When the connection ended for good."""
 
     # What became of the rows.
 
     @property
     def sent(self) -> int:
-        """Rows that were accepted; the tail does not count."""
-        packed = self.ring.packed  # before it is asked whether the tail has begun, which is packed after that
+        """The number of accepted rows, without the resend tail."""
+        # Read ``packed`` first. If the tail starts after that, ``packed`` holds no row of it.
+        packed = self.ring.packed
         start_row = self.resend_tail.start_row
         return packed if start_row is None else start_row
 
     @property
     def unacked(self) -> int:
-        """Of those, not acked as far as is known."""
+        """The number of accepted rows without a known ack."""
         return max(0, self.sent - self.ring.acked)
 
     @property
     def is_resending(self) -> bool:
-        """Whether rows that were acked before are not acked again yet by the present connection."""
+        """Whether the current socket's peer has yet to ack rows again that an earlier one acked."""
         return self.pump.acked < self.ring.acked
 
     @property
     def at_risk(self) -> int:
-        """Rows that may be lost although all was done, or was to be done, to have them stored."""
+        """The number of rows to report as possibly lost."""
+        # With the resend tail, acked rows count too once the connection has failed. Without it, only un-acked rows do.
         return self.counts().maybe_lost if self.resend_tail.enabled else self.unacked
 
     def counts(self) -> Counts:
-        acked = self.ring.acked  # before `sent`, which is at least as far by then
+        # Read ``acked`` before ``sent``, so that it is never the larger one.
+        acked = self.ring.acked
         sent = self.sent
         return Counts(
             sent=sent,
@@ -126,7 +146,7 @@ class Connection:
 
     @property
     def bottleneck(self) -> int:
-        """What keeps rows from being written, or acked: of `meter`."""
+        """What holds rows up, as one of the causes in `echo_torch.metrics.timing`."""
         ring, pump = self.ring, self.pump
         if ring.written < ring.ready:
             return NETWORK if pump.socket_full else LEARNER
@@ -135,76 +155,91 @@ class Connection:
         return LEARNER if ring.has_waiters else NOTHING
 
     def describe_unacked(self) -> str:
-        """The counts in words, and what is done about them."""
+        """Return the counts in words, and whether the connection is being opened again."""
         unacked, lost = self.unacked, self.lost_error
         text = f"{unacked} samples un-acked"
         if not unacked and (self.at_risk or self.ring.unacked):
             text += f", but up to {min(self.sent, self.ring.keep_acked)} that were acked last may be lost"
         if lost is not None and self.reconnector is not None and self.failure is None:
-            text += f"; the connection was lost {self.reconnector.seconds_lost:.1f} s ago ({lost}) and is being opened again"
+            text += (
+                f"; the connection was lost {self.reconnector.seconds_lost:.1f} s ago ({lost})"
+                " and is being opened again"
+            )
         return text
 
-    # What callers do.
+    # Called by callers.
 
     @property
     def is_reentrant_call(self) -> bool:
-        """Whether the caller is a signal handler, or finaliser, that interrupted a call of its own thread here."""
+        """Whether you are in a signal handler or finalizer that interrupted this thread while it held a lock."""
         return any(map(owned_by_this_thread, self._locks))
 
     def write_or_wake(self) -> None:
-        """See that rows just packed get written: here and now if `SoftLimit` has callers do that, else by the thread."""
+        """Write the rows just packed, or leave them to the I/O thread, whichever is cheaper."""
         ring, pump = self.ring, self.pump
         if pump.socket_full:
-            return  # the thread waits for the socket to take more
+            return  # the I/O thread polls until the socket takes more
         pending = (ring.packed - ring.written) * ring.row_bytes
+        # A few rows wait for others. If the thread does not know of the wait yet, wake it, so that the wait ends in
+        # time.
         if self._may_coalesce(pending):
             if not self.is_coalescing:
                 self.is_coalescing = True
                 self.wake_up.wake()
+        # Large amounts are the thread's. If the window is full, pump here anyway: that reads the acks that open it.
         elif pending > self.soft_limit.caller_write_bytes and ring.written - pump.acked < pump.window:
             self.wake_up.wake()
         else:
             self.pump_now(read_acks=False)
 
     def _may_coalesce(self, pending: int) -> bool:
+        """Return whether ``pending`` bytes may wait for more rows."""
         ring, pump = self.ring, self.pump
         few = pending < COALESCE_BYTES and (ring.packed - ring.written) * COALESCE_WINDOW_DIVISOR < pump.window
         return few and pump.awaits_acks and time.monotonic() - pump.written_at < COALESCE_S
 
     def pump_now(self, read_acks: bool = True) -> None:
-        """Pump here and now if possible, and have the thread see to what is left."""
+        """Pump on this thread if the I/O lock is free, and wake the I/O thread if work is left for it."""
         ring, pump = self.ring, self.pump
         if not self._try_pump(read_acks) or pump.socket_full:
             self.wake_up.wake()
         elif ring.packed > ring.written:
+            # Rows are left that need an ack or a copy first. Wake the thread, unless it already polls for both and no
+            # row can be written now.
             copies = ring.copying_since is not None and not self.io_thread_polls_copies
             if copies or not self.io_thread_polls_acks or pump.has_writable_rows:
                 self.wake_up.wake()
 
     def read_acks(self) -> None:
-        """Read the acks that are there, waiting for whoever pumps to be done with it."""
+        """Read the acks that have arrived. Blocks while another thread pumps."""
         with self.io_lock:
             self.run_pump(True, self.soft_limit.caller_write_bytes)
 
     def poll_for_acks(self, waiter: Waiter, seconds: float) -> bool:
-        """Poll for acks in place of the I/O thread; False, at once, if that does, or another caller."""
+        """Poll for acks for at most ``seconds``. Returns False at once if another caller or the I/O thread polls.
+
+        Args:
+            waiter: the caller's own waiter.
+            seconds: how long; may be infinite.
+        """
         return (
             not self.io_thread_polls_acks and self.lost_error is None and self.ack_poller.poll_for_acks(waiter, seconds)
         )
 
     def stop_accepting(self) -> None:
-        """Accept no more rows but the tail."""
+        """Accept no more rows, except those of the resend tail."""
         self.resend_tail.start()
         self.ack_poller.wake()
 
     def seconds_until_stall(self, stall_timeout: float) -> float:
-        """Seconds until nothing will have been acked for ``stall_timeout`` seconds of being connected."""
+        """Return the seconds until ``stall_timeout`` seconds without an ack have passed. Only time connected counts."""
         if self.lost_error is not None:
             return stall_timeout
         return stall_timeout - self._stalled_seconds()
 
     def _stalled_seconds(self) -> float:
-        """Seconds for which acks could have come and none did, over all connections since the last that settled one."""
+        """Return the seconds in which acks could have come and none did, over all sockets since the last new ack."""
+        # Earlier sockets count only until the current one brings a new ack.
         before = self._stalled_s_before if self.ring.acked <= self._acked_at_open else 0.0
         copying_since = self.ring.copying_since
         if not self.pump.awaits_acks and copying_since is None:
@@ -214,7 +249,9 @@ class Connection:
     # Pumping.
 
     def _try_pump(self, read_acks: bool) -> bool:
-        """Pump if the I/O lock is free; gives whether it was."""
+        """Pump if the I/O lock is free. Returns whether it was."""
+        # Release the lock inline on both paths: an interrupt can strike where a helper function begins, and would leave
+        # the lock held. Only the lock itself knows whether an interrupted `acquire` took it.
         lock = self.io_lock
         try:
             if owned_by_this_thread(lock) or not lock.acquire(False):
@@ -230,7 +267,10 @@ class Connection:
             raise
 
     def run_pump(self, read_acks: bool, write_bytes: int) -> None:
-        """With the I/O lock held."""
+        """Pump, and wake the callers whose wait is over. Call this with the I/O lock held.
+
+        A lost connection is handled here and not raised.
+        """
         if self.lost_error is None and self.failure is None:
             try:
                 self.pump.run(read_acks, write_bytes)
@@ -240,22 +280,32 @@ class Connection:
             self.ack_poller.wake()
 
     def mark_lost(self, error: OSError) -> None:
-        """With the I/O lock held: leave the rest to the I/O thread, if anything can be done."""
+        """Note that the socket is lost, and wake the I/O thread to reconnect, or fail if that is of no use.
+
+        Call this with the I/O lock held.
+        """
+        # Do not reconnect to a peer that broke the protocol: it would do so again.
         if self.reconnector is None or isinstance(error, ProtocolError):
             self.fail(error)
         else:
+            # A connection was useful if it acked new rows, or had none to ack. Only then does the time allowed for
+            # reconnecting start anew.
             made_progress = self.ring.acked > self._acked_at_open
             self.reconnector.connection_lost(
                 was_useful=made_progress or not (self.is_resending or self.ring.unacked), made_progress=made_progress
             )
             self._stalled_s_at_loss = self._stalled_seconds()
             self.lost_error = _without_traceback(error)
-            self.io_thread_polls_acks = True  # nobody leads
+            # No caller may poll the dead socket.
+            self.io_thread_polls_acks = True
             self.ack_poller.wake()
             self.wake_up.wake()
 
     def pack_tail(self) -> int:
-        """As `ResendTail.pack`; a copy that fails ends the connection, and none are left."""
+        """Pack rows of the resend tail, as `ResendTail.pack`. Returns how many are left.
+
+        If a copy fails, this ends the connection and returns 0.
+        """
         try:
             return self.resend_tail.pack()
         except RuntimeError as error:
@@ -263,11 +313,16 @@ class Connection:
             return 0
 
     def fail_on_copy_error(self, error: RuntimeError) -> None:
-        """A device could not copy rows."""
+        """End the connection because a device could not copy rows."""
         self.fail(error, f"samples could not be copied from their device: {error}")
 
     def fail(self, error: BaseException, how: str | None = None) -> None:
-        """Keep the first failure, wake everybody, and let the thread end; ``how`` in place of the error's own words."""
+        """End the connection for good: keep the first failure, wake everybody, and let the I/O thread end.
+
+        Args:
+            error: the cause.
+            how: the failure's text; by default it is made from the error.
+        """
         if self.failure is None:
             kind, words = ConnectionClosedError, f"connection lost: {error}"
             if isinstance(error, ConnectionClosedError):
@@ -275,19 +330,22 @@ class Connection:
             failure = kind(f"{self.peer}: {how or words}")
             failure.__cause__ = _without_traceback(error)
             self.failure_will_be_reported = self.ring.has_waiters
-            # Nothing comes between the next two lines: no row is accepted once anybody can know of the failure.
+            # Nothing comes between the next two lines: once anybody can see the failure, the ring takes no row.
             self.failure = failure
             self.ring.stopped = True
+        # Wake everybody on every call: an interrupt may have cut an earlier call short.
         self.ring.stop()
         self.ack_poller.wake()
         self.wake_up.wake()
 
     def resume_on(self, sock: socket.socket) -> int:
-        """Go on over another socket in place of the one that was lost; gives how many rows are sent again.
+        """Continue on another socket. Returns how many rows are sent again.
 
-        By the I/O thread.
+        Only the I/O thread calls this.
         """
         with self.io_lock:
+            # First complete what an interrupted caller did on the old socket, so that the counters are true. Then start
+            # again at the first row that is not released.
             self.pump.recover()
             resent = self.ring.written - self.ring.released
             self.ring.written = self.ring.released
@@ -297,12 +355,13 @@ class Connection:
             self._reconnects += 1
             self._stalled_s_before = self._stalled_s_at_loss if self.ring.unacked else 0.0
             self._acked_at_open = self.ring.acked
+            # From here on, callers may pump again.
             self.lost_error = None
         self.ack_poller.set_socket(sock)
         return resent
 
 
 def _without_traceback(error: _Error) -> _Error:
-    """The error without what it came of, and the frames that it went through: they would keep the ring alive."""
+    """Return the error without its causes and its traceback, whose frames would keep the ring alive."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

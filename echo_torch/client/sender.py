@@ -1,9 +1,11 @@
-"""The callers' half of a connection: packing rows, waiting for them, and what is raised when that fails.
+"""The callers' half of a connection: packs rows, waits for room and for acks, and raises errors.
 
-* Callers pack in turns (`ring`), and park or lead until ``acked`` is far enough. What they share with the I/O thread
-  is in `connection`.
-* A signal handler, or a finaliser, that finds its own thread holding one of the locks is turned away with a
-  RuntimeError: it can neither go on nor wait for itself.
+`connection` holds what callers share with the I/O thread.
+
+* Callers pack one after the other (`echo_torch.ring.ring`). To wait, a caller blocks on a lock of its own, or polls the
+  socket for acks on behalf of all, until ``acked`` is far enough.
+* A signal handler or finalizer may interrupt its own thread while that holds a lock. It can neither proceed nor wait
+  for itself, so its call raises RuntimeError.
 * Every error names the peer and the counts.
 """
 
@@ -28,26 +30,26 @@ from .resend import ResendTail, UndeliveredRows
 
 _log = logging.getLogger(__name__)
 
-# Seconds after which a caller who waits looks for itself, since acks fewer than LOW_WATER_ACKS wake nobody.
+# Seconds after which a waiting caller reads acks itself, because fewer than LOW_WATER_ACKS acks wake nobody.
 WAITER_HEARTBEAT_S = 0.05
-# Seconds for the thread of a connection that was lost for good to be gone: it has nothing left to do.
+# Seconds to wait for the I/O thread to end after a connection failed. The thread has nothing left to do then.
 THREAD_EXIT_TIMEOUT_S = 1.0
-# Seconds between two looks at a device's copy that was not to be.
+# Seconds between two queries of a device's copy whose caller was interrupted.
 SETTLE_POLL_S = 0.001
 
 
 class Sender:
-    """Delivers the rows of a ring over a socket that has shaken hands, and others if that is lost.
+    """Delivers the rows of a ring over a socket, and over other sockets if that is lost.
 
     Args:
-        sock: connected, non-blocking; owned from now on.
-        peer: how messages name the other side.
+        sock: connected and non-blocking, after the handshake. The sender owns it from now on.
+        peer: the other side's name in messages.
         ring: rows of the size that the server expects.
-        window: most rows written and un-acked.
-        stall_timeout: seconds without progress after which waiting calls raise; None for ever.
-        resend_at_close: whether, as the last thing, the ring's ``replay`` last rows are written once more.
-        linger: seconds to wait, as the last thing, when everything is acked.
-        reconnector: opens other connections; None to end with the first.
+        window: upper limit for rows that are written and not acked.
+        stall_timeout: seconds without progress after which waiting calls raise; None to wait without limit.
+        resend_at_close: whether `close` writes the last ``ring.keep_acked`` rows once more.
+        linger: seconds that `close` waits at the end, when everything is acked.
+        reconnector: opens another socket when one is lost; None to fail instead.
     """
 
     def __init__(
@@ -62,27 +64,36 @@ class Sender:
         linger: float = 0.0,
         reconnector: Reconnector | None = None,
     ) -> None:
+        # The other side's name in messages.
         self.peer = peer
+        # The rows to deliver.
         self.ring = ring
+        # Seconds without progress after which waiting calls raise; None for no limit.
         self.stall_timeout = stall_timeout
+        # When this sender was made, in seconds of the monotonic clock.
         self._opened_at = time.monotonic()
+        # Seconds that callers spent in `send_rows`.
         self._sending_seconds = 0.0
+        # Seconds that callers waited for room, for each cause in `echo_torch.metrics.timing`.
         self._blocked_seconds = [0.0, 0.0, 0.0, 0.0]
+        # The process that made this sender. A forked child must not use it.
         self._pid = os.getpid()
+        # What callers share with the I/O thread.
         self._connection = Connection(sock, peer, ring, window, ResendTail(ring, resend_at_close), reconnector)
+        # The thread that writes what callers leave, and reconnects. The owner starts it.
         self.io_thread = IoThread(self._connection, linger)
 
     @property
     def closed(self) -> bool:
-        """Whether no more rows are accepted."""
+        """Whether `send_rows` can only fail."""
         return self.ring.refuses_new_rows or self._connection.failure is not None or self._pid != os.getpid()
 
     def counts(self) -> Counts:
-        """What became of the rows, as far as is known."""
+        """Return what became of the rows, as far as this side knows."""
         return self._connection.counts()
 
     def times(self) -> Times:
-        """Where the time went, of callers and of the thread."""
+        """Return where callers and the I/O thread spent their time."""
         connection = self._connection
         until, waiting, latencies = (
             connection.ended_at or time.monotonic(),
@@ -98,12 +109,20 @@ class Sender:
         )
 
     def progress(self) -> tuple[int, int]:
-        """How many rows were accepted, and how many of them are acked as far as was noted."""
+        """Return how many rows were accepted, and how many of them have a known ack."""
         sent = self._connection.sent
         return sent, min(self.ring.acked, sent)
 
     def check_caller(self, call: str) -> None:
-        """Turn away whom this connection cannot serve: another process, or a signal handler inside a call of ours."""
+        """Raise if this connection cannot serve the caller.
+
+        Args:
+            call: the public method's name, for the message.
+
+        Raises:
+            ConnectionClosedError: another process made this connection.
+            RuntimeError: the caller is a signal handler or finalizer that interrupted a call of its own thread.
+        """
         connection = self._connection
         if self._pid != os.getpid():
             raise ConnectionClosedError(
@@ -111,16 +130,22 @@ class Sender:
             )
         if connection.is_reentrant_call:
             raise RuntimeError(
-                f"{call}() was called by a signal handler or finaliser that interrupted a call to the same client in "
+                f"{call}() was called by a signal handler or finalizer that interrupted a call to the same client in "
                 "the same thread; raise an exception there (sys.exit) and flush outside"
             )
 
     def send_rows(self, rows: int, fill: Filler, deadline: Deadline) -> None:
-        """Put ``rows`` rows into the ring, waiting for room; ``fill`` is called for each run of them that fits.
+        """Put rows into the ring. Blocks until there is room for all of them.
+
+        Args:
+            rows: how many.
+            fill: packs one run of them; called for each run that fits.
+            deadline: when to stop waiting for room.
 
         Raises:
-            ConnectionClosedError: closed, or the peer is gone.
-            DeliveryTimeoutError: no room in time. Both carry ``rows_accepted``.
+            ConnectionClosedError: the client was closed, or the peer is gone.
+            DeliveryTimeoutError: there was no room in time. The ``rows_accepted`` of both errors counts the rows that
+                the ring took.
         """
         self.check_caller("send")
         began, done = time.monotonic(), 0
@@ -129,6 +154,7 @@ class Sender:
             while done < rows:
                 packed = self._pack(rows - done, fill, done)
                 done += packed
+                # The ring is full, or an interrupted copy blocks it. Get the packed rows out before you wait.
                 if not packed:
                     self._connection.write_or_wake()
                     self._wait_for_room(rows - done, deadline)
@@ -137,7 +163,8 @@ class Sender:
             error.rows_accepted = done
             raise
         finally:
-            # Not after each run: the thread would compete for memory, and for the GIL, with the copying of the next.
+            # Do this once, and not after each run: the I/O thread would compete with the next run's copy for memory and
+            # for the GIL. Rows that were packed before an error or Ctrl-C go out, too.
             self._connection.write_or_wake()
             self._sending_seconds += time.monotonic() - began
 
@@ -145,54 +172,60 @@ class Sender:
         """Block until every row packed so far is acked.
 
         Raises:
-            ConnectionClosedError: the connection ended before that.
-            DeliveryTimeoutError: it took too long; delivery goes on.
+            ConnectionClosedError: the connection ended first.
+            DeliveryTimeoutError: the deadline or the stall timeout passed. Delivery goes on.
         """
         self.check_caller("wait")
         self._wait_until_acked("wait", self.ring.packed, deadline)
 
     @property
     def free_rows(self) -> int:
-        """How many rows there is room for at once."""
+        """The number of rows that `send_rows` would take without waiting."""
         ring = self.ring
         return max(0, ring.soft_limit - ring.reserved + ring.acked)
 
     @property
     def reconnecting(self) -> bool:
-        """Whether it is lost, and tried to be opened again."""
+        """Whether the connection is lost and the I/O thread tries to open it again."""
         return self._connection.lost_error is not None and self._connection.failure is None
 
     @property
     def failure(self) -> ConnectionClosedError | None:
-        """What ended it."""
+        """Why the connection ended; None while it has not."""
         return self._connection.failure
 
     def undelivered(self) -> UndeliveredRows:
-        """What the peer may not have, now that the connection has ended; waits for the thread to be gone."""
+        """Return the rows that the peer may not have. Call this once the connection has failed.
+
+        Waits for the I/O thread to end, so that nothing moves the counters any more.
+        """
         self.io_thread.join(Deadline(THREAD_EXIT_TIMEOUT_S))
         ring, sent = self.ring, self._connection.sent
-        ready = ring.ready  # before it is asked whether the copies were abandoned, which are all done by then
+        # Read ``ready`` before ``ready_when_abandoned``. In the other order, the copies could be abandoned in between,
+        # and every packed row would look ready.
+        ready = ring.ready
         return UndeliveredRows(
             ring, sent, min(sent, ready if ring.ready_when_abandoned is None else ring.ready_when_abandoned)
         )
 
     def refresh(self) -> None:
-        """Take note of acks that have arrived, if that can be done at once."""
+        """Read acks that have arrived, if no other thread holds the I/O lock."""
         if self._pid == os.getpid() and self._connection.failure is None:
             self._connection.pump_now()
 
     def abandon(self) -> None:
-        """Leave it to the thread to deliver what is packed, and to end."""
+        """Return at once. The I/O thread delivers what is packed, and then ends."""
         self.io_thread.deliver_at_exit()
 
     def close(self, deadline: Deadline) -> None:
-        """Deliver what is packed, and the tail again, until the deadline; then end thread and socket.
+        """Deliver the packed rows and the resend tail, then end the I/O thread and close the socket.
 
-        An interrupt leaves it to the thread to do so, as for a client that was dropped; as does a call on that thread.
+        After an interrupt, or if you call this on the I/O thread, the thread does the rest by itself, as for a client
+        that was dropped.
 
         Raises:
-            ConnectionClosedError: the connection is lost with rows un-acked, and no call has said so yet. If all were
-                acked, and only the tail of them is at risk, that is logged.
+            ConnectionClosedError: the connection failed with rows un-acked, and no call has raised that yet. If all
+                rows are acked and only the last ones are at risk, this logs a warning instead.
             DeliveryTimeoutError: rows are un-acked at the deadline.
         """
         connection = self._connection
@@ -203,6 +236,7 @@ class Sender:
             self.io_thread.deliver_at_exit()
             return
         self.check_caller("close")
+        # Read this before `_check_open` below marks the failure as reported.
         already_reported = connection.failure_reported
         try:
             connection.stop_accepting()
@@ -217,6 +251,7 @@ class Sender:
             self.io_thread.stop()
             raise
         except BaseException:
+            # Ctrl-C: do not make the user wait. The I/O thread delivers the rest, for a bounded time.
             self.io_thread.deliver_at_exit()
             raise
         else:
@@ -225,10 +260,12 @@ class Sender:
             self.ring.free_buffer()
 
     def _deliver_all(self, deadline: Deadline) -> None:
-        """Wait for all rows to be acked, then for the tail of them."""
+        """Block until all rows are acked, and then until the resend tail is."""
         tail = self._connection.resend_tail
         self._check_open("close")
         self._wait_until_acked("close", self._connection.sent, deadline)
+        # The tail comes last, so that it pushes the acked rows out of the server's queue. It may be larger than the
+        # room in the ring, so pack it piece by piece.
         while left := self._connection.pack_tail():
             self._check_open("close")
             self._connection.write_or_wake()
@@ -241,26 +278,34 @@ class Sender:
     # Packing.
 
     def _pack(self, want: int, fill: Filler, first: int) -> int:
-        """Fill and count as many rows as are free in one run; gives how many."""
+        """Fill and count as many rows as are free in one run. Returns how many."""
         with self.ring.packing_lock:
             slot, rows = self.ring.next_free_run(want)
             if rows:
                 self._check_open("send")
+                # An interrupted caller's copy may still write into these rows.
                 if self.ring.uncommitted_copy is not None and not self._interrupted_copy_is_done():
                     return 0
+                # The ring takes no rows if the connection ended meanwhile. Then nothing counts, and this raises.
                 if not self.ring.commit(rows, copy=fill(slot, first, rows)):
                     self._check_open("send")
             return rows
 
-    def move_rows(self, buffer: memoryview, staged: Any) -> None:
-        """Have the rows in other memory of the same size, for rows that a device copies."""
+    def move_rows(self, buffer: memoryview, pinned_rows: Any) -> None:
+        """Move the ring's rows to other memory of the same size, to which a device can copy.
+
+        Args:
+            buffer: the new memory.
+            pinned_rows: the tensor that owns it.
+        """
         connection = self._connection
         with self.ring.packing_lock, connection.io_lock:
-            self.ring.move_to(buffer, staged)
+            self.ring.move_to(buffer, pinned_rows)
+        # The soft limit keeps rows in the caches, which a device's copies bypass.
         connection.soft_limit.disable()
 
     def _wait_for_room(self, rows: int, deadline: Deadline) -> None:
-        """Wait for room, at most for as many rows."""
+        """Block until there is room for some of ``rows`` rows, and adjust the soft limit to how fast it came."""
         ring, soft_limit = self.ring, self._connection.soft_limit
         threshold = self._threshold_for_room(rows)
         began, acked, bottleneck = time.monotonic(), ring.acked, self._connection.bottleneck
@@ -268,7 +313,9 @@ class Sender:
             soft_deadline = soft_limit.deadline_for(threshold)
             if soft_deadline is None:
                 self._wait_until_acked("send", threshold, deadline)
-            else:  # and then, if that was not enough, for room in all of the ring, of which there may be some
+            else:
+                # Under the soft limit, wait only until it counts as slow. `update_after_wait` then lifts the limit, and
+                # the rest of the ring may have room at once. So this wait never times out.
                 self._wait_until_acked(
                     "send", threshold, NEVER, min(soft_deadline, deadline, key=lambda moment: moment.at)
                 )
@@ -277,7 +324,10 @@ class Sender:
         soft_limit.update_after_wait(threshold, acked, began)
 
     def _wait_for_interrupted_copy(self, call: str, deadline: Deadline) -> None:
-        """Wait for a copy that an interrupt has left under way: rarely, and not for long."""
+        """Block while a copy that an interrupted caller left is still under way.
+
+        This is rare and short, so polling is good enough.
+        """
         stall_deadline = Deadline(self.stall_timeout)
         while self.ring.uncommitted_copy is not None:
             with self.ring.packing_lock:
@@ -289,7 +339,7 @@ class Sender:
             time.sleep(SETTLE_POLL_S)
 
     def _interrupted_copy_is_done(self) -> bool:
-        """As the ring says; a copy that fails ends the connection."""
+        """Return whether the interrupted copy has ended well. If it failed, end the connection."""
         try:
             return self.ring.clear_uncommitted_copy()
         except RuntimeError as error:
@@ -297,9 +347,10 @@ class Sender:
             return False
 
     def _threshold_for_room(self, rows: int) -> int:
-        """The value of ``acked`` at which ``rows`` rows are free, or a good part of the ring.
+        """Return the value of ``acked`` at which enough rows are free to go on packing.
 
-        A wake-up for every row would cost more than the rows.
+        Enough is ``rows``, or a quarter of the soft limit if that is less. A wake-up for every row would cost more than
+        the row.
         """
         ring = self.ring
         return ring.acked_needed_for(min(rows, max(1, ring.soft_limit // 4)))
@@ -307,15 +358,27 @@ class Sender:
     # Waiting.
 
     def _wait_until_acked(self, call: str, threshold: int, deadline: Deadline, until: Deadline | None = None) -> None:
-        """Park until ``acked`` reaches ``threshold``; with ``until``, at the most so long, and without timing out."""
+        """Block until ``acked`` reaches ``threshold``.
+
+        Args:
+            call: the public method's name, for messages.
+            threshold: the value to wait for.
+            deadline: when to raise DeliveryTimeoutError.
+            until: when to return although ``threshold`` is not reached. With it, this never raises
+                DeliveryTimeoutError.
+        """
         ring, connection = self.ring, self._connection
         while ring.acked < threshold and not (until and until.expired):
+            # Register before you pump and check, so that no ack is missed in between. After an interrupt, `finally`
+            # removes the waiter.
             waiter = ring.add_waiter(threshold)
             try:
                 connection.pump_now()
                 if ring.acked >= threshold:
                     break
                 self._check_open(call)
+                # Time is up. `pump_now` reads nothing if another thread holds the lock, so read the acks that are there
+                # before you raise.
                 if deadline.expired or self._seconds_until_stall() <= 0:
                     connection.read_acks()
                     if ring.acked >= threshold:
@@ -325,23 +388,29 @@ class Sender:
                         if until:
                             break
                         self._raise_timeout(call, deadline)
+                # The I/O thread must not wait for itself.
                 if self.io_thread.is_current:
-                    raise RuntimeError(f"{call}() by a logging handler, or finaliser, on the thread that it waits for")
+                    raise RuntimeError(
+                        f"{call}() was called by a logging handler or finalizer on the I/O thread, which it waits for"
+                    )
+                # Poll for all callers if nobody else does, or else block until someone wakes this caller.
                 pause = min(deadline.remaining(), self._seconds_until_stall(), WAITER_HEARTBEAT_S)
                 pause = min(pause, until.remaining()) if until else pause
                 if not connection.poll_for_acks(waiter, pause):
                     waiter.wait(pause)
             finally:
                 ring.remove_waiter(waiter)
+        # This caller may have polled for the others, so let another one take over.
         ring.wake_one()
 
     def _seconds_until_stall(self) -> float:
-        """Seconds until nothing will have been acked for ``stall_timeout``."""
+        """Return the seconds until the stall timeout passes; infinite if there is none."""
         return float("inf") if self.stall_timeout is None else self._connection.seconds_until_stall(self.stall_timeout)
 
-    # What callers are told.
+    # Errors for callers.
 
     def _check_open(self, call: str) -> None:
+        """Raise if the connection has failed, or if ``call`` is ``"send"`` and the client was closed."""
         failure = self._connection.failure
         if failure is not None:
             self._connection.failure_reported = True
@@ -353,12 +422,14 @@ class Sender:
             raise self._with_unacked(ConnectionClosedError(what))
 
     def _raise_timeout(self, call: str, deadline: Deadline) -> NoReturn:
+        """Raise because the deadline or the stall timeout passed."""
         if deadline.expired:
             what = f"{call}() not done within {deadline.timeout:g} s"
         else:
             what = f"nothing was acked for {self.stall_timeout:g} s (stall_timeout)"
         connection = self._connection
         text = f"{self.peer}: {what}; {connection.describe_unacked()}"
+        # `close` ends the connection now, so nothing goes on. If it was lost, the loss is the reason.
         if call == "close":
             connection.failure_reported = True
             raise self._with_unacked(
@@ -367,5 +438,6 @@ class Sender:
         raise self._with_unacked(DeliveryTimeoutError(f"{text}; delivery goes on"))
 
     def _with_unacked(self, error: Any) -> Any:
+        """Set the error's ``unacked``, and return the error."""
         error.unacked = self._connection.unacked
         return error

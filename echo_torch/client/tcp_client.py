@@ -1,7 +1,7 @@
-"""`TcpClient`: speaks echo wire v1, call for call like ``echo.TcpClient``.
+"""`TcpClient`: speaks echo wire version 1, with the same calls as ``echo.TcpClient``.
 
-What it adds: every leaf is checked, several threads may use it, nothing hangs when the peer dies, and blocks of
-samples are sent at once (`send_rows`).
+It adds four things: it checks every leaf, several threads may use it, no call hangs when the peer dies, and `send_rows`
+sends a block of samples at once.
 """
 
 from __future__ import annotations
@@ -37,63 +37,73 @@ from .sender import Sender
 
 _log = logging.getLogger(__name__)
 
-# Seconds that `TcpClient.close` may take for what is un-acked: a learner that drains at all needs far less.
+# Seconds that `TcpClient.close` waits for acks by default. A learner that drains at all needs far less.
 CLOSE_TIMEOUT_S = 5.0
-# A batch that the device cannot stage comes in pieces of this share of the buffer at the most.
+# A batch that cannot be staged goes through the host in pieces of at most the buffer's rows divided by this.
 UNSTAGED_BUFFER_DIVISOR = 4
 
 
 @runtime_checkable
 class Client(Protocol):
-    """What an `EchoSink` needs of a client: `TcpClient`, ``echo.TcpClient``, or one for another transport."""
+    """The methods that `EchoSink` needs: `TcpClient` and ``echo.TcpClient`` have them, or write your own client."""
 
     def send(self, data: Any, /) -> None:
-        """Send one sample, a pytree of numpy arrays; when it returns, the arrays may be changed."""
+        """Send one sample, a pytree of numpy arrays. You may change the arrays once this returns."""
 
     def wait(self) -> None:
         """Block until everything sent is acknowledged."""
 
     def close(self) -> None:
-        """End the connection; may be called again."""
+        """End the connection. Further calls do nothing."""
 
 
 class TcpClient:
-    """Sends samples to an ``echo.Server``; a drop-in for ``echo.TcpClient``.
+    """Sends samples to an ``echo.Server``; a drop-in replacement for ``echo.TcpClient``.
 
-    Thread-safe. A forked child cannot use its parent's client: calls there raise `ConnectionClosedError`. Dropping the
-    last reference delivers what was sent, for up to 5 s, and closes; so does the end of the interpreter.
+    Any thread may use a client. A forked child cannot use its parent's: calls there raise `ConnectionClosedError`. If
+    you drop the last reference, or the interpreter exits, the client still delivers what you sent, for up to 5 s, and
+    then closes.
+
+    Example::
+
+        import numpy as np
+        from echo_torch import TcpClient
+        sample = {"obs": np.zeros((3, 84, 84), np.uint8), "action": np.zeros((), np.int64)}
+        with TcpClient("learner", 50051, sample) as client:
+            client.send(sample)
+            client.wait()
 
     Args:
         host: name, IPv4 or IPv6 address.
         port: the server's TCP port.
         data_sample: pytree of numpy arrays with the structure, shapes and dtypes of one sample.
-        max_inflight_msgs: most samples that are un-acked at a time; `send` blocks above.
-        connect_timeout: seconds for resolving, connecting and the handshakes together; None for no limit.
-        stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
-        buffer_bytes: host memory for samples not yet acked; by default ``max_inflight_msgs`` samples. With more,
-            `send` and `send_rows` run ahead of the window.
-        reconnect: seconds for which a lost connection is tried to be opened again, before that is an error. Then the
-            last ``resend_acked`` acked samples and all un-acked ones are sent again, in order, so the server may store
-            up to ``max_inflight_msgs + resend_acked`` of them twice. 0 to end with the first connection.
-        resend_acked: how many acked samples are kept in the buffer for that; at least the server's
-            ``producer_queue_size``, or it may lose some. By default 8, the server's default, or 0 if they are not
-            needed.
-        resend_at_close: whether `close` sends the last ``resend_acked`` samples once more, so that the server cannot
-            discard samples that it acked and still has queued when the connection ends.
-        linger: seconds that `close` waits, once all is acked, for the server to take them out of its queue.
-        retry_refused: while nobody listens at the address yet, or behind the proxy there, with TLS, try again until
-            ``connect_timeout``.
-        tls: how to speak to a proxy that has TLS, in front of the server; None for a plain connection.
+        max_inflight_msgs: the window: upper limit for samples that are sent and not acked. `send` blocks at the limit.
+        connect_timeout: seconds for name lookup, connecting and the handshakes together; None for no limit.
+        stall_timeout: seconds without any ack after which `send` and `wait` raise; None for no limit.
+        buffer_bytes: host memory for samples that are not acked; by default room for ``max_inflight_msgs`` samples.
+            With more, `send` and `send_rows` run ahead of the window.
+        reconnect: seconds for which the client tries to open a lost connection again, before calls raise. It then
+            resends the last ``resend_acked`` acked samples and all un-acked ones, in order. So the server may store up
+            to ``max_inflight_msgs + resend_acked`` samples twice. 0 turns reconnecting off.
+        resend_acked: number of acked samples to keep for resending. With fewer than the server's
+            ``producer_queue_size``, samples may be lost. By default 8, as the server's default, or 0 if neither
+            ``reconnect`` nor ``resend_at_close`` is set.
+        resend_at_close: whether `close` sends the last ``resend_acked`` samples once more. When a connection ends, the
+            server may discard acked samples that are still in its queue. Resending pushes them out of the queue.
+        linger: seconds that `close` waits after the last ack, so that the server can empty its queue.
+        retry_refused: whether to try again, until ``connect_timeout``, while nobody listens at the address yet. With
+            ``tls``, this includes the server behind the proxy.
+        tls: how to speak to a TLS proxy in front of the server; None for a plain connection.
 
     Raises:
-        TypeError: a leaf of ``data_sample`` is no numpy array, or an argument has the wrong type.
-        ValueError: a sample without bytes, or an argument out of range.
-        HandshakeError: the peer is no echo server of wire version 1, or speaks no TLS although it should.
-        CertificateError: the server's certificate, or the client's, or a file of ``tls`` will not do.
+        TypeError: a leaf of ``data_sample`` is not a numpy array, or an argument has the wrong type.
+        ValueError: the sample has no bytes, or an argument is out of range.
+        HandshakeError: the peer is not an echo server of wire version 1, or does not speak TLS when it should.
+        CertificateError: the server's or the client's certificate is refused, or a file of ``tls`` cannot be used.
         SpecMismatchError: the server expects other samples.
         ConnectionClosedError: the peer hung up during the handshake.
         TimeoutError: ``connect_timeout`` passed.
-        OSError: as connecting raises it (``ConnectionRefusedError``, ``socket.gaierror``, ...).
+        OSError: connecting failed (``ConnectionRefusedError``, ``socket.gaierror``, ...).
     """
 
     def __init__(
@@ -114,6 +124,7 @@ class TcpClient:
         tls: TLS | None = None,
     ) -> None:
         check_numpy(data_sample)
+        # The structure, shapes and dtypes of one sample.
         self._spec = SampleSpec(data_sample, root="data")
         window = check_count("max_inflight_msgs", max_inflight_msgs, least=1)
         check_timeout("connect_timeout", connect_timeout)
@@ -126,13 +137,18 @@ class TcpClient:
         size = self._spec.payload_size
         rows = rows_in_buffer(size, buffer_bytes, keep_acked) if buffer_bytes is not None else window + keep_acked
         window = min(window, rows - keep_acked)
+        # Allocate before you connect, so that a lack of memory opens no connection.
         buffer = _allocate(rows, size)
+        # The server, as ``host:port``.
         self._peer = peer_name(host, port)
         dial_server = functools.partial(_dial, host, port, self._spec, check_tls(tls))
         sock = dial_server(Deadline(connect_timeout), retry_refused=retry_refused)
         try:
+            # The rows that hold the samples until their acks.
             self._ring = ring = Ring(buffer, size, keep_acked)
+            # Packs samples in host memory into rows.
             self._packer = Packer(ring, self._spec.leaves)
+            # Waits for room and for acks, and owns the socket.
             self._sender = Sender(
                 sock,
                 self._peer,
@@ -143,28 +159,33 @@ class TcpClient:
                 linger=linger,
                 reconnector=Reconnector(dial_server, reconnect, connect_timeout) if reconnect else None,
             )
+            # Packs samples on a device into rows.
             self._stager = Stager(ring, self._spec.leaves, self._sender.move_rows)
+            # Whether the log has the warning that batches go through the host.
             self._unstaged_reported = False
+            # When the client is dropped, the thread delivers the rest. At exit, `shutdown` sees to that instead.
             weakref.finalize(self, _mark_abandoned, self._sender.io_thread).atexit = False
         except BaseException:
             close_socket(sock)
             raise
+        # Start the thread last, when everything that it uses is in place. A failed start closes the socket by itself.
         self._sender.io_thread.start()
 
     def send(self, data: Any, *, timeout: float | None = None) -> None:
-        """Send one sample; when it returns, ``data`` may be changed.
+        """Send one sample. Blocks until the buffer has room. You may change ``data`` once this returns.
 
         Args:
             data: pytree like ``data_sample``, with the same key paths, shapes and dtypes.
-            timeout: most seconds to wait for room; None to wait as long as the server acks at all.
+            timeout: seconds to wait for room; None to wait as long as the server acks at all (``stall_timeout``).
 
         Raises:
-            SpecMismatchError: a leaf differs from ``data_sample``; the message contains ``Payload size`` if the
-                number of bytes does. Nothing was sent.
-            TypeError: a leaf is no dense array of numbers. Nothing was sent.
-            ConnectionClosedError: closed, or the peer is gone.
-            DeliveryTimeoutError: no room in time. Nothing was sent.
+            SpecMismatchError: a leaf differs from ``data_sample``. The message contains ``Payload size`` if the number
+                of bytes differs. Nothing was sent.
+            TypeError: a leaf is not a dense array of numbers. Nothing was sent.
+            ConnectionClosedError: the client was closed, or the peer is gone.
+            DeliveryTimeoutError: there was no room in time. Nothing was sent.
         """
+        # The fast path: plain numpy leaves that fit. Everything else goes through `match`, which converts or explains.
         arrays = self._spec.try_numpy_leaves(data)
         if arrays is None:
             try:
@@ -176,12 +197,18 @@ class TcpClient:
         self._sender.send_rows(1, self._packer.make_filler(arrays, False), _deadline(timeout))
 
     def send_match(self, match: Match, *, timeout: float | None = None) -> None:
-        """Send what `SampleSpec.match` made of a batch, for a spec of the same leaves; raises as `send_rows`."""
+        """Send a batch, or a sample, that `SampleSpec.match` has checked. Raises the same errors as `send_rows`.
+
+        Args:
+            match: the checked leaves, from a spec with the same leaves as this client's.
+            timeout: as for `send`.
+        """
         deadline = _deadline(timeout)
         if not match.on_device:
             self._sender.send_rows(match.rows, self._packer.make_filler(match.arrays, match.batched), deadline)
             return
-        self._sender.check_caller("send")  # before memory is pinned, which takes locks
+        # Check the caller before the stager pins memory, which takes locks.
+        self._sender.check_caller("send")
         try:
             self._sender.send_rows(match.rows, self._stager.make_filler(match.arrays, match.batched), deadline)
             return
@@ -190,10 +217,18 @@ class TcpClient:
         self._send_by_host(match, why, first, deadline)
 
     def _send_by_host(self, match: Match, why: str, first: int, deadline: Deadline) -> None:
-        """Send the rows of a batch, from ``first`` on, that the device copies while it is waited for."""
+        """Send a batch through pageable host memory. Blocks while the device copies.
+
+        Args:
+            match: the batch.
+            why: why it cannot be staged, for the log.
+            first: the first row to send. The rows before it were staged.
+            deadline: when to stop waiting for room.
+        """
         if not self._unstaged_reported:
             self._unstaged_reported = True
             _log.warning("%s: samples on a device are copied while send() waits, which is slow: %s", self._peer, why)
+        # Send in pieces, so that the host copy needs only a share of the buffer's memory.
         step = max(1, self._ring.capacity // UNSTAGED_BUFFER_DIVISOR)
         done = first
         try:
@@ -206,15 +241,18 @@ class TcpClient:
             raise
 
     def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
-        """Send a block of samples whose leaves were checked and stacked before.
+        """Send a block of samples whose leaves are stacked already.
 
         Args:
-            arrays: one per leaf in optree's order, shape ``(B, *leaf.shape)``, in the dtype of ``data_sample``.
+            arrays: one array per leaf, in optree's order, with shape ``(B, *leaf.shape)`` and the dtype that
+                ``data_sample`` has.
             timeout: as for `send`.
 
         Raises:
             ValueError: an array has another shape or dtype. Nothing was sent.
-            ConnectionClosedError, DeliveryTimeoutError: as `send`; ``rows_accepted`` says how many were taken.
+            ConnectionClosedError: the client was closed, or the peer is gone.
+            DeliveryTimeoutError: there was no room in time. The ``rows_accepted`` of both errors counts the samples
+                that were accepted.
         """
         leaves = self._spec.leaves
         if len(arrays) != len(leaves):
@@ -227,11 +265,13 @@ class TcpClient:
         self._sender.send_rows(rows, self._packer.make_filler(arrays, True), _deadline(timeout))
 
     def send_packed(self, rows: memoryview, *, most: int, timeout: float | None = None) -> int:
-        """Send samples that are bytes already, as they travel, one behind the other; gives how many. Raises as `send`.
+        """Send samples that are packed already. Returns how many were sent.
+
+        Raises ConnectionClosedError and DeliveryTimeoutError, as `send_rows` does.
 
         Args:
-            rows: whole samples.
-            most: no more than so many of them.
+            rows: whole samples as wire bytes, one after the other.
+            most: upper limit for the number of samples.
             timeout: as for `send`.
         """
         ring, size = self._ring, self._spec.payload_size
@@ -247,73 +287,78 @@ class TcpClient:
         """Block until everything sent so far is acked.
 
         Raises:
-            ConnectionClosedError: the connection ended before that; ``unacked`` says how many samples are open.
-            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on.
+            ConnectionClosedError: the connection ended first. Its ``unacked`` counts the samples without an ack.
+            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed. Delivery goes on.
         """
         self._sender.wait(Deadline(timeout))
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
-        """Deliver what was sent, then end the connection; idempotent, and leaves no thread and no open descriptor.
+        """Deliver everything sent so far, then end the connection.
+
+        You may call this again. It leaves no thread and no open descriptor.
 
         Args:
-            timeout: most seconds for what is un-acked.
+            timeout: seconds to wait for acks; None for no limit other than ``stall_timeout``.
 
         Raises:
-            DeliveryTimeoutError: samples, or with ``resend_at_close`` the last ones sent once more, were un-acked when the
-                time was up. Closed all the same.
-            ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
+            DeliveryTimeoutError: samples were un-acked when the time was up, or, with ``resend_at_close``, their
+                repetition was. The client is closed all the same.
+            ConnectionClosedError: the connection failed with samples un-acked, and no call has raised that yet.
         """
         self._sender.close(Deadline(timeout))
 
     def abandon(self) -> None:
-        """Deliver what was sent, for up to 5 s, and close, all without being waited for."""
+        """Return at once. The client delivers what you sent, for up to 5 s, and closes in the background."""
         self._sender.abandon()
 
     @property
     def free_rows(self) -> int:
-        """Samples that `send_rows` would take without waiting."""
+        """The number of samples that `send_rows` would take without waiting."""
         return self._sender.free_rows
 
     @property
     def reconnecting(self) -> bool:
-        """Whether the connection is lost, and tried to be opened again."""
+        """Whether the connection is lost and the client tries to open it again."""
         return self._sender.reconnecting
 
     @property
     def failure(self) -> ConnectionClosedError | None:
-        """What ended the connection, if it has ended."""
+        """Why the connection ended; None while it has not."""
         return self._sender.failure
 
     def undelivered(self) -> UndeliveredRows:
-        """The samples that the server may not have, once the connection was lost for good, and before `close`."""
+        """Return the samples that the server may not have. Call this after the connection failed and before `close`."""
         return self._sender.undelivered()
 
     @property
     def in_flight(self) -> int:
-        """Samples that were sent and are not acked, as far as is known without waiting."""
+        """The number of samples that are sent and not acked, as far as the client knows without waiting."""
         return self.counts().unacked
 
     def counts(self) -> Counts:
-        """What became of the samples since the client was made, as far as is known without waiting."""
+        """Return what became of all samples so far, as far as the client knows without waiting."""
         self._sender.refresh()
         return self._sender.counts()
 
     def progress(self) -> tuple[int, int]:
-        """How many samples were sent, and how many of them are acked as far as was noted: cheaper than `counts`."""
+        """Return how many samples were sent, and how many of them have a known ack.
+
+        This reads no new acks, so it is cheaper than `counts`.
+        """
         return self._sender.progress()
 
     @property
     def blocked_seconds(self) -> float:
-        """Seconds that calls of `send` and `send_rows` waited for room."""
+        """Seconds that `send` and `send_rows` have waited for room."""
         return sum(self.times().blocked)
 
     def times(self) -> Times:
-        """Where the time went, since the client was made."""
+        """Return where the time went since the client was made."""
         return self._sender.times()
 
     @property
     def closed(self) -> bool:
-        """Whether `send` can only fail: closed, or the peer is gone."""
+        """Whether `send` can only fail, because the client was closed or the peer is gone."""
         return self._sender.closed
 
     @property
@@ -334,7 +379,7 @@ class TcpClient:
 def _dial(
     host: str, port: int, spec: SampleSpec, tls: TLS | None, deadline: Deadline, retry_refused: bool = False
 ) -> socket.socket:
-    """A socket to a server that expects these samples."""
+    """Return a connected socket to a server that expects these samples. Raises as `TcpClient` does."""
     sock, theirs = connect_and_handshake(host, port, deadline, retry_refused=retry_refused, tls=tls)
     try:
         spec.check_server(theirs, peer_name(host, port))
@@ -349,15 +394,16 @@ def _deadline(timeout: float | None) -> Deadline:
 
 
 def _with_payload_size(error: SpecMismatchError, data: Any, expected: int) -> SpecMismatchError:
-    """The same error, opening with the sizes if they differ, as the stock client words it."""
+    """Return the error with both payload sizes in front if they differ, in the words of the stock client."""
     try:
         got = sum(leaf.nbytes if hasattr(leaf, "nbytes") else np.asarray(leaf).nbytes for leaf in flatten(data)[0])
-    except Exception:  # a leaf that has no bytes to count, or does not say; the error names it
+    except Exception:  # a leaf has no bytes to count. The error names that leaf already
         return error
     return error if got == expected else SpecMismatchError(f"Payload size {got} != expected {expected}: {error}")
 
 
 def _allocate(rows: int, size: int) -> memoryview:
+    """Allocate the buffer. Raises ValueError if that much memory is not available."""
     try:
         return np.empty(rows * size, np.uint8).data
     except (MemoryError, ValueError):
@@ -366,7 +412,14 @@ def _allocate(rows: int, size: int) -> memoryview:
 
 
 def close_without_masking(error: BaseException | None, close: Callable[[], None], peer: str) -> None:
-    """Close at the end of a ``with`` block, without ever masking the exception that ended it."""
+    """Close at the end of a ``with`` block.
+
+    Args:
+        error: the exception that ended the block, if any. What ``close`` raises is then logged, so that it does not
+            mask this exception.
+        close: closes the client or sink.
+        peer: the other side's name in the log.
+    """
     if error is None:
         close()
         return
@@ -377,5 +430,9 @@ def close_without_masking(error: BaseException | None, close: Callable[[], None]
 
 
 def _mark_abandoned(thread: IoThread) -> None:
-    """May run anywhere, inside any lock: so it takes none, and the thread finds the flag."""
+    """Tell the I/O thread that its client is gone.
+
+    The garbage collector may run this anywhere, while any lock is held. So this takes no lock and wakes nobody. The
+    thread sees the flag within a second.
+    """
     thread.abandoned = True

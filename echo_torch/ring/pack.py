@@ -1,11 +1,12 @@
-"""Leaves of a batch into rows of the ring, on the CPU.
+"""Packs the leaves of a batch into rows of the ring, on the CPU.
 
-* A single sample of small leaves is joined into one piece of bytes, which costs less than a call of numpy per leaf.
-* Else a leaf has a column in the ring: a strided view of the leaf's dtype with one item per row. Assigning to a slice
-  of it copies the leaf for a whole run of rows in one call of numpy, which handles any strides on either side. Columns
-  are not aligned to their item size; numpy is told so by the view and copies bytes where it has to. Measured on rows of
-  29 bytes to 602 KB, this was never slower than columns of raw bytes and at the speed of memcpy from 256 bytes a leaf
-  on.
+* If a single sample has small leaves, the packer joins them into one bytes object and copies that. This costs less than
+  one numpy call per leaf.
+* Otherwise each leaf has a column in the ring: a strided view with the leaf's dtype and one item per row. Assigning to
+  a slice of a column copies the leaf for many rows in one numpy call, whatever the strides on either side.
+* Columns need not be aligned to their item size. The view tells numpy so, and numpy copies bytes where it has to. On
+  rows of 29 bytes to 602 KB, this was never slower than columns of raw bytes. From 256 bytes per leaf on, it ran at the
+  speed of memcpy.
 """
 
 from __future__ import annotations
@@ -18,31 +19,39 @@ from echo_torch.samples.leaf import Array, Leaf
 
 from .ring import Filler, Ring
 
-# Up to this many bytes per leaf on average, joining leaves and copying the whole is faster than copying one by one.
+# Bytes per leaf, on average, up to which one copy of the joined leaves is faster than a copy of each leaf.
 JOIN_LEAF_BYTES = 2048
 
 
 class Packer:
-    """Fills the rows of ``ring``, in whatever memory they are by then, with samples of ``leaves``."""
+    """Packs samples into the rows of a ring, in whatever memory the rows are at that time.
+
+    Args:
+        ring: its rows hold one sample each.
+        leaves: one sample's leaves, in wire order.
+    """
 
     def __init__(self, ring: Ring, leaves: Sequence[Leaf]) -> None:
+        # The rows to fill.
         self._ring = ring
+        # One sample's leaves, in wire order.
         self._leaves = leaves
+        # Whether a single sample's leaves are small enough to be joined before the copy.
         self._joins_leaves = ring.row_bytes <= JOIN_LEAF_BYTES * len(leaves)
 
     def make_filler(self, arrays: Sequence[Array], batched: bool) -> Filler:
-        """What copies runs of the samples in ``arrays``, which were checked, into rows.
+        """Return a function that copies runs of the samples in ``arrays`` into rows.
 
         Args:
-            arrays: one per leaf, ``(B, *shape)``, or ``shape`` for a single sample.
-            batched: which of the two.
+            arrays: one checked array per leaf, ``(B, *shape)``, or ``shape`` for a single sample.
+            batched: whether the arrays have the batch dimension.
         """
         if batched:
             return self._make_batch_filler(arrays)
         if self._joins_leaves:
             try:
                 return self._make_row_filler(b"".join(arrays))  # type: ignore[arg-type]  # arrays are buffers
-            except TypeError:  # an array that is not contiguous
+            except TypeError:  # join() takes contiguous arrays only
                 pass
         return self._make_sample_filler(arrays)
 
@@ -64,6 +73,7 @@ class Packer:
     def _make_batch_filler(self, arrays: Sequence[Array]) -> Filler:
         def fill(slot: int, first: int, rows: int) -> None:
             run = slice(slot, slot + rows)
+            # The whole batch usually fits into one run. Then the arrays need no slicing.
             if rows < len(arrays[0]):
                 part = slice(first, first + rows)
                 for target, array in zip(self._ring_columns(), arrays, strict=True):
@@ -75,8 +85,9 @@ class Packer:
         return fill
 
     def _ring_columns(self) -> tuple[Array, ...]:
-        """The columns of the memory in which the rows are."""
+        """Return the columns of the ring's current memory."""
         ring = self._ring
+        # The ring forgets the columns when its rows move to other memory.
         if ring.columns is None:
             ring.columns = columns(ring.buffer, ring.capacity, ring.row_bytes, self._leaves)
         targets: tuple[Array, ...] = ring.columns
@@ -84,9 +95,10 @@ class Packer:
 
 
 def columns(buffer: memoryview, rows: int, row_bytes: int, leaves: Iterable[Leaf]) -> tuple[Array, ...]:
-    """One array ``(rows, *leaf.shape)`` per leaf, all over the same ``rows * row_bytes`` bytes."""
+    """Return one array ``(rows, *leaf.shape)`` per leaf, all views of the same ``rows * row_bytes`` bytes."""
     made = []
     for leaf in leaves:
+        # Within a row a leaf is contiguous. From one row to the next, the view steps over the other leaves.
         inner = np.empty(leaf.shape, leaf.wire_dtype).strides if leaf.wire.nbytes else (0,) * len(leaf.shape)
         made.append(np.ndarray((rows, *leaf.shape), leaf.wire_dtype, buffer, leaf.offset, (row_bytes, *inner)))
     return tuple(made)

@@ -1,27 +1,20 @@
-"""A fixed number of rows, the five counters that say where each row is, and the callers who wait for them.
+"""A fixed number of rows, five counters that say how far each stage is, and the callers that wait for acks.
 
-A sample is one row of ``row_bytes`` bytes, and its bytes exist once: from packing until the row is released. So the
-ring is the staging area, the backpressure, the bound on memory and the retransmission buffer, all at once::
+The docstring of `echo_torch.ring` has the order of the counters, and which lock moves which. The counters count rows
+since the ring was made. `Ring.slot` maps row ``i`` to its place in the buffer.
 
-    released <= acked <= written <= ready <= packed <= reserved <= released + capacity
-    released = max(0, acked - keep_acked)
-
-* The counters count rows since the ring was made and only grow; `slot` says where row ``i`` lies.
-* The buffer is cut into chunks, and a chunk of rows goes to the memory that was released last: the caches still hold
-  it, and no more of the buffer is touched than is needed at a time. Going round through all of a large one instead
-  made every copy into it and out of it miss them.
-* Callers move ``reserved`` and ``packed``, in turns (`packing_lock`). Whoever holds the connection's I/O lock moves
-  ``written`` and ``acked``. Nobody else writes a counter, so none needs a lock to be read.
-* An interrupt (Ctrl-C) can strike the main thread after any call. Hence a packer writes into rows that are not
-  counted yet and then counts them by plain assignments, which nothing can come between: a packing that was broken off
-  leaves no trace and no hole. That is also why packers take turns: a hole between two runs of rows would have to be
-  skipped by writing, acking and replaying. The turn is held for as long as one memcpy into the ring and never while
-  waiting.
-* Rows may be counted as packed while a device still copies them here. ``ready`` is how far all copies are done, and
-  nothing after that is written: it comes of a chain of runs of rows, which callers add to as they count the rows, and
-  from which the holder of the I/O lock takes those away whose copies are done.
-* Who waits, waits for ``acked`` to reach a number, parked on a lock of its own in C code. A wake-up looks at the
-  counters and not at what changed, so one that an interrupt broke off is made good by the next.
+* The buffer is cut into chunks. A new chunk of rows takes the memory that was released last, because the caches still
+  hold it. This also touches no more of the buffer than is in use. Going round a large buffer made every copy into it
+  and out of it miss the caches.
+* Ctrl-C can interrupt the main thread after any call. So a packer first fills rows that are not counted yet. Then it
+  counts them with plain assignments, which no interrupt can divide. An interrupted packer leaves no trace and no hole.
+* One caller packs at a time: writing, acks and resending would have to skip a hole between two runs of rows. A packer
+  holds the lock for one memcpy into the ring, and never while it waits.
+* A row may count as packed while a device still copies it. ``ready`` says up to where all copies are done, and nothing
+  after it is written. A linked list of runs tracks the copies: callers append a run when they count its rows, and the
+  holder of the I/O lock moves past runs whose copies are done.
+* A caller waits in C code, on a lock of its own, for ``acked`` to reach a number. A wake-up compares counters and not
+  what changed. So if an interrupt cuts a wake-up short, the next one wakes the same callers.
 """
 
 from __future__ import annotations
@@ -36,61 +29,81 @@ from typing import Any, NamedTuple, Protocol
 from echo_torch.support.deadline import clamp_timeout
 from echo_torch.support.validation import check_count
 
-# Small enough for what is in use to stay in the caches, large enough that runs of rows are not cut up for nothing.
+# Bytes: small enough that the chunks in use stay in the caches, and large enough that few runs of rows are cut.
 CHUNK_BYTES = 2 * 1024 * 1024
-# The server's default ``producer_queue_size``: how many samples that it acked it may discard when a connection ends.
+# The server's default ``producer_queue_size``. The server may discard this many acked samples when a connection ends.
 SERVER_QUEUE_SAMPLES = 8
 
 
 class PendingCopy(Protocol):
-    """Bytes on their way into rows, which somebody else copies: a device."""
+    """A copy of bytes into rows that a device makes on its own."""
 
     def done(self) -> bool:
-        """Whether all are there, without waiting; asked by the holder of the I/O lock that looks after such copies.
+        """Return whether all bytes have arrived, without waiting.
+
+        Only the I/O thread calls this, with the I/O lock held.
 
         Raises:
-            RuntimeError: they never will be.
+            RuntimeError: the copy failed, so the bytes never arrive.
         """
 
     def has_stopped(self) -> bool:
-        """Whether nothing is copied any more, without waiting; asked by callers."""
+        """Return whether the copy has ended, without waiting. Callers call this, on their own threads.
+
+        Raises:
+            RuntimeError: the copy failed.
+        """
 
     def abandon(self) -> None:
-        """Nobody will ask again: let no memory go before it is over."""
+        """Keep the memory of the copy until it has ended. Nobody asks about this copy again."""
 
 
 Filler = Callable[[int, int, int], "PendingCopy | None"]
-"""``fill(slot, first, rows)`` packs a batch's rows from ``first`` on into the ring's from ``slot`` on.
+"""``fill(slot, first, rows)`` packs a batch's rows, from row ``first`` on, into the ring from ``slot`` on.
 
-Gives the copy that these rows wait for, if it only began one, and has put that into `Ring.uncommitted_copy` before it did.
+It packs ``rows`` rows. It returns None if they are filled, or else the pending copy that fills them. It assigns the
+pending copy to `Ring.uncommitted_copy` before the copy begins, so an interrupt cannot lose it.
 """
 
 
 class _Run:
-    """Rows from ``first`` up to the next run's, which wait for ``copy``, and those after them that wait for nothing."""
+    """The rows from ``first`` up to the next run: rows that ``copy`` fills, then rows that were filled at once.
+
+    Args:
+        first: the run's first row.
+        copy: fills the rows at the start of the run.
+    """
 
     __slots__ = ("copy", "first", "next", "started_at")
 
     def __init__(self, first: int, copy: PendingCopy | None) -> None:
+        # The run's first row.
         self.first = first
+        # The copy that must end before the rows are ready; None once it is done.
         self.copy = copy
+        # When the run was made, in seconds of the monotonic clock.
         self.started_at = time.monotonic()
+        # The run after this one; None for the last run.
         self.next: _Run | None = None
 
 
 class Waiter(NamedTuple):
     """One caller's wait for ``acked`` to reach ``threshold``."""
 
+    # The value of ``acked`` that the caller waits for.
     threshold: int
+    # Locked from the start. Releasing it wakes the caller.
     lock: threading.Lock
-    """Held from the start, released to wake the waiter."""
 
     def wait(self, seconds: float) -> None:
-        """Wait in C code to be woken; ``seconds`` may be infinite. May return early: look and park again."""
+        """Block in C code until `wake`, for at most ``seconds``, which may be infinite.
+
+        This may return early, so check ``acked`` and wait again.
+        """
         self.lock.acquire(timeout=clamp_timeout(seconds))
 
     def wake(self) -> None:
-        with suppress(RuntimeError):  # open already
+        with suppress(RuntimeError):  # woken before
             self.lock.release()
 
     @property
@@ -99,101 +112,125 @@ class Waiter(NamedTuple):
 
 
 class Ring:
-    """``capacity`` rows of ``row_bytes`` bytes each; see the module's rules.
+    """A ring of as many rows of ``row_bytes`` bytes as ``buffer`` holds; see the module's rules.
 
     Args:
-        buffer: writable, contiguous, ``capacity * row_bytes`` bytes.
+        buffer: writable and contiguous memory.
         row_bytes: bytes of one sample's payload.
-        keep_acked: how many acked rows are kept, to be sent again by a new connection.
-        chunk_bytes: most bytes of a chunk that has more than one row.
+        keep_acked: number of acked rows to keep, so that a new connection can resend them.
+        chunk_bytes: upper limit for a chunk's size. A chunk has at least one row, however large.
+
+    Raises:
+        ValueError: ``row_bytes`` is below 1, or the buffer has fewer than ``keep_acked + 1`` rows.
     """
 
     def __init__(self, buffer: memoryview, row_bytes: int, keep_acked: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:
         if row_bytes < 1:
             raise ValueError(f"row_bytes: got {row_bytes}, expected at least 1")
+        # Bytes of one row.
         self.row_bytes = row_bytes
+        # Number of rows in the buffer.
         self.capacity = buffer.nbytes // row_bytes
+        # Number of acked rows that stay in the buffer, to be sent again.
         self.keep_acked = keep_acked
         if self.capacity < keep_acked + 1:
             raise ValueError(f"a ring of {buffer.nbytes} bytes has {self.capacity} rows, fewer than {keep_acked + 1}")
+        # Rows per chunk.
         self.chunk_rows = max(1, min(self.capacity, chunk_bytes // row_bytes))
-        self._whole_chunks = self.capacity // self.chunk_rows  # what is left makes one that is shorter, at the end
-        # In which chunk of memory each chunk of a round's rows lies.
+        # Number of chunks of full length. The rows that are left form a shorter chunk at the end.
+        self._whole_chunks = self.capacity // self.chunk_rows
+        # Maps the n-th chunk of rows of a round to the chunk of memory that holds it.
         self._chunk_map = list(range(self._whole_chunks + 1))
-        self._last_placed = -1  # where the chunk begins that was placed last
-        self._released_end = self._next_swap = (
-            0  # where the chunk ends that was released last, and the one to swap with next
-        )
+        # First row of the chunk that was given memory last.
+        self._last_placed = -1
+        # ``_released_end``: the row after the newest chunk that is fully released.
+        # ``_next_swap``: the row after the released chunk whose memory the next new chunk takes.
+        self._released_end = self._next_swap = 0
+        # The memory of all rows, as bytes.
         self.buffer = buffer.cast("B")
+        # The packer's views of ``buffer``, cleared when the buffer changes; None until a packer makes them.
         self.columns: Any = None
-        """What a packer made of ``buffer``, to be forgotten with it."""
+        # The pinned tensor that is ``buffer``; None while the rows are in pageable memory.
         self.pinned_rows: Any = None
-        """What a stager did, if it had the ring moved into it."""
+        # Orders the callers that pack. Its holder moves ``reserved`` and ``packed``.
         self.packing_lock = threading.RLock()
+        # Upper limit for un-acked rows. The other rows are for those that are kept after their acks.
         self.max_unacked = self.capacity - keep_acked
-        """Most rows un-acked; the others are for those that are kept."""
+        # The present limit for un-acked rows: lower than ``max_unacked`` while more would only be slower.
         self.soft_limit = self.max_unacked
-        """Most rows un-acked for now; less than ``max_unacked`` while more would only be slower."""
+        # The counters, from the last stage to the first. Rows that the peer acknowledged.
         self.acked = 0
+        # Rows whose bytes were all given to the socket.
         self.written = 0
+        # Rows that callers packed. A device may still copy the last ones.
         self.packed = 0
+        # Rows that are no longer free. `commit` moves it just before ``packed``.
         self.reserved = 0
+        # Whether the ring takes only rows of the resend tail.
         self.refuses_new_rows = False
+        # Whether the ring takes no rows at all, because the connection has ended.
         self.stopped = False
+        # A copy into rows that are not counted yet. If you see one while nobody holds `packing_lock`, an interrupt
+        # stopped its caller before `commit`.
         self.uncommitted_copy: PendingCopy | None = None
-        """A copy into rows that are not counted; outside of `packing_lock`, one whose caller was interrupted before that."""
+        # The value of ``ready`` when the copies were abandoned; None before that.
         self.ready_when_abandoned: int | None = None
-        """How far all rows were there when it was abandoned."""
-        self._last_done_run = self._last_run = _Run(0, None)  # the last run whose copy is done, and the last of all
+        # Ends of the list of runs. ``_last_done_run``: the last run whose copy is done. ``_last_run``: the newest run.
+        self._last_done_run = self._last_run = _Run(0, None)
+        # The callers that wait for acks, in the order in which they came.
         self._waiters: deque[Waiter] = deque()
 
     @property
     def ready(self) -> int:
-        """Rows up to here are packed, and their bytes are there, as far as was looked."""
-        packed = self.packed  # before it is asked which run is next, which may be packed after that
+        """The number of rows, from the first on, whose bytes are there as of the last `poll_copies`."""
+        # Read ``packed`` before the list. Otherwise rows that a caller adds in between, with a copy under way, would
+        # count as ready.
+        packed = self.packed
         run = self._last_done_run.next
         return packed if run is None else min(packed, run.first)
 
     @property
     def copying_since(self) -> float | None:
-        """When the copy began that ``ready`` waits for; None if it waits for none."""
+        """The monotonic time at which the oldest pending copy began; None if no copy is pending."""
         run = self._last_done_run.next
         return None if run is None else run.started_at
 
     @property
     def released(self) -> int:
+        """The number of rows whose memory may be used again: all acked ones except the last ``keep_acked``."""
         return max(0, self.acked - self.keep_acked)
 
     @property
     def unacked(self) -> int:
-        """Rows that were packed and are not acked."""
+        """The number of rows that are packed and not acked."""
         return self.packed - self.acked
 
     @property
     def has_waiters(self) -> bool:
-        """Whether anybody is parked."""
+        """Whether any caller waits for acks."""
         return bool(self._waiters)
 
     def slot(self, row: int) -> int:
-        """Where a row lies, in rows from the start of the buffer; for rows from ``released`` to ``reserved``."""
+        """Return a row's place, in rows from the start of the buffer, for rows from ``released`` to ``reserved``."""
         chunk, rest = divmod(row % self.capacity, self.chunk_rows)
         return self._chunk_map[chunk] * self.chunk_rows + rest
 
     def view(self, row: int, end: int) -> memoryview:
-        """The bytes of the rows from ``row`` up to ``end``, or up to the chunk's end."""
+        """Return the bytes of the rows from ``row`` up to ``end``, or up to the end of the chunk if that is nearer."""
         place = row % self.capacity
         left = min(self.chunk_rows - place % self.chunk_rows, self.capacity - place)
         start = self.slot(row) * self.row_bytes
         return self.buffer[start : start + min(end - row, left) * self.row_bytes]
 
-    # Packing: by the caller who holds `packing_lock`.
+    # Packing. Call these with `packing_lock` held.
 
     def next_free_run(self, want: int) -> tuple[int, int]:
-        """The slot and the length, at most ``want`` and maybe 0, of the free rows up to the end of the chunk."""
+        """Return the slot and the number of the next free rows in the chunk: at most ``want``, and maybe 0."""
         place = self.reserved % self.capacity
         free = max(0, self.soft_limit - self.reserved + self.acked)
         chunk, rest = divmod(place, self.chunk_rows)
-        # Once per chunk: whoever asks again after a packing that was broken off shall find the same memory.
+        # At a chunk's first row, choose its memory. Do this once per chunk: a caller that asks again after an
+        # interrupted packing must get the same memory.
         if free and not rest and self._last_placed < self.reserved:
             self._last_placed = self.reserved
             self._swap_chunk()
@@ -201,31 +238,39 @@ class Ring:
         return self._chunk_map[chunk] * self.chunk_rows + rest, min(want, free, left)
 
     def _swap_chunk(self) -> None:
-        """Have the chunk that begins at ``reserved`` swap memory with the one released last that has not swapped yet.
+        """Let the new chunk at ``reserved`` swap memory with the chunk that was released last and has not swapped yet.
 
-        Which one that is only matters for speed: both hold no row that is packed and not released.
+        The choice only matters for speed, because both chunks of memory hold only free rows.
         """
         released = self.released
+        # Start from the newest released chunk again whenever another chunk has been released.
         newest = released - released % self.capacity % self.chunk_rows
         if newest > self._released_end:
             self._released_end = self._next_swap = newest
+        # Find that chunk (``start`` is its first row) and the places of both chunks in the map.
         last_row = self._next_swap - 1
         there, rest = divmod(last_row % self.capacity, self.chunk_rows)
         here, start = self.reserved % self.capacity // self.chunk_rows, last_row - rest
         if start < 0 or start + self.capacity <= self.reserved or max(here, there) >= self._whole_chunks:
-            return  # there is none, or it is in use again, or one of the two is the short one
+            return  # no chunk is left, or its memory is in use again, or one of the two is the short chunk
         self._next_swap = start
         places = self._chunk_map
-        # Nothing comes between the two assignments of the next line: see the module's rules.
+        # Nothing comes between the two assignments of the next line. An interrupt there would map two chunks to the
+        # same memory.
         places[here], places[there] = places[there], places[here]
 
     def commit(self, rows: int, resent: bool = False, copy: PendingCopy | None = None) -> bool:
-        """Count the next ``rows`` rows, which the caller has filled, as packed; False if the ring accepts none now.
+        """Count the next ``rows`` rows, which you have filled, as packed. Returns False if the ring takes no rows now.
 
-        ``resent`` rows are accepted by a ring that refuses others. With a ``copy``, they are not ready before it is done.
+        Args:
+            rows: how many.
+            resent: whether they belong to the resend tail. A ring that refuses new rows still takes these.
+            copy: what fills them. The rows become ready when it is done.
         """
+        # Make the run first: a call lets an interrupt in.
         run = None if copy is None else _Run(self.packed, copy)
-        # Nothing comes between this and the end, but where it is of no account.
+        # Nothing comes between this check and the counting below that would do harm: once the ring has stopped, no row
+        # may count.
         if self.stopped or (self.refuses_new_rows and not resent):
             return False
         end = self.packed + rows
@@ -234,7 +279,7 @@ class Ring:
             self.packed = end
             return True
         latest = self._last_run
-        # Nothing comes between the next lines: a row is counted if, and only if, its copy is in the chain.
+        # Nothing comes between the next lines: rows count if, and only if, their copy is in the list of runs.
         latest.next = run
         self._last_run = run
         self.uncommitted_copy = None
@@ -243,14 +288,17 @@ class Ring:
         return True
 
     def repeat_rows(self, slot: int, rows: int, period: int) -> None:
-        """Fill the next free rows, from ``slot`` on, each with the row ``period`` before it, which is not released."""
+        """Fill the next ``rows`` free rows, from ``slot`` on, with copies of the rows ``period`` before them.
+
+        The source rows must not be released.
+        """
         size = self.row_bytes
         for number in range(rows):
             target, source = slot + number, self.slot(self.reserved + number - period)
             self.buffer[target * size : (target + 1) * size] = self.buffer[source * size : (source + 1) * size]
 
     def clear_uncommitted_copy(self) -> bool:
-        """Whether the rows that are packed next are nobody's: who was interrupted may have left a copy under way.
+        """Return whether the next free rows are safe to fill: no interrupted caller's copy still goes there.
 
         Raises:
             RuntimeError: that copy failed.
@@ -262,11 +310,17 @@ class Ring:
         return True
 
     def move_to(self, buffer: memoryview, pinned_rows: Any) -> None:
-        """Go on in other memory of the same size, in which all rows lie in order.
+        """Move all rows to other memory of the same size, in order.
 
-        With the turn and the I/O lock held, and only while no copies are under way. A chunk is all of the memory then:
-        what a device copies here comes in runs that are as long as can be, and does not go through the caches.
+        Call this with the packing lock and the I/O lock held, and only while no copies are under way. Afterwards, one
+        chunk spans all of the memory. A device's copies bypass the caches, so small chunks gain nothing, and long runs
+        take fewer copies.
+
+        Args:
+            buffer: the new memory.
+            pinned_rows: the object that owns it, kept with it.
         """
+        # Copy the rows that are not released, run by run, each to its place in a ring that has one chunk.
         size, target = self.row_bytes, buffer.cast("B")
         row = self.released
         while row < self.packed:
@@ -276,7 +330,7 @@ class Ring:
             target[place * size : (place + rows) * size] = self.buffer[slot * size : (slot + rows) * size]
             row += rows
         places = [0, 1]
-        # Nothing comes between the next lines.
+        # Nothing comes between the next lines: the memory and the map must change together.
         self.buffer = target
         self.columns = None
         self.pinned_rows = pinned_rows
@@ -285,13 +339,14 @@ class Ring:
         self._chunk_map = places
 
     def free_buffer(self) -> None:
-        """Give the memory back, when nothing is packed or written any more."""
+        """Free the memory if the ring has stopped."""
         with self.packing_lock:
             if self.stopped:
                 self.buffer, self.columns, self.pinned_rows = memoryview(b""), None, None
 
     def abandon_copies(self) -> None:
-        """Nothing will be written any more: have all copies look after themselves."""
+        """Abandon all pending copies, because nothing is written any more."""
+        # Note ``ready`` first: emptying the list makes every packed row look ready.
         self.ready_when_abandoned = self.ready
         copies, run = [self.uncommitted_copy], self._last_done_run.next
         while run is not None:
@@ -300,16 +355,17 @@ class Ring:
         for copy in copies:
             if copy is not None:
                 copy.abandon()
+        # Empty the list, so that the ring keeps no copy alive.
         self.uncommitted_copy, self._last_done_run = None, self._last_run
         self._last_run.copy = None
 
-    # Writing and acking: by the holder of the I/O lock.
+    # Writing and acks. Call these with the I/O lock held.
 
     def poll_copies(self) -> None:
-        """Take note of copies that are done.
+        """Advance ``ready`` past the copies that are done.
 
         Raises:
-            RuntimeError: one never will be.
+            RuntimeError: a copy failed.
         """
         while (run := self._last_done_run.next) is not None:
             if run.copy is not None and not run.copy.done():
@@ -318,29 +374,41 @@ class Ring:
             self._last_done_run = run
 
     def unwritten_view(self, skip: int, limit: int, max_bytes: int) -> memoryview:
-        """The next bytes to write: rows from ``written`` to ``limit``, less ``skip`` bytes, up to the chunk's end."""
+        """Return the next bytes to write.
+
+        Args:
+            skip: bytes of the first row that are written already.
+            limit: the row to stop at. The view also stops at the end of the chunk.
+            max_bytes: upper limit for the view's size.
+        """
         return self.view(self.written, limit)[skip : skip + max_bytes]
 
-    # Waiting: by anybody.
+    # Waiting. Anybody may call these.
 
     def acked_needed_for(self, rows: int) -> int:
-        """The value of ``acked`` at which ``rows`` rows are free, as things stand now."""
+        """Return the value of ``acked`` at which ``rows`` rows are free, under the present soft limit."""
         return max(0, self.reserved + rows - self.soft_limit)
 
     def add_waiter(self, threshold: int) -> Waiter:
-        """Announce a wait for ``acked`` to reach ``threshold``; look at ``acked`` once more before parking on it."""
+        """Register a wait for ``acked`` to reach ``threshold``.
+
+        Check ``acked`` again before you block: an ack that came before the registration wakes nobody.
+        """
         waiter = Waiter(threshold, threading.Lock())
         waiter.lock.acquire()
         self._waiters.append(waiter)
         return waiter
 
     def remove_waiter(self, waiter: Waiter) -> None:
-        """Take the announcement back. One that stays behind costs a wake-up too many, never one too few."""
-        with suppress(ValueError):  # forgotten already
+        """Remove a waiter. If an interrupt prevents this, the cost is a needless wake-up, and never a missed one."""
+        with suppress(ValueError):  # `wake` has removed it
             self._waiters.remove(waiter)
 
     def wake(self, everybody: bool = False) -> bool:
-        """Wake all whose wait is over, or everybody; gives whether that was anybody."""
+        """Wake the callers whose wait is over, or all of them. Returns whether any caller was woken.
+
+        Once the ring has stopped, every wait is over.
+        """
         woken = False
         for waiter in list(self._waiters):
             if everybody or self.stopped or waiter.threshold <= self.acked:
@@ -350,29 +418,38 @@ class Ring:
         return woken
 
     def wake_one(self) -> None:
-        """Wake somebody, if anybody waits, to look after the others."""
+        """Wake the first caller that waits, so that it polls for acks on behalf of the others."""
         for waiter in list(self._waiters)[:1]:
             waiter.wake()
 
     def refuse_new_rows(self) -> None:
-        """Accept no more rows, and wake everybody to see it. What is packed is still delivered."""
+        """Take no more new rows, and wake all callers so that they notice. Packed rows are still delivered."""
         with self.packing_lock:
             self.refuses_new_rows = True
         self.wake(everybody=True)
 
     def stop(self) -> None:
-        """Nothing will move any more: accept no rows and wake everybody."""
+        """Take no more rows, and wake all callers, because no counter moves any more."""
         self.stopped = True
         self.wake()
 
 
 def min_buffer_bytes(payload_size: int, resend_acked: int) -> int:
-    """Bytes of the smallest buffer to work with."""
+    """Return the smallest buffer size that works, in bytes."""
     return (resend_acked + 2) * payload_size
 
 
 def rows_in_buffer(payload_size: int, buffer_bytes: int, resend_acked: int) -> int:
-    """How many samples fit into ``buffer_bytes``; ValueError if those are too few to work with."""
+    """Return how many samples fit into ``buffer_bytes``.
+
+    Args:
+        payload_size: bytes of one sample.
+        buffer_bytes: bytes of the buffer.
+        resend_acked: number of acked samples that the buffer must keep.
+
+    Raises:
+        ValueError: the buffer is too small.
+    """
     rows = check_count("buffer_bytes", buffer_bytes, least=1) // payload_size
     need = min_buffer_bytes(payload_size, resend_acked)
     if buffer_bytes < need:

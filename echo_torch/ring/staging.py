@@ -1,20 +1,20 @@
-"""Batches on an accelerator into rows of the ring: packed there, and copied here without anybody waiting.
+"""Packs batches on an accelerator there, and copies them into rows of the ring while nobody waits.
 
-For each run of rows, in this order:
+Each run of rows takes three steps, in this order:
 
-1. On the stream that the caller works on, one kernel packs all leaves into rows; leaves that are not contiguous take
-   one each before that. What the caller does to the batch after `send` comes after that in the same stream: so it may
-   be overwritten, or freed, at once, and needs no ``record_stream``.
-2. A stream of our own waits for that kernel, on the device, and copies the rows into pinned memory, which is the ring.
+1. On the caller's current stream, one kernel packs all leaves into rows. Before that, each leaf that is not contiguous
+   takes a kernel of its own. Whatever you do to the batch after `send` comes later in the same stream. So you may
+   overwrite or free the batch at once, and it needs no ``record_stream``.
+2. A separate stream waits for that kernel, on the device, and copies the rows into pinned memory, which is the ring.
    The caller's stream goes on meanwhile.
-3. An event behind the copy tells when the rows may be written to the socket. It is asked, never waited for.
+3. An event after the copy shows when the rows may be written to the socket. Query it, and never wait for it.
 
-The packed rows are freed only once the event has passed, because a reference is kept until then. That does the work of
-``record_stream``, after which the allocator would have to ask an event of its own, and would know later.
+`DeviceCopy` holds a reference to the packed rows until the event has passed, and only then frees them.
+``record_stream`` would do the same with an event of the allocator's own, and would free them later.
 
-What is packed and not copied yet is in the ring: so all of it takes no more memory on the device than the ring here,
-``buffer_bytes``, beside what making leaves contiguous takes for a moment. Where the device has no room for that, or
-memory cannot be pinned, `StagingError` says so, and the batch has to come by way of the host.
+Rows that are packed and not copied yet already have their place in the ring. So on the device they take no more memory
+than the ring does here (``buffer_bytes``), plus what making leaves contiguous takes for a moment. If the device has no
+room for that, or memory cannot be pinned, the stager raises `StagingError`, and the batch must go through the host.
 """
 
 from __future__ import annotations
@@ -33,42 +33,56 @@ from echo_torch.support.tracing import profiler_range
 
 from .ring import Filler, Ring
 
-# What rows are packed in: the widest of which all leaves are whole numbers. Their size is what leaves are aligned to.
+# Dtypes in which rows are packed, widest first. The kernel packs in the widest one whose size divides every leaf's
+# size.
 _UNIT_DTYPES = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
+# Bytes to which `pinned_copy` aligns arrays: the size of the widest of these dtypes.
 _ALIGNMENT_BYTES = 16
-# Seconds for which a device that had no room is not asked again: it gave back all that it kept in reserve for that.
+# Seconds to stage nothing after device or pinned memory ran out. A failed try makes the allocator give up its whole
+# cache, so do not try again at once.
 OUT_OF_MEMORY_PAUSE_S = 10.0
 
 
 class StagingError(Exception):
-    """Rows of a batch cannot be staged; those before ``first`` were."""
+    """The rows of a batch from ``first`` on cannot be staged. The rows before it were.
+
+    Args:
+        why: the reason, in words.
+        first: the first row that was not staged.
+    """
 
     def __init__(self, why: str, first: int) -> None:
         super().__init__(why)
+        # The first row that was not staged.
         self.first = first
 
 
 class DeviceCopy:
-    """Rows that a device copies here, on ``stream``; see `ring.PendingCopy`."""
+    """A copy of rows from a device into the ring, on ``stream``; implements `ring.PendingCopy`."""
 
     def __init__(self, stream: torch.Stream) -> None:
+        # The stream that copies.
         self._stream = stream
+        # Passes when the copy is done; None until the whole copy is enqueued.
         self._event: torch.Event | None = None
+        # The memory that the copy reads. The references keep it from being used again too early.
         self._kept_alive: list[torch.Tensor] = []
 
     def keep_alive(self, memory: Sequence[torch.Tensor]) -> None:
-        """Let nobody have this memory before the copy is done."""
+        """Keep this memory until the copy is done."""
         self._kept_alive.extend(memory)
 
     def record_event(self) -> None:
-        """All of it is enqueued."""
+        """Record the event after the copy. Call this when the whole copy is enqueued."""
         self._event = self._stream.record_event()
 
     def done(self) -> bool:
         return self._event is not None and self._free_if_done(accelerator.query_from_dedicated_thread(self._event))
 
     def has_stopped(self) -> bool:
-        if self._event is None:  # whoever enqueued it was interrupted
+        # An interrupt may have stopped the caller before it recorded the event. An event recorded now comes after
+        # everything that the caller enqueued.
+        if self._event is None:
             self.record_event()
         return self._event is not None and self._free_if_done(self._event.query())
 
@@ -78,40 +92,50 @@ class DeviceCopy:
         return done
 
     def abandon(self) -> None:
+        # Nobody queries the event any more. So let the allocator wait for the stream before it reuses the memory.
         for memory in self._kept_alive:
             if not memory.is_cpu:
                 memory.record_stream(self._stream)
 
 
 class Stager:
-    """Fills the rows of ``ring`` with samples of ``leaves`` of which some, at least, are on a device.
+    """Packs samples into the rows of a ring if at least one of their leaves is on a device.
 
     Args:
-        ring: in pageable memory at first.
-        leaves: in the order of the wire.
-        move_ring: has the ring go on in other memory, of which the second argument is kept with it.
+        ring: the rows to fill, in pageable memory at first.
+        leaves: one sample's leaves, in wire order.
+        move_ring: moves the ring's rows to other memory. Its arguments are the memory and the tensor that owns it.
     """
 
     def __init__(self, ring: Ring, leaves: Sequence[Leaf], move_ring: Callable[[memoryview, Any], None]) -> None:
+        # The rows to fill.
         self._ring = ring
+        # One sample's leaves, in wire order.
         self._leaves = leaves
+        # Moves the ring into pinned memory.
         self._move_ring = move_ring
+        # The dtype in which rows are packed.
         self._unit = widest_common_unit(leaf.wire.nbytes for leaf in leaves)
+        # For each device, the stream that copies its rows.
         self._copy_streams: dict[torch.device, torch.Stream] = {}
-        # Why not, in words: an error would hold what it went through, the batch for one.
+        # Why memory cannot be pinned; None if it can. This is text because an exception would keep its frames alive,
+        # and with them the batch.
         self._pinning_error: str | None = None
+        # Until when nothing is staged, in seconds of the monotonic clock, and the error that says why.
         self._out_of_memory = (0.0, "")
 
     def make_filler(self, arrays: Sequence[Any], batched: bool) -> Filler:
-        """What packs runs of the samples in ``arrays``, which were checked, and begins to copy them into rows.
+        """Return a function that packs runs of the samples in ``arrays`` and starts to copy them into rows.
+
+        The returned filler raises `StagingError` too.
 
         Args:
-            arrays: one per leaf, ``(B, *shape)``, or ``shape`` for a single sample; tensors or numpy arrays.
-            batched: which of the two.
+            arrays: one checked tensor or numpy array per leaf, ``(B, *shape)``, or ``shape`` for a single sample.
+            batched: whether the arrays have the batch dimension.
 
         Raises:
-            RuntimeError: inside the capture of a graph, or in a process that cannot use the device since it was forked.
-            StagingError: no memory, as `Filler` may, too.
+            RuntimeError: a graph is being captured, or this process was forked after the device was initialized.
+            StagingError: the device has no room, or memory cannot be pinned.
         """
         stacked = arrays if batched else [array[None, ...] for array in arrays]
         device = main_device(stacked)
@@ -128,9 +152,12 @@ class Stager:
             except (torch.OutOfMemoryError, accelerator.PinnedMemoryError) as error:
                 self._out_of_memory = time.monotonic() + OUT_OF_MEMORY_PAUSE_S, str(error)
                 raise StagingError(str(error), first) from None
+            # The copy holds the packed rows from here on, before anything reads them on another stream.
             copy = DeviceCopy(copy_stream)
             copy.keep_alive((packed, *uploaded))
             copy_stream.wait_stream(accelerator.current_stream(device))
+            # Tell the ring before the copy begins. After an interrupt, the next packer then waits for the copy, instead
+            # of filling the same rows.
             self._ring.uncommitted_copy = copy
             with profiler_range("echo_torch.copy"):
                 write = functools.partial(target[slot : slot + rows].copy_, packed, non_blocking=True)
@@ -141,14 +168,18 @@ class Stager:
         return fill
 
     def _copy_stream(self, device: torch.device) -> torch.Stream:
-        """Our own, on which rows of that device are copied."""
+        """Return the stream that copies rows of this device, and make it on the first call."""
         stream = self._copy_streams.get(device)
         if stream is None:
             stream = self._copy_streams[device] = accelerator.new_stream(device)
         return stream
 
     def _pin_ring(self) -> None:
-        """Have the ring in pinned memory, once."""
+        """Move the ring into pinned memory on the first call. After a failure, do not try again.
+
+        Raises:
+            StagingError: memory cannot be pinned.
+        """
         ring = self._ring
         with ring.packing_lock:
             if ring.pinned_rows is None and not ring.stopped and self._pinning_error is None:
@@ -161,8 +192,14 @@ class Stager:
             raise StagingError(self._pinning_error, 0)
 
     def _pack(self, arrays: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """All leaves of some rows, in memory of the device that will hold them; and what of it comes from elsewhere."""
+        """Enqueue the packing of these rows on the device.
+
+        Returns:
+            The packed rows, and the pinned copy of the leaves that are numpy arrays, if there are any. Keep both alive
+            until the rows are copied.
+        """
         packed = torch.empty((len(arrays[0]), self._ring.row_bytes), dtype=torch.uint8, device=device)
+        # Leave out leaves without bytes. They add nothing to a row.
         arrays = [array for array, leaf in zip(arrays, self._leaves, strict=True) if leaf.wire.nbytes]
         numpy_arrays = [array for array in arrays if not isinstance(array, torch.Tensor)]
         uploaded = [pinned_copy(numpy_arrays)] if numpy_arrays else []
@@ -172,7 +209,7 @@ class Stager:
 
 
 def main_device(arrays: Iterable[Any]) -> torch.device:
-    """The device that most bytes are on, of all that are on any."""
+    """Return the device that holds most bytes of the tensors."""
     sizes: dict[torch.device, int] = {}
     for array in arrays:
         if isinstance(array, torch.Tensor):
@@ -181,13 +218,13 @@ def main_device(arrays: Iterable[Any]) -> torch.device:
 
 
 def widest_common_unit(sizes: Iterable[int]) -> torch.dtype:
-    """The widest dtype that leaves of so many bytes are whole numbers of."""
+    """Return the widest dtype whose size divides all these sizes, in bytes; sizes of 0 do not count."""
     common = int(np.gcd.reduce([size for size in sizes if size]))
     return next(unit for unit in _UNIT_DTYPES if common % unit.itemsize == 0)
 
 
 def pinned_copy(arrays: Sequence[Any]) -> torch.Tensor:
-    """The bytes of arrays, one behind the other and aligned, in memory from which a device copies them by itself."""
+    """Return the bytes of numpy arrays, one after the other and aligned, in pinned memory (uint8)."""
     offsets, size = aligned_offsets(arrays)
     memory = accelerator.empty_pinned(size)
     whole = memory.numpy()
@@ -197,7 +234,7 @@ def pinned_copy(arrays: Sequence[Any]) -> torch.Tensor:
 
 
 def aligned_offsets(arrays: Sequence[Any]) -> tuple[list[int], int]:
-    """Where each of some arrays begins in `pinned_copy` them, in bytes, and where the last one ends."""
+    """Return the byte offset of each array in a `pinned_copy` of them all, and the copy's size in bytes."""
     offsets, end = [], 0
     for array in arrays:
         begins = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
@@ -207,15 +244,16 @@ def aligned_offsets(arrays: Sequence[Any]) -> tuple[list[int], int]:
 
 
 def pack_rows(arrays: Sequence[Any], uploaded: Sequence[torch.Tensor], unit: torch.dtype, packed: torch.Tensor) -> None:
-    """Enqueue what packs ``(rows, *shape)`` each, in order, into uint8 ``(rows, bytes)``.
+    """Enqueue the kernels that pack arrays ``(rows, *shape)``, in order, into ``packed``.
 
     Args:
-        arrays: tensors on any device of the kind; in place of arrays of numpy, what ``uploaded`` has of them is taken.
-        uploaded: `pinned_copy` those, if there are any.
-        unit: what all of them are whole numbers of.
-        packed: on the device that is to pack.
+        arrays: tensors on any device of this type, and numpy arrays. The bytes of the latter come from ``uploaded``.
+        uploaded: one `pinned_copy` of all numpy arrays, or empty if there are none.
+        unit: dtype whose size divides the bytes per row of every array.
+        packed: uint8 ``(rows, bytes)``, on the device that packs.
     """
     rows, here = len(packed), packed.device
+    # Upload all numpy arrays in one transfer, and cut the result into one tensor per array.
     uploaded_leaves: Iterator[torch.Tensor] = iter(())
     if uploaded:
         uploaded_bytes = uploaded[0].to(here, non_blocking=True)
@@ -225,6 +263,7 @@ def pack_rows(arrays: Sequence[Any], uploaded: Sequence[torch.Tensor], unit: tor
             [uploaded_bytes[offset : offset + array.nbytes].view(rows, -1) for offset, array in pairs]
         )
     tensors = (array if isinstance(array, torch.Tensor) else next(uploaded_leaves) for array in arrays)
+    # View every leaf as columns of one dtype. Then a single concatenation packs all rows.
     columns = [
         as_units(tensor if tensor.device == here else tensor.to(here, non_blocking=True), unit) for tensor in tensors
     ]
@@ -232,14 +271,16 @@ def pack_rows(arrays: Sequence[Any], uploaded: Sequence[torch.Tensor], unit: tor
 
 
 def as_units(tensor: torch.Tensor, unit: torch.dtype) -> torch.Tensor:
-    """The bytes of ``(rows, *shape)`` as ``(rows, bytes / unit)``, without a copy where that is possible."""
+    """View the bytes of a tensor ``(rows, *shape)`` as ``(rows, bytes // unit.itemsize)``; copies only if it must."""
+    # Lazy conjugates and negatives hold other bytes than their values. The view of bytes also needs no gradient.
     if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
         tensor = tensor.detach().resolve_conj().resolve_neg()
     plain = tensor.contiguous()
+    # A view in a wider dtype needs aligned memory and an aligned offset.
     if plain.data_ptr() % unit.itemsize or plain.storage_offset() * plain.itemsize % unit.itemsize:
         plain = plain.clone()
     rows, items = len(plain), plain.numel() // len(plain)
     flat = plain.view(rows, items)
-    if flat.stride() != (items, 1):  # where a size is 1, the stride may be anything
+    if flat.stride() != (items, 1):  # a dimension of size 1 may have any stride, which a wider view refuses
         flat = plain.as_strided((rows, items), (items, 1))
     return flat.view(unit)
