@@ -1,21 +1,23 @@
-"""How far callers run ahead of the acks: as far as the ring goes, or less while more would only be slower.
+"""Flow control: how far callers run ahead of the acks, and how long acks may stay unread.
 
-A ring that is always full is one that callers fill faster than it drains; nothing is gained then by filling all of it,
-and copies that go round through 64 MiB miss the caches. Measured side by side in one run, with samples of 28 KB and of
-602 KB and a null peer: 0.82 and 0.87 of what a raw ``sendall`` reaches with a full ring, 0.95 and 1.04 with 8 MiB.
+`SoftLimit`: callers may fill the whole ring, or less of it while a full ring would only be slower.
 
-* The limit is set when a ring that was full drains fast. Where it drains slowly, the memory is not what holds it up.
-* It is lifted as soon as the ring is empty, and when a wait for a part of it takes twice as long as it should, and
-  `MIN_SLOW_WAIT_S` at the least: then bursts need the room, and who waits gets it at once.
+* A ring that is always full is filled faster than it drains, so using all of it gains nothing. Worse, copies that go
+  round through 64 MiB miss the caches. Measured side by side in one run, with samples of 28 KB and of 602 KB and a null
+  peer: 0.82 and 0.87 of what a raw ``sendall`` reaches with a full ring, 0.95 and 1.04 with 8 MiB.
+* The limit is set when a full ring drains fast. If it drains slowly, memory is not the bottleneck.
+* The limit is lifted as soon as the ring is empty, because bursts need the room. It is also lifted when a wait takes
+  twice as long as it should, and at least `MIN_SLOW_WAIT_S`: the waiting caller then gets the room at once.
+* A ring that is no larger than the window does not let callers run ahead. Leaving rows to the I/O thread gains them
+  nothing, so they write more themselves, while their own caches hold the rows. That moved 1.3 times as many samples of
+  602 KB through `TcpClient`, and 1.1 times as many of 28 KB.
 
-Callers whose ring has no more room than the window cannot run ahead. They gain nothing from leaving what they packed to
-the I/O thread, and write more of it themselves, while their own caches hold it: 1.3 times as many samples of 602 KB got
-through `TcpClient` so, and 1.1 times of 28 KB.
+`AckBatching`: waking the I/O thread for every few acks costs more than the samples did.
 
-How long acks may lie unread (`AckBatching`): to be woken for every few of them costs more than the samples did. The kernel
-cannot be told to wake us for more than some ten: the server has no more under way before we read or send (`pump`). What
-it sends meanwhile it sends at once then. So while rows wait for nothing but the window, the I/O thread sleeps for a
-time in which, as fast as acks came in last, only a share of the window will be acked.
+* The kernel can batch only about ten acks: the server has no more in flight until we read or send (see `pump`). As soon
+  as we do, it sends what it held back.
+* So while rows wait for nothing but the window, the I/O thread sleeps before it polls. The sleep is so short that, at
+  the rate of the latest acks, only a share of the window is acked meanwhile.
 """
 
 from __future__ import annotations
@@ -25,19 +27,19 @@ import time
 from echo_torch.ring.ring import Ring
 from echo_torch.support.deadline import Deadline
 
-# Bytes per second that are fast: some share of what memory does, and more than most networks do.
+# Bytes per second from which draining counts as fast: a share of what memory does, and more than most networks do.
 FAST_BYTES_PER_S = 1e9
-# What callers run ahead by while the limit is set, in bytes; the window, if that is more.
+# Bytes by which callers run ahead while the limit is set; a larger window takes precedence.
 SOFT_LIMIT_BYTES = 8 * 1024 * 1024
-# What a caller writes itself, in bytes, if it can run ahead: about what a system call costs anyway, so that `send`
-# costs one copy and not two. And if it cannot: a good part of what the socket takes.
+# Bytes that a caller writes itself if it can run ahead: they cost about as much as the system call itself, so that
+# `send` costs one copy and not two. And if it cannot run ahead: a good part of what the socket takes.
 RUN_AHEAD_WRITE_BYTES = 64 * 1024
 LOCKSTEP_WRITE_BYTES = 1024 * 1024
-# Seconds that a wait may take at the least before it counts as slow: threads are not always woken at once.
+# Seconds below which no wait counts as slow: the system does not always wake threads at once.
 MIN_SLOW_WAIT_S = 0.02
 # At most this share of the window may be acked while the I/O thread sleeps, so that the server does not run dry.
 WINDOW_DIVISOR = 4
-# Seconds: below the first, sleeping costs more than it saves; above the second, it would save hardly more.
+# Seconds. Below the first, sleeping costs more than it saves. Above the second, it saves hardly more.
 MIN_POLL_INTERVAL_S = 0.0001
 MAX_POLL_INTERVAL_S = 0.002
 
@@ -46,34 +48,47 @@ class SoftLimit:
     """Sets and lifts ``ring.soft_limit``, for a window of ``window`` rows."""
 
     def __init__(self, ring: Ring, window: int) -> None:
+        # The ring whose limit this is.
         self._ring = ring
         limit_rows = max(1, window, SOFT_LIMIT_BYTES // ring.row_bytes)
+        # Most un-acked rows while the limit is set.
         self._limit_rows = min(limit_rows, ring.max_unacked)
+        # About how many bytes a caller writes itself before it leaves the rest to the I/O thread.
         self.caller_write_bytes = RUN_AHEAD_WRITE_BYTES if ring.max_unacked > window else LOCKSTEP_WRITE_BYTES
-        """About how much a caller writes itself."""
 
     def disable(self) -> None:
-        """Set no limit from now on: whoever waits would keep a device waiting, and no caches gain by it."""
+        """Set no limit from now on.
+
+        For rows that a device copies: a caller that waits keeps the device waiting, and no cache gains from a limit.
+        """
         self._limit_rows = self._ring.max_unacked
         self._ring.soft_limit = self._ring.max_unacked
 
     def lift_if_empty(self) -> None:
-        """Somebody is about to pack."""
+        """Lift the limit if every row is acked; call this before you pack."""
         ring = self._ring
         if ring.soft_limit < ring.max_unacked and not ring.unacked:
             ring.soft_limit = ring.max_unacked
 
     def deadline_for(self, threshold: int) -> Deadline | None:
-        """Until when to wait for ``acked`` to reach ``threshold`` before the limit is lifted; None if there is none."""
+        """Return until when ``acked`` must reach ``threshold``, or else the limit is lifted; None without a limit."""
         ring = self._ring
         if ring.soft_limit == ring.max_unacked:
             return None
+        # Twice the time that a fast ring needs for these rows.
         return Deadline(max(MIN_SLOW_WAIT_S, 2 * (threshold - ring.acked) * ring.row_bytes / FAST_BYTES_PER_S))
 
     def update_after_wait(self, threshold: int, acked: int, began: float) -> None:
-        """Learn from a wait for ``threshold`` that began at some moment, when so many rows were acked."""
+        """Set or lift the limit after a wait for room.
+
+        Args:
+            threshold: value of ``ring.acked`` that the caller waited for.
+            acked: value of ``ring.acked`` when the wait began.
+            began: when the wait began, by ``time.monotonic``.
+        """
         ring = self._ring
         if ring.soft_limit < ring.max_unacked:
+            # The wait ended at `deadline_for`, so the ring was fast if it got there.
             fast = ring.acked >= threshold
         else:
             fast = (ring.acked - acked) * ring.row_bytes >= FAST_BYTES_PER_S * (time.monotonic() - began)
@@ -81,19 +96,24 @@ class SoftLimit:
 
 
 class AckBatching:
-    """How fast acks come in, for a window of ``window`` rows."""
+    """Measures how fast acks arrive, for a window of ``window`` rows."""
 
     def __init__(self, window: int) -> None:
+        # Most rows written and un-acked.
         self._window = window
+        # The ``acked`` of the last call that saw new acks.
         self._acked = 0
-        self._at = time.monotonic()
+        # When that call was, by ``time.monotonic``.
+        self._measured_at = time.monotonic()
 
     def poll_interval(self, acked: int) -> float:
-        """Seconds that may pass before the next look, if only acks matter; to be asked after every look."""
+        """Return for how many seconds to sleep before polling again, if only acks matter; call this after each pump."""
         now = time.monotonic()
-        new_acks, elapsed = acked - self._acked, now - self._at
-        if not new_acks:  # too early to tell, or nothing to hurry for: the next one that comes shall wake us
+        new_acks, elapsed = acked - self._acked, now - self._measured_at
+        # No new acks: too early to know the rate, or nothing to save. The next ack shall wake the thread.
+        if not new_acks:
             return 0.0
-        self._acked, self._at = acked, now
+        self._acked, self._measured_at = acked, now
+        # The time in which 1 / WINDOW_DIVISOR of the window is acked at this rate.
         seconds = min(MAX_POLL_INTERVAL_S, elapsed * self._window / (WINDOW_DIVISOR * new_acks))
         return seconds if seconds >= MIN_POLL_INTERVAL_S else 0.0

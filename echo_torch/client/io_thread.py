@@ -1,9 +1,10 @@
-"""The one thread of a connection, which sees to its socket, and opens another when that is lost.
+"""The one thread of a connection: serves the socket, reconnects when it is lost, and frees everything at the end.
 
-* It holds the connection but never the client, so a dropped client is collected; what is there is then delivered, for a
-  bounded time, and the thread ends.
-* Whatever ends it becomes the failure that all callers see.
-* A forked child has no such thread, and nothing of it: it closes its copies of the descriptors, and touches no lock.
+* The thread holds the connection but never the client. So Python can collect a client that you drop. The thread then
+  delivers what is packed, for a bounded time, and ends.
+* Whatever ends the thread becomes the failure that all callers see.
+* The thread looks at everything once in `HEARTBEAT_S`, and so completes what an interrupt left undone elsewhere.
+* A forked child has no such thread. It closes its copies of the descriptors and touches no lock.
 """
 
 from __future__ import annotations
@@ -28,54 +29,73 @@ from .reconnect import Reconnector
 
 _log = logging.getLogger(__name__)
 
-# Seconds after which the thread looks at everything although nobody woke it: an upper bound on how long anything
-# that an interrupt broke off, or a dropped client, stays unnoticed. A pass costs some 30 us of CPU.
+# Seconds after which the thread looks at everything although nobody woke it. So an interrupted call, or a dropped
+# client, stays unnoticed for no longer. A look costs about 30 us of CPU.
 HEARTBEAT_S = 1.0
-# The same while the client is dropped and what it sent is still delivered.
+# The same while the thread delivers what a dropped client has sent.
 ABANDONED_HEARTBEAT_S = 0.05
-# A device's copy is looked at again after this share of the time that it has taken so far, and so many seconds at the
-# least and at the most. It waits for the kernels before it, which may take a whole step of training.
+# The thread asks again whether a device's copy is done after this share of the time that the copy has taken so far, but
+# not earlier and not later than so many seconds. A copy waits for the kernels before it, which may take a whole step
+# of training.
 COPY_POLL_SHARE = 0.5
 COPY_POLL_S = (0.001, 0.01)
-# Seconds without an ack after which a wait is named in the log, and again after as many more.
+# Seconds without an ack after which the log says that a caller waits, and between two such warnings.
 STALL_WARNING_S = 30.0
-# Seconds for which a lost connection is tried to be opened again for nothing but the tail: a hiccup of the network
-# takes less, and a server that starts again has lost its queue anyway.
+# Seconds to try to reconnect if only the replay tail is left to send. A hiccup of the network takes less, and a server
+# that restarts has lost its queue anyway.
 TAIL_RECONNECT_S = 5.0
-# Seconds for a thread that has done everything to be gone; bounded, since a signal handler may have interrupted
-# another call's `Thread.join`, which then holds the thread's lock.
+# Seconds to wait in `Thread.join` for a thread that has done everything. Bounded, because a signal handler may have
+# interrupted another call's `Thread.join`, which then holds the thread's lock.
 JOIN_TIMEOUT_S = 1.0
-# Seconds between two looks at whether the thread has ended, where that is waited for with a limit.
+# Seconds between two looks in `IoThread.join`.
 JOIN_POLL_S = 0.001
-# One system call's worth, in bytes: large enough for calls not to count, small enough for the lock.
+# Most bytes for one pump: enough for system calls to cost little, and few enough to hold the lock for a short time.
 WRITE_BYTES = 1024 * 1024
-# Whether `poll` tells of a peer that hung up without being asked for acks too. Where not, every ack wakes the thread.
+# Whether `poll` can report that the peer closed the connection without reporting acks too. If not, every ack wakes the
+# thread.
 _HAS_POLLRDHUP = hasattr(select, "POLLRDHUP")
 _POLLRDHUP = getattr(select, "POLLRDHUP", 0)
 
 
 class IoThread:
-    """Sees to ``connection``, and lingers for ``linger`` seconds at the end when everything is acked."""
+    """Serves ``connection`` until it is closed or fails.
+
+    Args:
+        connection: what callers and the thread share.
+        linger: seconds to wait at the end, when everything is acked, for the server to empty its queue.
+    """
 
     def __init__(self, connection: Connection, linger: float) -> None:
+        # How messages name the other side.
         self.peer = connection.peer
+        # Whether the client is gone and the thread must deliver what is packed and end by itself. Set by the client's
+        # finalizer and by `deliver_at_exit`.
         self.abandoned = False
-        """Whether the client is gone, and delivers no more than is there; set by its finaliser, or `deliver_at_exit`."""
+        # What callers and the thread share.
         self._connection = connection
+        # Seconds to wait at the end, when everything is acked.
         self._linger_s = linger
+        # Whether the thread must end at once.
         self._stopping = False
+        # When the log last warned of a stall; at first, when this object was created.
         self._warned_at = time.monotonic()
+        # When an abandoned connection ends even with rows left; None until it is first needed.
         self._exit_deadline: Deadline | None = None
+        # The thread; `start` starts it.
         self._thread = threading.Thread(target=self._run, name=f"echo_torch {connection.peer}", daemon=True)
-        self._running_lock = threading.Lock()  # held while the thread runs
+        # Held from `start` until the thread has freed everything.
+        self._running_lock = threading.Lock()
 
     def start(self) -> None:
-        """Start the thread, on which everything depends; until then, only memory and the socket are held.
+        """Create the wake-ups' descriptors and start the thread.
 
-        ``Thread.start`` waits in Python code that an interrupt can leave locked, and ``socketpair`` can be left with
-        descriptors that nobody owns: so both are called on a thread of their own, where none strikes, which is waited
-        for in C.
+        Raises:
+            RuntimeError: the system has no thread left.
+            OSError: the system has no descriptor left.
         """
+        # Ctrl-C strikes the main thread only. ``Thread.start`` waits in Python code, which an interrupt can leave with
+        # a lock held, and an interrupted ``socketpair`` can leave descriptors that nobody owns. So a helper thread
+        # calls both, and this thread waits for it in C code.
         shutdown.register_child_finalizer()
         started = threading.Lock()
         outcome: list[BaseException] = []
@@ -95,47 +115,49 @@ class IoThread:
         try:
             _thread.start_new_thread(start_thread, ())
             started.acquire()
-        except RuntimeError:  # no thread can be had
+        except RuntimeError:  # the system has no thread left
             self._tear_down()
             raise
         except BaseException:
-            self._stopping = True  # if the thread runs, or will, this is all that it needs to end
+            # An interrupt. The I/O thread may run already, or start later: this makes it end and free everything.
+            self._stopping = True
             raise
         if outcome:
             self._tear_down()
             raise outcome[0]
 
-    # What others do.
+    # For other threads.
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller is this thread: a logging handler, say."""
-        return threading.current_thread() is self._thread  # whose number another has after its end
+        """Whether the I/O thread itself asks, from a logging handler for example."""
+        # Not by the thread's identifier, which the system gives to another thread after this one has ended.
+        return threading.current_thread() is self._thread
 
     def linger(self, deadline: Deadline) -> None:
-        """Give the server time to take what it acked out of its queue."""
+        """Sleep, so that the server can take what it acked out of its queue."""
         if self._linger_s and self._connection.sent:
             time.sleep(min(self._linger_s, deadline.remaining()))
 
     def stop(self) -> None:
-        """Have the thread end, in any case, and wait for that; by another thread."""
+        """End the thread at once, and block until it has ended; call this on another thread."""
         self._stopping = True
-        self._connection.wake_up.wake(force=True)  # an interrupted kick shall not make this one wait
+        # Forced, because an interrupt inside an earlier `wake` may have lost a wake-up that seems pending.
+        self._connection.wake_up.wake(force=True)
+        # The thread releases this lock as the last thing it does.
         with self._running_lock:
             pass
         self._thread.join(JOIN_TIMEOUT_S)
 
     def deliver_at_exit(self) -> None:
-        """Have the thread deliver what is packed, and the tail, and end, all by itself."""
+        """Let the thread deliver what is packed and the replay tail, and then end; returns at once."""
         self._connection.stop_accepting()
         self.abandoned = True
         self._connection.wake_up.wake()
 
     def join(self, deadline: Deadline) -> bool:
-        """Wait for the thread to end; gives whether it did.
-
-        By looking: an interrupt between acquiring the lock, with a limit, and releasing it would leave it locked.
-        """
+        """Block until the thread ends or the deadline passes; return whether it ended."""
+        # Polls the lock. Acquiring it with a timeout is not safe: an interrupt before the release leaves it locked.
         while self._running_lock.locked():
             if deadline.expired:
                 return False
@@ -143,12 +165,12 @@ class IoThread:
         return True
 
     def detach_after_fork(self) -> None:
-        """In a forked child: close its copies of the descriptors, which neither needs nor takes a lock."""
+        """In a forked child: close its copies of the descriptors; takes no lock."""
         self._connection.pump.sock.close()
         self._connection.wake_up.detach_after_fork()
         self._connection.ack_poller.detach_after_fork()
 
-    # What the thread does.
+    # On the I/O thread.
 
     def _run(self) -> None:
         connection = self._connection
@@ -157,8 +179,8 @@ class IoThread:
             while self._serve_socket():
                 assert connection.reconnector is not None
                 self._reconnect(connection.reconnector)
-        except BaseException as error:  # whatever ends this thread is what every caller is told
-            frames = error.__traceback__  # which `fail` forgets
+        except BaseException as error:  # whatever ends this thread is the failure that callers see
+            frames = error.__traceback__  # kept for the log, because `fail` removes it from the error
             connection.fail(error)
             _log_safely(logging.ERROR, "%s: the I/O thread failed", self.peer, exc_info=(type(error), error, frames))
             if not isinstance(error, Exception):
@@ -167,34 +189,42 @@ class IoThread:
             self._tear_down()
 
     def _serve_socket(self) -> bool:
-        """See to one socket until it is lost, or it is time to end; gives whether it is the former."""
+        """Serve one socket; return True when it is lost and must be replaced, False when the thread must end."""
         connection, pump = self._connection, self._connection.pump
         ack_batching = AckBatching(pump.window)
         poller = select.poll()
         poller.register(connection.wake_up.reader, select.POLLIN)
         writable = True
         while self._run_once(writable):
+            # Only acks can make more rows writable: sleep until several have come, in place of one wake-up for each.
             pause = ack_batching.poll_interval(pump.acked)
             if pause and pump.is_blocked_by_window:
                 time.sleep(pause)
+            # These two tell callers what this thread will notice by itself, so they come last before the poll.
             poller.register(pump.sock, self._poll_events())
             timeout = self._poll_timeout()
             bottleneck, began = connection.bottleneck, time.monotonic()
             events = dict(poller.poll(timeout * 1000))
             connection.waited_seconds[bottleneck] += time.monotonic() - began
+            # POLLOUT, or an error or a closed connection, which the next write reports.
             writable = bool(events.get(pump.sock.fileno(), 0) & ~select.POLLIN)
+            # Before the next `_run_once`, so that a wake-up during it is not lost.
             connection.wake_up.clear(connection.wake_up.reader.fileno() in events)
         return connection.lost_error is not None and not self._should_stop()
 
     def _poll_events(self) -> int:
-        """What to poll the socket for: acks only if somebody waits for them who does not poll."""
+        """Return the events to poll the socket for.
+
+        They include acks only if this thread needs them itself. Otherwise a waiting caller polls for acks.
+        """
         connection, ring = self._connection, self._connection.ring
-        connection.io_thread_polls_acks = False  # a caller who packs from here on, and finds it so, kicks
+        # Cleared before looking at the counters: a caller that packs from here on and reads False wakes this thread.
+        connection.io_thread_polls_acks = False
         rows_wait = ring.packed > ring.written or connection.is_resending
         if rows_wait or self.abandoned or connection.lost_error is not None or not _HAS_POLLRDHUP:
             connection.io_thread_polls_acks = True
         else:
-            ring.wake_one()  # to lead
+            ring.wake_one()  # one of the waiting callers becomes the ack poller
         return (
             _POLLRDHUP
             | (select.POLLIN if connection.io_thread_polls_acks else 0)
@@ -202,9 +232,10 @@ class IoThread:
         )
 
     def _poll_timeout(self) -> float:
-        """Seconds until the next look at everything, unless something wakes us."""
+        """Return the seconds until the thread looks at everything again, if nothing wakes it."""
         connection = self._connection
-        connection.io_thread_polls_copies = False  # a caller whose copy begins from here on, and finds it so, kicks
+        # Cleared before looking: a caller whose copy begins from here on and that reads False wakes this thread.
+        connection.io_thread_polls_copies = False
         if connection.pump.has_writable_rows and not connection.pump.socket_full:
             return 0.0
         copying_since = connection.ring.copying_since
@@ -217,15 +248,18 @@ class IoThread:
         return ABANDONED_HEARTBEAT_S if self.abandoned else HEARTBEAT_S
 
     def _run_once(self, writable: bool) -> bool:
-        """One look at everything; gives whether there is to be another."""
+        """Look at everything once; return whether to go on with this socket."""
         connection = self._connection
         with connection.io_lock:
             if self._should_stop() or connection.lost_error is not None:
                 return False
             if writable:
                 connection.pump.socket_full = False
+            # Callers left a few rows here for COALESCE_S, to be written together. The pump below writes them. If there
+            # were any, wait for COALESCE_S once more, because others may follow.
             was_coalescing, connection.is_coalescing = connection.is_coalescing, False
             written = connection.ring.written
+            # Copies first: rows whose copy is done can be written by this very pump.
             self._poll_copies()
             connection.run_pump(True, WRITE_BYTES)
             connection.is_coalescing = was_coalescing and connection.ring.written > written
@@ -239,14 +273,17 @@ class IoThread:
         return self._stopping or self._connection.failure is not None
 
     def _poll_copies(self) -> None:
-        """With the I/O lock held; by this thread alone, for others may not ask (`accelerator.query_from_dedicated_thread`)."""
+        """Ask which of the device's copies are done; hold the I/O lock.
+
+        Only this thread may ask (`accelerator.query_from_dedicated_thread`).
+        """
         try:
             self._connection.ring.poll_copies()
         except RuntimeError as error:
             self._connection.fail_on_copy_error(error)
 
     def _check_host(self) -> None:
-        """With the I/O lock held: ask whether the peer's host still answers, when acks have stayed away for a while."""
+        """Mark the connection lost if no acks come and the peer's host does not answer any more; hold the I/O lock."""
         connection, pump = self._connection, self._connection.pump
         if connection.lost_error is None and pump.awaits_acks and time.monotonic() - pump.progress_at >= HEARTBEAT_S:
             why = unreachable_reason(pump.sock)
@@ -254,6 +291,7 @@ class IoThread:
                 connection.mark_lost(ConnectionClosedError(why))
 
     def _warn_of_stall(self) -> None:
+        """Log a warning if a caller waits and nothing was acked for `STALL_WARNING_S`."""
         pump, now = self._connection.pump, time.monotonic()
         stalled_s = now - pump.progress_at
         if (
@@ -272,29 +310,31 @@ class IoThread:
             )
 
     def _exit_is_due(self) -> bool:
-        """Whether the client was dropped and there is nothing, or no time, left to deliver."""
+        """Whether the client was dropped, and nothing or no time is left to deliver."""
         if not self.abandoned:
             return False
         connection, deadline = self._connection, self._get_exit_deadline()
         if connection.resend_tail.start_row is None:
             connection.stop_accepting()
+        # The tail may be packed only when all rows before it are acked.
         if not connection.unacked and connection.pack_tail() == 0 and not connection.ring.unacked:
             self.linger(deadline)
             return True
         return deadline.expired
 
     def _get_exit_deadline(self) -> Deadline:
-        """The deadline of an abandoned connection."""
+        """Return when an abandoned connection ends; the time starts with the first call."""
         if self._exit_deadline is None:
             self._exit_deadline = Deadline(shutdown.DELIVER_AT_EXIT_S)
         return self._exit_deadline
 
     def _reconnect(self, reconnector: Reconnector) -> None:
-        """Go on over another socket in place of the one that was lost, or fail."""
+        """Replace the lost socket by a new one, or fail the connection."""
         connection, cause = self._connection, self._connection.lost_error
+        # Unregister before closing: the descriptor's number may belong to another file right after.
         connection.ack_poller.set_socket(None)
         close_socket(connection.pump.sock)
-        text = "%s: connection lost (%s); trying for %g s to open it again"
+        text = "%s: connection lost (%s); trying for %g s to reconnect"
         _log_safely(logging.INFO, text, self.peer, cause, reconnector.give_up_after_s)
         try:
             sock = reconnector.connect(lambda: self._should_give_up(reconnector))
@@ -307,8 +347,8 @@ class IoThread:
             resent = connection.resume_on(sock)
             _log_safely(
                 logging.WARNING,
-                "%s: connection lost (%s) and open again after %.1f s; %d samples are sent again, which the server may "
-                "then have twice",
+                "%s: connection lost (%s) and open again after %.1f s; %d samples are sent again, so the server may "
+                "store them twice",
                 self.peer,
                 cause,
                 reconnector.seconds_lost,
@@ -316,38 +356,41 @@ class IoThread:
             )
 
     def _should_give_up(self, reconnector: Reconnector) -> bool:
-        """Whether another connection is of no use any more, or comes too late."""
+        """Whether a new connection would be of no use any more, or come too late."""
         if self._should_stop() or (self.abandoned and self._get_exit_deadline().expired):
             return True
         only_the_tail = self._connection.ring.refuses_new_rows and not self._connection.unacked
         return only_the_tail and reconnector.seconds_lost > TAIL_RECONNECT_S
 
     def _tear_down(self) -> None:
-        """Free everything and wake everybody; once, at the end."""
+        """Free everything and wake every waiting thread; called once, at the end."""
         connection = self._connection
         with connection.io_lock:
             failed = connection.failure is not None
+            # Every call after the end raises a failure, also after an orderly one. An orderly end without rows at risk
+            # needs no report.
             if connection.failure is None:
                 connection.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
                 connection.failure_reported = connection.failure_reported or not connection.at_risk
             close_socket(connection.pump.sock)
             connection.ended_at = time.monotonic()
-        if connection.at_risk and (
-            self.abandoned or (failed and not connection.failure_will_be_reported)
-        ):  # there may be no call any more to say so
+        # If samples may be lost, and no call may come any more to raise that, log it.
+        if connection.at_risk and (self.abandoned or (failed and not connection.failure_will_be_reported)):
             how = f"{connection.failure};" if failed else f"{self.peer}:"
             _log_safely(logging.WARNING, "%s ended with %s", how, connection.describe_unacked())
         connection.ack_poller.close()
         connection.wake_up.close()
+        # After the failure is set, so that a woken caller finds it.
         connection.ring.stop()
         try:
             connection.ring.abandon_copies()
         finally:
+            # Last: when `stop` or `join` returns, the caller may free the memory.
             shutdown.unregister_connection(self)
             self._running_lock.release()
 
 
 def _log_safely(level: int, text: str, *args: Any, **options: Any) -> None:
-    """Log; what a handler raises shall not end the thread, with all that depends on it."""
+    """Log a message; an exception in a logging handler must not end the thread."""
     with contextlib.suppress(Exception):
         _log.log(level, text, *args, **options)

@@ -1,11 +1,12 @@
-"""What goes over one socket: acks in, rows out, and what of it the ring's counters say.
+"""One socket: reads acks, writes rows, and moves the ring's counters ``written`` and ``acked``.
 
-* A socket that follows a lost one begins with rows that were acked before. Their acks count here, for the window, and
-  settle nothing in the ring.
-* Whoever calls anything here but `Pump.has_writable_rows` and `Pump.awaits_acks` holds the connection's I/O lock. Nothing blocks.
-* The holder may be the main thread, which Ctrl-C can interrupt after any call. So what a system call did is recorded by
-  the C code that made it (`call_and_append`), and taken into the counters by plain assignments that nothing can come between.
-  A pump that was broken off is completed by the next one.
+* Hold the connection's I/O lock for everything here but `Pump.has_writable_rows` and `Pump.awaits_acks`. Nothing
+  blocks.
+* A socket that replaces a lost one begins with rows that were acked before. Their acks count in `Pump.acked`, for the
+  window, and leave ``ring.acked`` as it is.
+* The holder of the lock may be the main thread, which Ctrl-C can interrupt after any call. So the C code that makes a
+  system call also records its result (`call_and_append`). Plain assignments, with no call between them, then add the
+  result to the counters. If an interrupt strikes before them, the next `Pump.run` applies the recorded result.
 """
 
 from __future__ import annotations
@@ -21,72 +22,91 @@ from echo_torch.ring.ring import Ring
 from echo_torch.support.interrupts import call_and_append
 from echo_torch.wire.protocol import check_acks
 
-# Most acks read by one system call, in bytes, one each; of a smaller window there are no more than that, and one that
-# was too many. A machine may have hundreds of connections.
+# Most bytes read by one system call; an ack is one byte. A smaller window needs less: the window, and one byte more to
+# notice an ack too many. The buffer is small because a machine may have hundreds of connections.
 ACK_BUFFER_BYTES = 64 * 1024
-# How many acks must lie in the kernel before whoever polls for them is woken: they come one byte a segment, and a
-# wake-up for each costs more than the sample did. The server may have some ten segments under way before TCP
-# acknowledges them, which it does at once when we read or send, and else after up to 40 ms. So: few while a caller
-# waits and nothing is sent, more while there are rows to send, and never more than this share of the window.
+# How many acks the kernel collects before it wakes a thread that polls for them. Each ack comes in a segment of its
+# own, and a wake-up for each costs more than the sample did. The server can have about ten segments in flight before
+# TCP acknowledges them. TCP does so at once when we read or send, and otherwise after up to 40 ms. So: few while a
+# caller waits and nothing is sent, more while there are rows to send, and never more than this share of the window.
 LOW_WATER_ACKS = 8
 LOW_WATER_ACKS_SENDING = 16
 LOW_WATER_WINDOW_DIVISOR = 4
-# Callers read acks in passing when this share of the window is un-acked.
+# Callers read acks, too, when this share of the window is un-acked.
 CALLER_READ_WINDOW_DIVISOR = 2
 
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class Pump:
-    """Moves the rows of ``ring`` from ``ring.written`` on through ``sock``, at most ``window`` of them un-acked."""
+    """Writes the rows of ``ring`` from ``ring.written`` on to ``sock``, and reads their acks.
+
+    Args:
+        sock: connected and non-blocking, after the handshake.
+        ring: rows of the size that the server expects.
+        window: most rows written and un-acked on this socket.
+        latencies: histogram to go on with; None for a new one.
+    """
 
     def __init__(self, sock: socket.socket, ring: Ring, window: int, latencies: LatencyHistogram | None = None) -> None:
+        # The socket; this object does not close it.
         self.sock = sock
+        # Times from writing a row to its ack; goes on across sockets.
         self.latencies = LatencyHistogram() if latencies is None else latencies
+        # The rows to write, and the counters that say how far that is.
         self.ring = ring
+        # Most rows written and un-acked on this socket.
         self.window = window
+        # Rows up to here are acked on this socket; less than ``ring.acked`` while rows are sent again.
         self.acked = ring.written
-        """How far this socket's peer acked; less than ``ring.acked`` while rows are sent again."""
+        # Whether the socket took no more at the last try; the thread that sees it writable again resets this.
         self.socket_full = False
-        """Whether the socket took no more at the last try; reset by who saw that it does again."""
+        # When the last ack came, or, if later, when more of the oldest un-acked row was written.
         self.progress_at = time.monotonic()
-        """When the last ack came, or more of the oldest un-acked row was written if that was later."""
+        # When the socket last took bytes.
         self.written_at = 0.0
-        """When the socket last took something."""
-        self._partial_bytes = 0  # bytes of row `written` that are written
+        # How many bytes of the row ``ring.written`` are written.
+        self._partial_bytes = 0
+        # What ``send`` returned and the counters do not contain yet: at most one number.
         self._send_results: deque[int] = deque()
+        # The same for ``recv_into``.
         self._recv_results: deque[int] = deque()
+        # Where ``recv_into`` puts acks.
         self._ack_buffer = bytearray(min(ACK_BUFFER_BYTES, window + 1))
+        # How many acks the kernel collects before it wakes a poll, as last set.
         self._low_water_mark = 1
 
     @property
     def has_writable_rows(self) -> bool:
-        """Whether there are rows to write that the window lets through."""
+        """Whether there are rows to write and the window has room for them."""
         return self.ring.written < min(self.ring.ready, self.acked + self.window)
 
     @property
     def is_blocked_by_window(self) -> bool:
-        """Whether there are rows to write that the window, and nothing else, keeps back."""
+        """Whether there are rows to write and only the window holds them back."""
         return not self.socket_full and self.ring.ready > self.ring.written >= self.acked + self.window
 
     @property
     def awaits_acks(self) -> bool:
-        """Whether anything was written that is not acked."""
+        """Whether anything was written on this socket that is not acked."""
         return self.ring.written > self.acked or self._partial_bytes > 0
 
     def run(self, read_acks: bool, write_bytes: int) -> None:
-        """Read the acks that are there, write rows, and say when the next acks are worth a wake-up.
+        """Read the acks that have arrived, write rows, and tell the kernel how many acks are worth a wake-up.
 
         Args:
-            read_acks: even if few can be there.
-            write_bytes: write about that much at the most.
+            read_acks: whether to read acks even if few can be there.
+            write_bytes: most bytes to write, approximately.
 
         Raises:
             OSError: the connection is lost, or the peer broke the protocol.
         """
-        if self._recv_results or self._send_results:  # of a caller who was interrupted
+        # A caller was interrupted between a system call and the counters: apply its results before the buffer and the
+        # view are used again.
+        if self._recv_results or self._send_results:
             self._apply_received()
             self._apply_sent()
+        # Acks first: they make room in the window for the rows that are written next.
         if read_acks or (self.ring.written - self.acked) * CALLER_READ_WINDOW_DIVISOR >= self.window:
             self._read_acks()
         if not self.socket_full:
@@ -94,7 +114,7 @@ class Pump:
         self._set_low_water_mark()
 
     def recover(self) -> None:
-        """Take into the counters what a caller who was interrupted recorded; once the socket is lost."""
+        """Apply what an interrupted caller recorded, after the socket was lost."""
         with contextlib.suppress(OSError):
             self._apply_received()
         self._apply_sent()
@@ -107,6 +127,7 @@ class Pump:
         self._apply_received()
 
     def _apply_received(self) -> None:
+        """Add the acks in the buffer to the counters, if there are any."""
         received = self._recv_results
         if not received:
             return
@@ -117,17 +138,18 @@ class Pump:
         self.progress_at = time.monotonic()
         acked = self.acked + count
         settled = max(acked, self.ring.acked)
-        # Nothing comes between the next three lines: see the module's rules.
+        # Nothing comes between the next three lines: see the module's rules. Either all of the acks count and the
+        # result is gone, or none does and the next call applies it.
         self.acked = acked
         self.ring.acked = settled
         received.clear()
         self.latencies.record_acked(acked, self.progress_at)
 
     def _write_rows(self, max_bytes: int) -> None:
-        """Write what the window lets through: at most about ``max_bytes``, or until the socket is full."""
+        """Write rows until the window or the socket is full, or about ``max_bytes`` are written."""
         ring = self.ring
         while max_bytes > 0:
-            limit = min(ring.ready, self.acked + self.window)  # as `has_writable_rows` has it
+            limit = min(ring.ready, self.acked + self.window)  # the same as in `has_writable_rows`
             if ring.written >= limit:
                 return
             view = ring.unwritten_view(self._partial_bytes, limit, max_bytes)
@@ -137,16 +159,18 @@ class Pump:
                 self.socket_full = True
                 return
             except OSError:
-                self._read_acks()  # the peer may have acked before it hung up
+                # The peer may have sent acks before it closed the connection. They save rows from being sent again.
+                self._read_acks()
                 raise
             max_bytes -= self._apply_sent()
 
     def _apply_sent(self) -> int:
+        """Add the bytes that the socket took to the counters; return how many."""
         sent = self._send_results
         if not sent:
             return 0
         self.written_at = time.monotonic()
-        if self.ring.written == self.acked:  # of the oldest un-acked row
+        if self.ring.written == self.acked:  # these bytes belong to the oldest un-acked row
             self.progress_at = self.written_at
         count = sent[0]
         total = self._partial_bytes + count
@@ -158,9 +182,10 @@ class Pump:
         return count
 
     def _set_low_water_mark(self) -> None:
-        """Say how many acks must have come before a poll for them ends; only if it could matter by now."""
+        """Tell the kernel how many acks to collect before it wakes a poll."""
         ring = self.ring
         pending = ring.packed > ring.written
+        # Nobody polls for acks now, so save the system call.
         if not pending and not ring.has_waiters:
             return
         most = min(
@@ -170,6 +195,6 @@ class Pump:
         )
         mark = max(1, most)
         if mark != self._low_water_mark:
-            with contextlib.suppress(OSError):  # not on this platform: a wake-up for every ack
+            with contextlib.suppress(OSError):  # a platform without the option: every ack wakes the poll
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
             self._low_water_mark = mark

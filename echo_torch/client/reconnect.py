@@ -1,10 +1,11 @@
-"""When and how often a lost connection is opened again, and when that is given up.
+"""When and how often to reconnect after a loss, and when to give up.
 
-* The time that is allowed counts from the loss. A connection that is lost again before it did what there was to do does
-  not begin it anew: a server that accepts everybody and serves nobody would be called for ever.
-* The first try is made at once, the next ones after pauses that grow, and go on growing over connections that are lost
-  soon and settled nothing new.
-* Only what may pass is tried again: a peer that is no echo server, or expects other samples, is the end.
+* The allowed time starts when a useful connection is lost: one that got a new ack, or had nothing to send. The loss of
+  another one does not start it again. Otherwise a server that accepts every connection and serves none would be called
+  forever.
+* The first try comes at once, the next ones after growing pauses. The pauses keep growing across connections that are
+  lost soon without a new ack.
+* Only errors that may pass are tried again. A peer that is no echo server, or that expects other samples, ends it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from collections.abc import Callable
 from echo_torch.support.backoff import Backoff
 from echo_torch.support.deadline import POLL_INTERVAL_S, Deadline, RevocableDeadline
 
-# Seconds between tries, at first and at the most: not to be felt after a hiccup, and no burden for a learner's host
-# that starts again and has lost a thousand actors.
+# Seconds between tries, first and longest: nobody notices the first after a hiccup, and a learner's host that starts
+# again after it lost a thousand actors can bear the longest.
 BACKOFF_S = (0.05, 5.0)
-# How many tries there must be time for at the least.
+# How many tries must at least fit into the allowed time.
 MIN_TRIES = 4
 
 Dial = Callable[[Deadline], socket.socket]
@@ -27,31 +28,45 @@ Dial = Callable[[Deadline], socket.socket]
 
 
 class Reconnector:
-    """Opens connections with ``dial``, for ``give_up_after_s`` after each loss; each try takes ``try_timeout`` at the most."""
+    """Reconnects with ``dial`` after a loss.
+
+    Args:
+        dial: opens one connection.
+        give_up_after_s: seconds to keep trying after each loss.
+        try_timeout: most seconds for one try; None for no limit.
+    """
 
     def __init__(self, dial: Dial, give_up_after_s: float, try_timeout: float | None) -> None:
+        # Seconds to keep trying after each loss.
         self.give_up_after_s = give_up_after_s
+        # Tries since the connection was lost.
         self.tries = 0
-        """Made since the connection was lost."""
+        # Opens one connection.
         self._dial = dial
+        # Most seconds for one try; None for no limit.
         self._try_timeout = try_timeout
+        # When the last useful connection was lost: the allowed time starts here.
         self._lost_at = 0.0
+        # When the current connection was opened.
         self._opened_at = time.monotonic()
+        # Seconds between tries, first and longest: BACKOFF_S, or less so that MIN_TRIES fit into a short allowed time.
         self._backoff_range = (
             min(BACKOFF_S[0], give_up_after_s / MIN_TRIES),
             min(BACKOFF_S[1], give_up_after_s / MIN_TRIES),
         )
-        self._backoff: Backoff | None = None  # None while all is well
+        # The pauses between tries; None until the first try after a good connection.
+        self._backoff: Backoff | None = None
 
     def connection_lost(self, was_useful: bool, made_progress: bool) -> None:
-        """The connection is lost.
+        """Record that the connection was lost.
 
         Args:
-            was_useful: whether it did what there was to do.
-            made_progress: whether it settled anything new.
+            was_useful: whether a new row was acked on it, or it had no rows to send.
+            made_progress: whether a row was acked on it that was not acked before.
         """
         self.tries = 0
         now = time.monotonic()
+        # A connection that made progress, or lasted for longer than the longest pause, was good: begin without a pause.
         if made_progress or now - self._opened_at > self._backoff_range[1]:
             self._backoff = None
         if was_useful or self._backoff is None:
@@ -59,36 +74,40 @@ class Reconnector:
 
     @property
     def seconds_lost(self) -> float:
-        """Seconds since the connection was lost from which something had come."""
+        """Seconds since the last useful connection was lost."""
         return time.monotonic() - self._lost_at
 
     def connect(self, should_give_up: Callable[[], bool]) -> socket.socket:
-        """Try until there is a connection, the time has passed, or ``should_give_up()``, which is asked often.
+        """Try until a connection is open, the allowed time has passed, or ``should_give_up()`` returns True.
+
+        Calls ``should_give_up`` often.
 
         Raises:
-            OSError: why the last try failed.
-            HandshakeError, SpecMismatchError: the peer is another one now.
+            OSError: the error of the last try.
+            HandshakeError, SpecMismatchError: another peer is there now.
         """
-        if self._backoff is None:  # the loss may have been found some time ago, by another thread
+        # Another thread may have found the loss some time ago. The time until this thread noticed does not count.
+        if self._backoff is None:
             self._lost_at = time.monotonic()
         deadline = RevocableDeadline(max(0.0, self._lost_at + self.give_up_after_s - time.monotonic()), should_give_up)
-        last: OSError = TimeoutError("no time was left")
+        last_error: OSError = TimeoutError("no time was left to connect")
         while self._wait_for_next_try(deadline):
             self.tries += 1
             try:
                 sock = self._dial(deadline.within(self._try_timeout))
             except OSError as error:
-                last = error
+                last_error = error
             else:
                 self._opened_at = time.monotonic()
                 return sock
         try:
-            raise last
+            raise last_error
         finally:
-            del last  # which would keep this frame, and all that it refers to, alive
+            # The error's traceback refers to this frame. Without this, the frame and all that it refers to stay alive.
+            del last_error
 
     def _wait_for_next_try(self, deadline: Deadline) -> bool:
-        """Wait for the next try; gives whether there is time for it, without which it could only say so."""
+        """Pause before the next try; return False if the deadline passes first, as a try could then only time out."""
         pause = Deadline(0.0 if self._backoff is None else self._backoff.next_delay())
         self._backoff = self._backoff or Backoff(*self._backoff_range)
         while not pause.expired and not deadline.expired:

@@ -1,7 +1,8 @@
-"""Rows that are sent once more: at the end of a connection, and to another server after it.
+"""Rows that are sent once more: at the end of a connection, and to another server after it is lost.
 
-A server may discard the rows that it acked and still has in its queue when a connection ends, so what was sent last is
-not safe. As many further rows as its queue has push them out of it, and what is lost then are repetitions.
+A server may discard rows that it acked but still has in its queue when the connection ends. So the rows that were sent
+last are not safe. Sending as many more rows as its queue holds pushes them out of the queue. `ResendTail` repeats the
+last rows for that, so the server can then lose only repetitions.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from echo_torch.ring.ring import Ring
 
 
 class ResendTail:
-    """The repetition of the ring's last ``ring.keep_acked`` rows, if it is ``enabled``."""
+    """The replay tail: repeats the ring's last ``ring.keep_acked`` rows at close, if ``enabled``."""
 
     def __init__(self, ring: Ring, enabled: bool) -> None:
+        # The ring whose last rows are repeated.
         self._ring = ring
+        # Whether to repeat rows; if not, the tail is empty.
         self.enabled = enabled
+        # The first row of the tail, which is the end of the callers' rows; None while callers may still add some.
         self.start_row: int | None = None
-        """The row after the last one that is no repetition; None while there may be more of those."""
+        # The end of the tail (exclusive); valid once ``start_row`` is set.
         self.end_row = 0
-        """The row after the last one of all, once ``start_row`` is known."""
 
     def start(self) -> None:
-        """Have the ring refuse all rows but these, and settle where they begin and end."""
+        """Refuse callers' rows from now on, and fix where the tail starts and ends; idempotent."""
         ring = self._ring
         ring.refuse_new_rows()
         with ring.packing_lock:
@@ -32,20 +35,22 @@ class ResendTail:
 
     @property
     def packed(self) -> int:
-        """How many of them are packed."""
+        """Number of tail rows that are packed."""
         return 0 if self.start_row is None else self._ring.packed - self.start_row
 
     def pack(self) -> int:
-        """Pack as many of them as there is room for, in cycles if there were fewer rows; gives how many are left.
+        """Pack as many tail rows as there is room for; return how many are left.
 
-        To be called when all rows before them are acked: so there is always room for one more soon.
+        Call this only when all rows before the tail are acked. Then there is always room for one more row soon.
 
         Raises:
-            RuntimeError: a copy failed, as `Ring.clear_uncommitted_copy` says.
+            RuntimeError: a device failed to copy rows (`Ring.clear_uncommitted_copy`).
         """
         ring = self._ring
         with ring.packing_lock:
+            # If callers sent fewer rows than the tail has, the tail repeats them several times.
             period = min(ring.keep_acked, self.start_row or 0)
+            # An interrupted caller may have left a copy that still writes into the next free rows: pack nothing then.
             while ring.packed < self.end_row and ring.clear_uncommitted_copy():
                 slot, rows = ring.next_free_run(self.end_row - ring.packed)
                 if rows:
@@ -56,45 +61,50 @@ class ResendTail:
 
 
 class UndeliveredRows:
-    """Rows of ``ring`` that another server can be given: those kept after their acks, and those un-acked.
+    """Rows of ``ring`` to hand over to another server: the un-acked ones, and those kept after their acks.
 
     Args:
-        ring: of a connection that has ended.
-        sent: the row after the last one that was accepted.
-        copied_end: the row after the last one whose bytes are there; those after it, a device had not copied yet.
+        ring: ring of a connection that has ended.
+        sent: end (exclusive) of the rows that callers sent.
+        copied_end: end (exclusive) of the rows whose bytes are in host memory; a device had not copied those after it.
     """
 
     def __init__(self, ring: Ring, sent: int, copied_end: int) -> None:
+        # The ring that holds the bytes.
         self._ring = ring
+        # End of the rows that callers sent.
         self._sent = sent
+        # End of the rows that the lost server acked.
         self._acked = min(ring.acked, sent)
+        # The first row to hand over, and the next one: those before it are handed over already.
         self._first = self._next = min(ring.released, sent)
+        # End of the rows that can be handed over.
         self._end = max(self._first, copied_end)
 
     @property
     def remaining(self) -> int:
-        """Rows that are still to be passed on."""
+        """Number of rows still to hand over."""
         return self._end - self._next
 
     @property
     def handed_over(self) -> int:
-        """Rows that were."""
+        """Number of rows handed over."""
         return self._next - self._first
 
     @property
     def unacked(self) -> int:
-        """Rows that nobody acked or was given."""
+        """Number of rows that are neither acked nor handed over."""
         return self._sent - max(self._next, self._acked)
 
     @property
     def unrecoverable(self) -> int:
-        """Of those, the ones that nobody can be given, since their bytes are not there."""
+        """Number of un-acked rows that cannot be handed over, because no device copied their bytes in time."""
         return self._sent - max(self._end, self._acked)
 
     def view(self) -> memoryview:
-        """The bytes of the next rows, of as many as lie together."""
+        """Return the bytes of the next rows, as many as are contiguous in memory."""
         return self._ring.view(self._next, self._end)
 
     def mark_handed_over(self, rows: int) -> None:
-        """So many of them are somebody else's now."""
+        """Count the next ``rows`` rows as handed over."""
         self._next += rows

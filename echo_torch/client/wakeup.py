@@ -1,7 +1,9 @@
-"""Who sleeps in ``poll``, and how other threads make them look up: the I/O thread, and the leader of those who wait.
+"""Threads that sleep in ``poll``, and how other threads wake them.
 
-Of the callers that wait for acks, the `AckPoller` polls the socket itself, which spares two thread switches. Whoever else
-reads the acks that it waits for has to wake it. The others park, and lead when it is their turn.
+* The I/O thread sleeps on a `WakeUp`.
+* Of the callers that wait for acks, one becomes the ack poller: it polls the socket itself (`AckPoller`), which saves
+  two thread switches. The other waiting callers park, and one of them takes over when the ack poller is done.
+* If any other thread reads acks that the ack poller waits for, it must wake the ack poller.
 """
 
 from __future__ import annotations
@@ -17,28 +19,33 @@ from echo_torch.support.interrupts import owned_by_this_thread
 
 
 class WakeUp:
-    """A pair of descriptors: one to poll, one to write to.
+    """A pair of descriptors: the sleeper polls one, other threads write to the other.
 
-    Callable from any thread and after `close`. The lock keeps a wake-up from being written to a descriptor that was
-    closed in between and may be somebody else's by now. Whoever kicks has made what it is about visible before. An
-    interrupt inside `wake` may lose that wake-up and those that follow, until the sleeper wakes by itself.
+    * Any thread may call any method, also after `close`. The lock keeps `wake` from writing to a descriptor that was
+      just closed and may belong to somebody else by now.
+    * Before you call `wake`, make your change visible.
+    * An interrupt inside `wake` may lose that wake-up and those after it, until the sleeper wakes by itself.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # held inside `wake` and `close`, as only a signal handler can find
+        # Held only inside `wake` and `close`. A caller that already owns it is a signal handler that interrupted one of
+        # them.
+        self.lock = threading.RLock()
+        # Whether `wake` was called since the last `clear`; then another byte is not needed.
         self._is_woken = False
+        # The end that `wake` writes to; None before `open`.
         self._writer: socket.socket | None = None
+        # The end to poll; exists since `open`.
         self.reader: socket.socket
-        """The end to poll; there since `open`."""
 
     def open(self) -> None:
-        """Make the descriptors; until then, and after `close`, a kick does nothing."""
+        """Create the descriptors; before this, and after `close`, `wake` does nothing."""
         self.reader, self._writer = socket.socketpair()
         self.reader.setblocking(False)
         self._writer.setblocking(False)
 
     def wake(self, force: bool = False) -> None:
-        """Wake the sleeper, unless that was done and it has not looked since; or anyway."""
+        """Wake the sleeper, unless a wake-up is pending already; with ``force``, in any case."""
         if self._is_woken and not force:
             return
         self._is_woken = True
@@ -47,45 +54,60 @@ class WakeUp:
                 self._writer.send(b"\0")
 
     def clear(self, readable: bool) -> None:
-        """From now on a kick wakes again; to be called whenever the sleeper wakes, before it looks at anything.
+        """Take the pending wake-ups, so that the next `wake` wakes again.
 
-        ``readable`` is whether ``poll`` found the reader so. If not, a kick may have been interrupted half-way.
+        The sleeper calls this whenever it wakes, before it looks at anything.
+
+        Args:
+            readable: whether ``poll`` reported the reader as readable. It may not be although a wake-up is pending, if
+                an interrupt hit `wake` before it wrote.
         """
         if readable:
             with contextlib.suppress(OSError):
                 self.reader.recv(64)
-        # Only now: the byte of a kick that came in between would have been taken for that of the one before.
+        # Only now. If this came first, `recv` could take the byte of a newer wake-up together with the old one, and
+        # `_is_woken` would stay set: nobody would wake the sleeper again.
         self._is_woken = False
 
     def close(self) -> None:
+        """Close the descriptors; idempotent."""
         with self.lock:
             self.detach_after_fork()
 
     def detach_after_fork(self) -> None:
-        """Close a forked child's copies, which no other thread can be using, without the lock, which one may hold."""
+        """In a forked child: close its copies of the descriptors.
+
+        Takes no lock: no other thread of the child can use them, and the fork may have copied the lock as held.
+        """
         if self._writer is not None:
             self.reader.close()
             self._writer.close()
 
 
 class AckPoller:
-    """Who polls a socket for acks; at most one thread at a time."""
+    """Lets one caller at a time, the ack poller, poll the socket for acks."""
 
     def __init__(self) -> None:
+        # The socket to poll; None for none.
         self._sock: socket.socket | None = None
+        # Held by the thread that polls.
         self._lock = threading.RLock()
-        self._thread_id = 0  # the one that leads; 0 for none
+        # Identifier of the thread that polls; 0 for none.
+        self._thread_id = 0
+        # Polls the socket and the wake-up.
         self._poller = select.poll()
+        # Ends the poll early.
         self._wake_up = WakeUp()
-        self.lock = self._wake_up.lock  # held inside `wake` and `close`, as only a signal handler can find
+        # The wake-up's lock, to check for calls from signal handlers.
+        self.lock = self._wake_up.lock
 
     def open(self) -> None:
-        """Make the descriptors."""
+        """Create the descriptors."""
         self._wake_up.open()
         self._poller.register(self._wake_up.reader, select.POLLIN)
 
     def set_socket(self, sock: socket.socket | None) -> None:
-        """Poll this socket from the next time on, and no other; None for none."""
+        """Poll this socket from the next poll on; None for none."""
         if self._sock is not None:
             self._poller.unregister(self._sock)
         self._sock = sock
@@ -93,23 +115,30 @@ class AckPoller:
             self._poller.register(sock, select.POLLIN)
 
     def poll_for_acks(self, waiter: Waiter, seconds: float) -> bool:
-        """Poll until acks came, `wake` was called, or ``seconds`` passed; False, at once, if somebody else leads.
+        """Block until acks arrive, `wake` is called, or ``seconds`` have passed; reads nothing.
 
-        Reads nothing. ``waiter`` is the caller's own.
+        Args:
+            waiter: the caller's own.
+            seconds: most seconds to block.
+
+        Returns:
+            False, at once, if another thread polls already.
         """
         lock = self._lock
         try:
-            if owned_by_this_thread(lock) or not lock.acquire(
-                False
-            ):  # a signal handler that interrupted the leader does not poll
+            # A signal handler that interrupted the ack poller does not poll: the RLock would let it in.
+            if owned_by_this_thread(lock) or not lock.acquire(False):
                 return False
+            # From here on, `wake` knows whom to wake. Before, a thread that acked our rows could only wake the waiter.
             self._thread_id = threading.get_ident()
-            if not waiter.is_woken:  # before anybody knew who leads
+            if not waiter.is_woken:
                 self._poll(seconds)
             self._thread_id = 0
             lock.release()
             return True
         except BaseException:
+            # An interrupt may come before or after the lock was acquired: only the lock knows. Inline, with no call
+            # before the release, since a second interrupt can strike where a Python function begins.
             try:  # noqa: SIM105
                 lock.release()
             except RuntimeError:
@@ -117,19 +146,21 @@ class AckPoller:
             raise
 
     def _poll(self, seconds: float) -> None:
-        # Of descriptors that were closed just now, or are somebody else's since, it can only learn to look again.
+        # If a descriptor was just closed, or is somebody else's by now, ``poll`` may return early. That is harmless:
+        # the caller then looks at the counters again.
         events = dict(self._poller.poll(clamp_timeout(seconds) * 1000))
         self._wake_up.clear(self._wake_up.reader.fileno() in events)
 
     def wake(self) -> None:
-        """Have the leader, if that is another thread, look at the counters."""
+        """Make the ack poller look at the counters, if it is another thread."""
         if self._thread_id and self._thread_id != threading.get_ident():
             self._wake_up.wake(force=True)
 
     def close(self) -> None:
+        """Wake the ack poller and close the descriptors."""
         self.wake()
         self._wake_up.close()
 
     def detach_after_fork(self) -> None:
-        """In a forked child, as `WakeUp.detach_after_fork`."""
+        """In a forked child: close its copies of the descriptors, without a lock (`WakeUp.detach_after_fork`)."""
         self._wake_up.detach_after_fork()

@@ -1,15 +1,15 @@
 """One or several learners: which of them gets a batch, and what happens when one is lost.
 
-* `route`: how a sink uses one client: our own takes blocks of rows, others take sample after sample.
+* `route`: how a sink uses one client. `TcpClient` takes blocks of rows, other clients take one sample at a time.
 * `connector`: opens the connections from the sink's arguments, in the training process and in DataLoader workers.
 * `partition`: checks the user's routing function and what it returns.
-* `balancer`: sends to several learners, in turns, by load, or as the function says.
+* `balancer`: sends to several learners, in turns, by load, or as the user's function says.
 * `failover`: hands the undelivered rows of a lost learner to the others.
-* `prefix`: how many of the first samples are acked, when several learners ack independently.
+* `prefix`: how many samples, counted from the first, are acked when several learners ack independently.
 
 Rules:
 
-* Each learner has a client of its own, with that client's promises.
-* Locks, outermost first: prefix, failover, then those of `client`. Both are held for moments, never while waiting.
-* With failover, rows of a lost learner go out before anything new does.
+* Each learner has its own client, with that client's guarantees.
+* Locks, outermost first: prefix, failover, then those of `client`. Never wait while you hold the first two.
+* With failover, the rows of a lost learner go out before any new rows.
 """

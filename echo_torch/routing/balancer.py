@@ -1,10 +1,10 @@
-"""A route to several learners: which of them gets what.
+"""A route to several learners: decides which of them gets which samples.
 
-* Each learner has a route of its own, which keeps the promises. A batch goes to one of them; or, by a function of the
-  user's, its samples to several.
-* Where another learner could take a batch, nobody waits for one: a send comes in slices, and looks again which learner
-  it should be after each.
-* With failover, what a lost learner may not have goes to the others (`failover`), before anything else is sent.
+* Each learner has its own route, and the delivery guarantees are that route's. A batch goes to one learner, or the
+  user's function splits it among several.
+* If several learners could take a batch, a send does not wait long for one of them. It waits in slices of
+  `SEND_SLICE_S` and chooses the learner again after each.
+* With failover, the undelivered samples of a lost learner go to the others before anything new is sent (`failover`).
 """
 
 from __future__ import annotations
@@ -31,48 +31,63 @@ from .prefix import AckedPrefix
 
 _log = logging.getLogger(__name__)
 
-# Seconds that a send waits for one learner before it looks whether another has room. A learner that drains frees a
-# batch's room in less.
+# Seconds that a send waits for one learner before it looks for another with room. A learner that drains frees room for
+# a batch in less.
 SEND_SLICE_S = 0.01
-# The share of its time that `close` keeps for the tails of those learners that have acked everything; and seconds, at
-# the most.
+# The share of its timeout that `close` reserves for the replay tails of the learners that have acked everything, and
+# the most seconds for that.
 RESEND_SHARE = 0.1
 MAX_RESEND_S = 1.0
 
+# The timeout in the message of one learner's `DeliveryTimeoutError`.
 _TIMEOUT_TEXT = re.compile(r"within [\d.e-]+ s")
+# Errors of this wing, which `Balancer._to_public_error` turns into public ones.
 _ROUTING_ERRORS = (NoLearnerLeftError, NoRoomError, UncopiedRowsError)
 
 
 class Balancer:
-    """Sends to several learners, as a `Route`.
+    """A `Route` to several learners.
+
+    ``least_inflight`` and ``failover`` need a `TcpClient` for every learner.
 
     Args:
-        name: of all of them, for messages.
+        name: how messages name all learners together.
         learners: the learners.
-        least_inflight: whether a batch goes to the one that has the fewest samples un-acked, of those that have room
-            for it; otherwise they take turns, unless the batch says whose it is (`Match.shards`). Only for routes into
-            our own client, as is failover.
-        failover: whether the others get the share of one that is gone.
-        stall_timeout: seconds without room anywhere after which `send` raises; None for ever.
+        least_inflight: whether a batch goes to the learner with the fewest un-acked samples, of those with room for it.
+            If not, they take turns, unless the batch says which learner gets what (`Match.shards`).
+        failover: whether the other learners get the share of a lost one.
+        stall_timeout: seconds without room at any learner after which `send` raises; None for no limit.
     """
 
     def __init__(
         self, name: str, learners: Sequence[Learner], least_inflight: bool, failover: bool, stall_timeout: float | None
     ) -> None:
+        # How messages name all learners together.
         self._name = name
+        # The learners, lost ones included; a batch's shards are indices into this.
         self._learners = learners
+        # Whether a batch goes to the learner with the fewest un-acked samples.
         self._least_inflight = least_inflight
+        # Whether the other learners get the share of a lost one.
         self._failover_enabled = failover
+        # Seconds without room at any learner after which `send` raises; None for no limit.
         self._stall_timeout = stall_timeout
+        # Hands over the samples of lost learners, and counts them where they are now.
         self._failover = Failover(learners)
+        # Turns the learners' counts into one prefix of acked samples.
         self._acked_prefix = AckedPrefix()
+        # Guards `_acked_prefix` and `_last_progress`.
         self._acked_prefix_lock = threading.RLock()
+        # Number of the next batch; says whose turn it is.
         self._round_robin = itertools.count()
+        # Whether `close` was called.
         self._closing = False
-        self._loss_reported = False  # whether a caller was told that nobody is left
+        # Whether a call has raised that no learner is left, so that `close` need not raise it again.
+        self._loss_reported = False
+        # What `progress` last returned.
         self._last_progress = 0, 0
 
-    # What became of the samples.
+    # Counts and state.
 
     @property
     def closed(self) -> bool:
@@ -91,14 +106,19 @@ class Balancer:
 
     def progress(self) -> tuple[int, int]:
         if owned_by_this_thread(self._acked_prefix_lock) or self._failover.owned_by_this_thread:
-            return self._last_progress  # for a signal handler: as it was
+            # A signal handler interrupted this method or a failover step: the counts are half-way between two states.
+            return self._last_progress
         with self._acked_prefix_lock:
             total, sent, acked = self._failover.progress()
             self._last_progress = total, min(total, self._acked_prefix.update(total, sent, acked))
             return self._last_progress
 
     def times(self) -> Times:
-        """Callers wait for one learner at a time, but connections side by side: so of their waits, the mean."""
+        """Return the times of all learners, added up.
+
+        A caller waits for one learner at a time, so the callers' seconds add up. Connections wait in parallel, so their
+        ``waiting`` is the mean and ``connected`` the maximum.
+        """
         each = [learner.route.times() for learner in self._learners]
         total = each[0]
         for times in each[1:]:
@@ -130,6 +150,7 @@ class Balancer:
             try:
                 self._send_share(share, first, deadline)
             except (ConnectionClosedError, DeliveryTimeoutError) as error:
+                # The batch was split, so the samples not accepted are no simple end of it: name them.
                 if rows is not None:
                     left = [rows[error.rows_accepted :], *(others for _, others in shares[number + 1 :])]
                     error.rows_left = np.concatenate(left).tolist()
@@ -138,7 +159,7 @@ class Balancer:
             done += share.rows
 
     def _split_by_learner(self, match: Match) -> list[tuple[int, Any]]:
-        """Which learner is to have which samples; None for all of them."""
+        """Return pairs: a learner's index, and the indices of its samples or None for the whole batch."""
         shards = match.shards
         if shards is None:
             return [(next(self._round_robin) % len(self._learners), None)]
@@ -147,7 +168,13 @@ class Balancer:
         return [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
 
     def _send_share(self, match: Match, first: int, deadline: Deadline) -> None:
-        """To the learner ``first``, if they take turns, or whoever is to have it in its place."""
+        """Send samples to one learner or, slice by slice, to several.
+
+        Args:
+            match: the samples.
+            first: index of the learner whose turn it is; another one gets the samples if that one cannot.
+            deadline: when to give up.
+        """
         rows, done, stall = match.rows, 0, deadline.within(self._stall_timeout)
         try:
             while True:
@@ -155,6 +182,7 @@ class Balancer:
                 done += accepted
                 if done == rows:
                     return
+                # Room was found, so the stall timeout starts again.
                 if accepted:
                     stall = deadline.within(self._stall_timeout)
                 if stall.expired:
@@ -166,7 +194,7 @@ class Balancer:
             raise public_error from error.__cause__
 
     def _send_some(self, match: Match, first: int, deadline: Deadline) -> int:
-        """As much as one learner takes before another might; gives how many samples."""
+        """Send samples to one learner until it is time to choose again; return how many it accepted."""
         if self._failover_enabled:
             self._failover.pass_on_all(deadline, self._stall_timeout)
         learner, others = self._choose_learner(first, match.rows)
@@ -176,7 +204,9 @@ class Balancer:
         except DeliveryTimeoutError as error:
             if not others:
                 raise
-            if not error.rows_accepted:  # at once, from one that has acked nothing for ``stall_timeout``
+            # A learner that has acked nothing for ``stall_timeout`` makes its client raise at once. Sleep for the rest
+            # of the slice, or the caller's loop would spin.
+            if not error.rows_accepted:
                 time.sleep(limit.remaining())
             return error.rows_accepted
         except ConnectionClosedError as error:
@@ -186,19 +216,31 @@ class Balancer:
         return match.rows
 
     def _choose_learner(self, first: int, rows: int) -> tuple[Learner, bool]:
-        """Who is to have the next samples, and whether that is to be asked again if there is no room."""
+        """Choose the learner for the next samples.
+
+        Args:
+            first: index of the learner whose turn it is.
+            rows: number of samples to send.
+
+        Returns:
+            The learner, and whether another one could take the samples if this one has no room.
+        """
         learners = self._learners
         if not self._failover_enabled:
-            lost = [learner for learner in learners if learner.route.closed]  # whose `send` says so
+            # Without failover one lost learner ends the route. Choose it, so that its own `send` raises why.
+            lost = [learner for learner in learners if learner.route.closed]
             if lost or not self._least_inflight:
                 return (lost or learners[first:])[0], False
         alive = [learner for learner in (*learners[first:], *learners[:first]) if not learner.route.closed]
         if not alive:
             raise NoLearnerLeftError("no learner is left")
+        # A learner that is reconnecting is chosen only if there is no other.
         usable = [learner for learner in alive if not (self._failover_enabled and learner.is_disconnected)] or alive
         if not self._least_inflight:
             return usable[0], len(alive) > 1
-        if len(usable) > 1:  # who has no room at all may have been stopped
+        # A learner without any room may have stopped, however few samples it has un-acked. So prefer those with room
+        # for all samples, then those with room for some.
+        if len(usable) > 1:
             with_room = [learner for learner in usable if learner.free_rows]
             usable = [learner for learner in with_room if learner.free_rows >= rows] or with_room or usable
         return min(usable, key=lambda learner: learner.route.counts().unacked), len(alive) > 1
@@ -214,7 +256,12 @@ class Balancer:
             raise self._to_public_error(error, "wait", deadline) from error.__cause__
 
     def _wait(self, deadline: Deadline, include_lost: bool = True) -> None:
-        """Until everything is acked, by whomever; or all but what is lost, without failover."""
+        """Block until every sample is acked by a learner that has it now.
+
+        Args:
+            deadline: when to give up.
+            include_lost: without failover, whether to wait for lost learners too, which raises their error.
+        """
         again = True
         while again:
             again = self._failover_enabled and self._failover.pass_on_all(deadline, self._stall_timeout)
@@ -226,12 +273,12 @@ class Balancer:
             for learner in learners:
                 if not self._wait_for(learner, deadline):
                     again = True
-            # What one left meanwhile, another caller may have passed on to one that was waited for before.
+            # Another caller may have handed over a lost learner's samples to one that this loop had waited for before.
             again = again or any(learner.undelivered is not None for learner in learners)
         self._failover.raise_if_uncopied()
 
     def _wait_for(self, learner: Learner, deadline: Deadline) -> bool:
-        """Wait for one; False if it is gone, and others have to see to what it left."""
+        """Wait for one learner; return False if it is lost, so that its samples must be handed over."""
         try:
             learner.route.wait(deadline.timeout_left)
         except ConnectionClosedError:
@@ -248,46 +295,59 @@ class Balancer:
             if not self._failover.closed:
                 self._deliver_all(deadline, problems)
             self._close_all(deadline, problems)
-        except BaseException:  # an interrupt: as with one learner, the rest is left to the threads
+        except BaseException:  # an interrupt: as with one learner, the I/O threads deliver the rest
             self._abandon_all()
             raise
         raise_first(problems)
 
     def _deliver_all(self, deadline: Deadline, problems: list[Exception]) -> None:
+        """Wait for all acks; keep some time for the replay tails, and add errors to ``problems``."""
         timeout = deadline.timeout
         reserved = 0.0 if timeout is None else min(MAX_RESEND_S, RESEND_SHARE * timeout)
         try:
-            # Without failover, who is lost already says so when it is closed, unless that was told.
+            # Without failover, do not wait for lost learners: their own `close` raises, unless a call did before.
             self._wait(Deadline(None if timeout is None else timeout - reserved), include_lost=self._failover_enabled)
         except DeliveryTimeoutError:
-            pass  # whoever is late will say so
+            pass  # the `close` of each late learner raises
         except (ConnectionClosedError, *_ROUTING_ERRORS) as error:
             if not (self._loss_reported and isinstance(error, NoLearnerLeftError)):
                 problems.append(self._to_public_error(error, "close", deadline))
 
     def _close_all(self, deadline: Deadline, problems: list[Exception]) -> None:
+        """Close every route, and add errors to ``problems``."""
+        # From here on, an ended connection is no lost learner.
         self._failover.closed = True
+        # The learners with the least left come first: a late one would use up the others' time.
         for learner in sorted(self._learners, key=lambda learner: learner.route.counts().unacked):
             try:
                 learner.route.close(deadline.timeout_left)
             except (ConnectionClosedError, DeliveryTimeoutError) as error:
-                if learner.undelivered is None:  # otherwise it is with others, or was told of
+                # Otherwise other learners have its samples, or `_deliver_all` has recorded an error.
+                if learner.undelivered is None:
                     problems.append(self._to_public_error(error, "close", deadline))
 
     def _abandon_all(self) -> None:
+        """Let every client's I/O thread deliver the rest and end, without waiting."""
         self._failover.closed = True
         for learner in self._learners:
             if learner.client is not None:
                 learner.client.abandon()
         left = self._failover.count_pending()
         if left:
-            text = "%s: close() was interrupted before %d samples of a learner that is gone were passed on"
+            # Only callers hand over samples, so nobody will do that now.
+            text = "%s: close() was interrupted; %d samples of a lost learner were not passed on to the others"
             _log.warning(text, self._name, left)
 
     def _to_public_error(
         self, error: Exception, call: str = "", deadline: Deadline | None = None
     ) -> ConnectionClosedError | DeliveryTimeoutError:
-        """What callers are told, with the count of what all learners have not acked."""
+        """Return the error to raise to the caller, with the number of samples that no learner has acked.
+
+        Args:
+            error: a routing error, or the error of one learner's route.
+            call: name of the public method.
+            deadline: the deadline of that call.
+        """
         unacked = self.counts().unacked
         public_error = error
         if not isinstance(public_error, (ConnectionClosedError, DeliveryTimeoutError)):
@@ -301,7 +361,7 @@ class Balancer:
             text = f"{self._name}: {what}; {unacked} samples un-acked"
             public_error = DeliveryTimeoutError(f"{text}; delivery goes on") if late else ConnectionClosedError(text)
         elif isinstance(public_error, DeliveryTimeoutError) and deadline is not None and deadline.expired:
-            # One learner knows what was left of the time, and not how much there was.
+            # One learner's message names the time that was left for it. Name the timeout of the whole call instead.
             public_error = DeliveryTimeoutError(
                 _TIMEOUT_TEXT.sub(f"within {deadline.timeout:g} s", str(error), count=1)
             )

@@ -1,4 +1,11 @@
-"""How a sink's connections are opened, in the process that trains and in a DataLoader's workers."""
+"""Opens a sink's connections, in the training process and in DataLoader workers.
+
+* One learner gets a plain route, several get a `Balancer` over one route each.
+* Without failover, every learner must be reachable. With failover one is enough, and each unreachable learner gets an
+  `UnreachableRoute`, so that indices stay valid.
+* A worker gets less memory and less time to reconnect than the training process, because there may be many workers and
+  the loader waits for them.
+"""
 
 from __future__ import annotations
 
@@ -25,42 +32,58 @@ _log = logging.getLogger(__name__)
 
 Address = tuple[str, int]
 
-# Seconds to connect to all of several learners, at first, where not all are needed.
+# Seconds for the first try to connect to each learner with failover, where not all are needed.
 FIRST_ATTEMPT_S = 1.0
-# Most payload bytes un-acked at a time: more than a fast network's bandwidth-delay product, and few enough that what
-# a cut may duplicate stays small.
+# Most payload bytes un-acked at a time: more than a fast network's bandwidth-delay product, and few enough that a lost
+# connection duplicates few samples.
 WINDOW_BYTES = 8 * 1024 * 1024
-# Host memory by default, and in each of a loader's workers, of which there may be many.
+# Bytes of host memory for samples by default, and in each DataLoader worker, of which there may be many.
 BUFFER_BYTES = 64 * 1024 * 1024
 WORKER_BUFFER_BYTES = 16 * 1024 * 1024
-# Seconds that `close` gives the server where it does not send the tail once more: five times as long as one took that
-# was not busy.
+# Seconds that `close` waits for the server to empty its queue if it does not send the replay tail: five times as long
+# as a server took that was not busy.
 CLOSE_LINGER_S = 0.1
-# Seconds that a DataLoader's worker may try to open a lost connection again: the loader grants 5 s at its end.
+# Most seconds that a DataLoader worker tries to reconnect: the loader waits only 5 s for a worker to end.
 WORKER_RECONNECT_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Connector:
-    """The arguments of an `EchoSink` that its connections depend on, checked."""
+    """The checked arguments of an `EchoSink` that concern its connections."""
 
+    # Host and port of each learner.
     addresses: Addresses
+    # Whether a batch goes to the learner with the fewest un-acked samples.
     least_inflight: bool
+    # Whether the other learners get the share of a lost one.
     failover: bool
+    # The client's class, or a function that returns a client.
     make_client: Callable[..., Client]
+    # Most samples un-acked at a time, at each learner.
     max_inflight_msgs: int
+    # Bytes of host memory for samples, at each learner; None for the default.
     buffer_bytes: int | None
+    # Most seconds to connect; None for no limit.
     connect_timeout: float | None
+    # Seconds without an ack after which waiting calls raise; None for no limit.
     stall_timeout: float | None
+    # Seconds to try to reconnect after a loss; 0 to fail at once.
     reconnect: float
+    # How many acked samples each client keeps, to send them again.
     resend_acked: int
+    # Whether `close` sends these once more.
     resend_at_close: bool
+    # How to speak TLS; None for plain connections.
     tls: TLS | None
 
     def check(self, spec: SampleSpec) -> None:
-        """ValueError if the buffer holds too few samples, or the client cannot do what is wanted."""
+        """Check the arguments against the samples' size and the client.
+
+        Raises:
+            ValueError: the buffer is too small, or the client does not support an argument.
+        """
         if self.tls is not None and not self._makes_tcp_client:
-            raise ValueError("tls: only TcpClient has it; give the client that you have in its place its own")
+            raise ValueError("tls: only TcpClient has it; configure TLS in your own client instead")
         if self._makes_tcp_client:
             rows_in_buffer(spec.payload_size, self.buffer_bytes or BUFFER_BYTES, self.resend_acked)
         elif len(self.addresses) > 1 and (self.least_inflight or self.failover):
@@ -69,16 +92,16 @@ class Connector:
 
     @property
     def acked_at_risk(self) -> int:
-        """How many samples that the server acked it may discard if a connection breaks off."""
+        """Number of acked samples that the servers may discard if their connections are lost."""
         return self.resend_acked * len(self.addresses) if self._makes_tcp_client else 0
 
     @property
     def learner_names(self) -> list[str]:
-        """How messages name them."""
+        """Each learner as ``host:port``, for messages."""
         return [peer_name(*address) for address in self.addresses]
 
     def open_route(self, spec: SampleSpec, timeout: float | None) -> Route:
-        """Connect, in ``timeout`` seconds at the most; raises as the client does."""
+        """Connect to the learners, within ``timeout`` and ``connect_timeout`` seconds; raises as the client does."""
         limits = [limit for limit in (self.connect_timeout, timeout) if limit is not None]
         deadline = Deadline(min(limits, default=None))
         if len(self.addresses) == 1:
@@ -92,18 +115,26 @@ class Connector:
             )
         except BaseException:
             for route in routes.values():
-                with contextlib.suppress(Exception):  # that of a client which is not ours; the others come next
+                # An error in a custom client's `close` must not keep the other routes open.
+                with contextlib.suppress(Exception):
                     route.close(0)
             raise
 
     def _open_all(self, spec: SampleSpec, deadline: Deadline, routes: dict[Address, Route]) -> None:
-        """All of them; with failover, at least one."""
+        """Open a route to every address; with failover, to at least one.
+
+        Args:
+            spec: what a sample is.
+            deadline: when to give up.
+            routes: filled one by one, so that the caller can close what is open if this raises.
+        """
         problem = None
+        # With failover: a short try for each, then a second round with the rest of the time for those that failed.
         for attempt_timeout in (FIRST_ATTEMPT_S, None) if self.failover else (None,):
             missing = [address for address in self.addresses if address not in routes]
             for number, address in enumerate(missing):
                 limit = deadline.within(attempt_timeout)
-                if self.failover:  # the others shall have their share of the time
+                if self.failover:  # leave the others their share of the time
                     limit = limit.within(limit.remaining() / (len(missing) - number))
                 try:
                     routes[address] = self._open_one(spec, address, limit.timeout_left)
@@ -119,6 +150,7 @@ class Connector:
                 routes[address] = UnreachableRoute(peer_name(*address))
 
     def _open_one(self, spec: SampleSpec, address: Address, timeout: float | None) -> Route:
+        """Connect to one learner and wrap the client in the route that fits it."""
         window = max(1, min(self.max_inflight_msgs, WINDOW_BYTES // spec.payload_size))
         arguments = (*address, spec.numpy_sample(), window)
         client = self.make_client(*arguments, **(self._client_options(spec, timeout) if self._makes_tcp_client else {}))
@@ -127,6 +159,7 @@ class Connector:
         return OtherClientRoute(client, spec, peer_name(*address))
 
     def _client_options(self, spec: SampleSpec, timeout: float | None) -> dict[str, Any]:
+        """Return the keyword arguments that only `TcpClient` takes."""
         in_worker = get_worker_info() is not None
         default = BUFFER_BYTES
         if in_worker:
@@ -145,5 +178,8 @@ class Connector:
 
     @property
     def _makes_tcp_client(self) -> bool:
-        """Whether the client takes our options; a function that returns a `TcpClient` has seen to them itself."""
+        """Whether ``make_client`` is `TcpClient` or a subclass, and so takes its options.
+
+        A function that returns a `TcpClient` does not get them: it has chosen its own.
+        """
         return isinstance(self.make_client, type) and issubclass(self.make_client, TcpClient)

@@ -1,10 +1,9 @@
-"""What learners that were lost for good leave to the others: the samples that they may not have.
+"""Hands over the undelivered samples of lost learners to the others.
 
-* They are passed on in steps that wait for nothing, so that the lock which makes them one caller's at a time is held
-  for moments only.
-* It is callers who pass on, and in a child the thread that reports: nobody does for a sink that was dropped.
-* What was passed on is counted where it is now, and no more where it was.
-* An interrupt between a sample's being passed on and its being noted sends it twice.
+* Each step runs under the failover lock and waits for no learner, so the lock is held for moments only.
+* Callers take these steps, and so does the reporting thread in a child process. For a dropped sink nobody does.
+* A sample that was handed over counts at its new learner, and no longer at the lost one.
+* An interrupt after a sample is handed over, and before that is recorded, sends the sample twice.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from .route import Route, TcpClientRoute
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two tries to pass something on while nobody has room.
+# Seconds between two tries to hand over samples while no learner has room.
 PASS_ON_RETRY_S = 0.002
 
 
 class NoLearnerLeftError(Exception):
-    """All learners are gone."""
+    """All learners are lost."""
 
 
 class NoRoomError(Exception):
@@ -37,51 +36,59 @@ class NoRoomError(Exception):
 
 
 class UncopiedRowsError(Exception):
-    """Samples are lost that had not been copied from their device when a learner was."""
+    """Samples are lost because their learner was lost before the device had copied them to the host."""
 
 
 class Learner:
     """One of several learners, and the route to it."""
 
     def __init__(self, route: Route) -> None:
+        # The route to this learner.
         self.route = route
+        # Its client if that is a `TcpClient`, which can do more than others; else None.
         self.client = route.client if isinstance(route, TcpClientRoute) else None
-        """Ours, which tells more than others."""
+        # The rows that the others must get, once this learner is lost; None before.
         self.undelivered: UndeliveredRows | None = None
-        """What it left to the others when it was lost."""
+        # How many samples each of the learners must have acked, in their order, for all rows of this one to be acked;
+        # None until all are handed over.
         self.required_acks: tuple[int, ...] | None = None
-        """How much each of the others must have acked for that to be acked."""
 
     @property
     def is_disconnected(self) -> bool:
-        """Whether its connection is, for good or for now."""
+        """Whether the learner has no connection, for good or until it reconnects."""
         return self.route.closed or (self.client is not None and self.client.reconnecting)
 
     @property
     def free_rows(self) -> int:
-        """How many samples it takes without waiting."""
+        """Number of samples that the learner accepts without waiting."""
         return 0 if self.client is None else self.client.free_rows
 
 
 class Failover:
-    """Of all that are lost among ``learners``."""
+    """Takes over the rows of every lost learner in ``learners``, and hands them to the others."""
 
     def __init__(self, learners: Sequence[Learner]) -> None:
+        # All learners, lost ones included.
         self._learners = learners
-        self._lost_learners: list[
-            tuple[int, Learner, UndeliveredRows]
-        ] = []  # by index, in the order in which they were
+        # Index, learner and rows of each lost learner, in the order of the losses; replaced as a whole.
+        self._lost_learners: list[tuple[int, Learner, UndeliveredRows]] = []
+        # The failover lock: guards the handing over and its counts.
         self._lock = threading.RLock()
+        # How many uncopied samples `raise_if_uncopied` has reported.
         self._uncopied_reported = 0
+        # Whether `close` has begun to end connections: a connection that ends after that is no lost learner.
         self.closed = False
-        """Whether learners are not lost any more, but their connections ended."""
 
     def pass_on_all(self, deadline: Deadline, stall_timeout: float | None) -> bool:
-        """Pass on all that there is; gives whether there was anything.
+        """Hand over all rows of lost learners, waiting for room; return whether there were any.
+
+        Args:
+            deadline: when to give up.
+            stall_timeout: seconds without room at any learner after which to give up; None for no limit.
 
         Raises:
-            NoLearnerLeftError: to take it.
-            NoRoomError: in time.
+            NoLearnerLeftError: all learners are lost.
+            NoRoomError: no learner had room in time.
         """
         some, stall = False, deadline.within(stall_timeout)
         while self.count_pending():
@@ -89,52 +96,60 @@ class Failover:
             if self.pass_on_some():
                 stall = deadline.within(stall_timeout)
             elif stall.expired:
-                raise NoRoomError("no learner has room for what one that is gone has left")
+                raise NoRoomError("no learner has room for the samples of a lost one")
             else:
                 time.sleep(PASS_ON_RETRY_S)
         return some
 
     @property
     def owned_by_this_thread(self) -> bool:
-        """Whether the caller is a signal handler, or finaliser, that interrupted its own thread here."""
+        """Whether the caller is a signal handler or finalizer that interrupted a step on its own thread."""
         return owned_by_this_thread(self._lock)
 
     def count_pending(self) -> int:
-        """How many samples are still to be passed on."""
+        """Take over the rows of learners that were lost meanwhile; return how many rows are still to hand over.
+
+        Raises:
+            RuntimeError: a signal handler or finalizer interrupted a step on its own thread.
+        """
         if self.owned_by_this_thread:
-            raise RuntimeError("called by a signal handler or finaliser that interrupted the same sink's passing on")
+            raise RuntimeError("called by a signal handler or finalizer that interrupted failover of the same sink")
         for index, learner in enumerate(self._learners):
             if learner.undelivered is None and learner.client is not None and learner.client.failure is not None:
                 self._take_over(index, learner, learner.client)
         return sum(undelivered.remaining for _, _, undelivered in self._lost_learners)
 
     def _take_over(self, index: int, learner: Learner, client: TcpClient) -> None:
+        """Take the undelivered rows of a lost learner; does nothing if another caller was faster."""
         with self._lock:
             if learner.undelivered is not None or self.closed:
                 return
+            # Blocks until the lost connection's thread has ended, which has nothing left to do.
             undelivered = client.undelivered()
             lost = [*self._lost_learners, (index, learner, undelivered)]
-            # Nothing comes between the next two lines: what it left is passed on once.
+            # Nothing comes between the next two lines: the rows are taken over once.
             self._lost_learners = lost
             learner.undelivered = undelivered
-        text = "the learner is gone; its share, and %d samples that it may not have, go to the others: %s"
+        text = "the learner is gone; its share, and %d samples that it may not have stored, go to the others: %s"
         _log.warning(text, undelivered.remaining, client.failure)
 
     def pass_on_some(self) -> int:
-        """Some of it, without waiting; gives how many samples.
+        """Hand over some rows without waiting; return how many, 0 if no learner has room.
 
         Raises:
-            NoLearnerLeftError: to take it.
+            NoLearnerLeftError: all learners are lost.
         """
         with self._lock:
             undelivered = next(
                 (undelivered for _, _, undelivered in self._lost_learners if undelivered.remaining), None
             )
-            if undelivered is None:  # another caller was faster
+            # Another caller was faster. Return progress, so that callers look again.
+            if undelivered is None:
                 return 1
             alive = [learner for learner in self._learners if not learner.route.closed]
             if not alive:
                 raise NoLearnerLeftError("no learner is left")
+            # The learner with the most room; one that is reconnecting only if there is no other.
             target = max(
                 [learner for learner in alive if not learner.is_disconnected] or alive,
                 key=lambda learner: learner.free_rows,
@@ -142,12 +157,13 @@ class Failover:
             free_rows = target.free_rows
             if not free_rows or not isinstance(target.route, TcpClientRoute):
                 return 0
+            # An interrupt between these two calls sends the rows twice; the other order would lose them.
             taken = target.route.send_packed(undelivered.view(), free_rows)
             undelivered.mark_handed_over(taken)
             return taken
 
     def raise_if_uncopied(self) -> None:
-        """Raise, once, if samples are lost that were not copied from their device in time."""
+        """Raise `UncopiedRowsError` if samples were lost on their device; each sample is reported once."""
         with self._lock:
             uncopied, reported = (
                 sum(undelivered.unrecoverable for _, _, undelivered in self._lost_learners),
@@ -158,10 +174,10 @@ class Failover:
             what = f"{uncopied - reported} samples are lost, which had not been copied from their device by then"
             raise UncopiedRowsError(f"a learner is gone, and {what}")
 
-    # What became of the samples.
+    # Counts.
 
     def counts(self, all_lost: bool) -> Counts:
-        """Of all; ``all_lost`` if nobody is left to take anything."""
+        """Return the counts of all learners together; ``all_lost`` says that no learner is left."""
         with self._lock:
             each = [self._learner_counts(learner, all_lost) for learner in self._learners]
             return Counts(*map(sum, zip(*each, strict=True)))
@@ -170,6 +186,7 @@ class Failover:
         counts, undelivered = learner.route.counts(), learner.undelivered
         if undelivered is None:
             return counts
+        # The new learners' own counts contain the rows that were handed over.
         moved = undelivered.handed_over
         return counts._replace(
             sent=counts.sent - moved,
@@ -180,7 +197,10 @@ class Failover:
         )
 
     def progress(self) -> tuple[int, list[int], list[int]]:
-        """How many samples were sent in all, how many each was sent, and how many of these are acked, by whomever."""
+        """Return how many samples were sent in all, the numbers sent to each learner, and how many of those are acked.
+
+        A lost learner's samples count as acked when the learners that have them now acked them.
+        """
         with self._lock:
             each = [learner.route.progress() for learner in self._learners]
             sent, acked = [count for count, _ in each], [count for _, count in each]
@@ -189,15 +209,15 @@ class Failover:
             return sum(sent) - sum(undelivered.handed_over for _, _, undelivered in self._lost_learners), sent, acked
 
     def _count_passed_on_as_acked(self, sent: list[int], acked: list[int]) -> None:
-        """Count what was passed on as acked as soon as it is, by those who have it now."""
+        """Raise ``acked`` of each lost learner to all that it was sent, once the others have acked its rows."""
+        # Until all rows are handed over, nobody knows how far the others must have acked.
         if any(undelivered.remaining for _, _, undelivered in self._lost_learners):
             return
         sent_to_alive = tuple(
             0 if learner.undelivered is not None else count for count, learner in zip(sent, self._learners, strict=True)
         )
-        for index, learner, undelivered in reversed(
-            self._lost_learners
-        ):  # who was lost later may have had it in between
+        # The latest loss first: that learner may have had rows of one that was lost before it.
+        for index, learner, undelivered in reversed(self._lost_learners):
             learner.required_acks = learner.required_acks or sent_to_alive
             if all(map(int.__ge__, acked, learner.required_acks)):
                 acked[index] = sent[index] - undelivered.unrecoverable

@@ -1,7 +1,7 @@
-"""How many of the first samples are all acked, when they went to several learners.
+"""How many samples, counted from the first, are acked without a gap when they went to several learners.
 
-Each acks its own in order, but not all of them together. So it is remembered how much each had been sent by some
-moments; what was sent by then is acked when each has acked as much.
+Each learner acks its own samples in order, but the learners are not in step. So this module keeps snapshots of how many
+samples each learner had been sent. The samples up to a snapshot are acked when each learner has acked that many.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-# Most moments that are remembered; the latest makes way for another then.
+# Most snapshots to keep. If there are more, a new one replaces the latest, so that the oldest still make progress.
 MAX_SNAPSHOTS = 1024
 
 
 class AckedPrefix:
-    """Of what was sent; to be used by one thread at a time."""
+    """The length of the acked prefix; only one thread at a time may call it."""
 
     def __init__(self) -> None:
+        # For each snapshot, oldest first: samples sent to each learner, and samples sent in all.
         self._snapshots: deque[tuple[tuple[int, ...], int]] = deque()
+        # Length of the prefix that is known to be acked.
         self._acked = 0
 
     def update(self, total: int, sent: Sequence[int], acked: Sequence[int]) -> int:
-        """How many of the ``total`` samples, from the first on, are acked, as far as moments are remembered.
+        """Take a snapshot and return the length of the acked prefix, as far as snapshots tell.
 
         Args:
-            total: samples sent in all; some of them may be in ``sent`` twice.
-            sent: how many each learner was sent.
-            acked: how many of these are acked.
+            total: samples sent in all; samples that were handed over count once here and twice in ``sent``.
+            sent: samples sent to each learner.
+            acked: how many of those are acked, for each learner.
         """
         snapshots = self._snapshots
         if not snapshots or total > snapshots[-1][1]:

@@ -1,4 +1,9 @@
-"""How a batch that was checked reaches a client: as a block into our own ring, or row by row through another's."""
+"""Routes: how a checked batch reaches one client.
+
+* `TcpClientRoute` passes blocks of rows to a `TcpClient`.
+* `OtherClientRoute` passes one sample at a time to any other client.
+* `UnreachableRoute` stands for a learner that could not be reached.
+"""
 
 from __future__ import annotations
 
@@ -17,40 +22,49 @@ from echo_torch.support.interrupts import owned_by_this_thread
 
 
 class Route(Protocol):
-    """One open client, as `EchoSink` uses it. Timeouts are seconds, None for no limit."""
+    """One or several open clients, as `EchoSink` uses them; timeouts are in seconds, None for no limit."""
 
     def counts(self) -> Counts:
-        """What became of the samples."""
+        """Return the numbers of samples sent, un-acked, sent again, and so on."""
 
     def progress(self) -> tuple[int, int]:
-        """How many samples were sent, and how many of them are acked as far as was noted."""
+        """Return how many samples were sent, and how many of them are known to be acked; cheaper than `counts`."""
 
     def check(self) -> None:
-        """Take note of acks; raises ConnectionClosedError if the connection has ended with samples un-acked."""
+        """Look for acks; raise ConnectionClosedError if the connection has ended with samples un-acked."""
 
     def times(self) -> Times:
-        """Where the time went; with a client that does not tell, ``send`` was blocked by the learner all along."""
+        """Return where the time went.
+
+        A client that does not measure this counts all time in ``send`` as blocked by the learner.
+        """
 
     def peer_counts(self) -> list[PeerCounts]:
-        """Of each learner."""
+        """Return the counts of each learner."""
 
     @property
     def closed(self) -> bool:
         """Whether nothing more can be sent, as far as is known."""
 
-    def send(self, match: Match, timeout: float | None) -> None: ...
+    def send(self, match: Match, timeout: float | None) -> None:
+        """Send the samples of a batch; raises ConnectionClosedError or DeliveryTimeoutError."""
 
-    def wait(self, timeout: float | None) -> None: ...
+    def wait(self, timeout: float | None) -> None:
+        """Block until everything sent is acked; raises ConnectionClosedError or DeliveryTimeoutError."""
 
-    def close(self, timeout: float | None) -> None: ...
+    def close(self, timeout: float | None) -> None:
+        """Deliver what was sent and close; raises ConnectionClosedError or DeliveryTimeoutError."""
 
 
 class TcpClientRoute:
-    """Blocks of rows into a `TcpClient`."""
+    """Passes blocks of rows to a `TcpClient`."""
 
     def __init__(self, client: TcpClient) -> None:
+        # The client.
         self.client = client
+        # The client's own method: it is called often.
         self.progress = client.progress
+        # Whether `close` was called, and whether the connection was lost before that.
         self._closing = self._lost = False
 
     def counts(self) -> Counts:
@@ -60,7 +74,15 @@ class TcpClientRoute:
         return [PeerCounts.from_counts(self.counts(), self._lost if self._closing else self.closed)]
 
     def send_packed(self, rows: memoryview, most: int) -> int:
-        """At the most so many samples that are packed already, without waiting; gives how many were accepted."""
+        """Send samples that are packed already, without waiting.
+
+        Args:
+            rows: the bytes of whole samples.
+            most: how many of them to send at the most.
+
+        Returns:
+            How many samples the client accepted.
+        """
         try:
             return self.client.send_packed(rows, most=most, timeout=0.0)
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
@@ -68,7 +90,7 @@ class TcpClientRoute:
 
     def check(self) -> None:
         if self.client.closed:
-            with contextlib.suppress(DeliveryTimeoutError):  # being closed just now
+            with contextlib.suppress(DeliveryTimeoutError):  # another thread is in `close`
                 self.client.wait(0.0)
 
     def times(self) -> Times:
@@ -85,6 +107,7 @@ class TcpClientRoute:
         self.client.wait(timeout)
 
     def close(self, timeout: float | None) -> None:
+        # Only now: after the close, the client is closed in any case.
         if not self._closing:
             self._lost = self.closed
             self._closing = True
@@ -92,24 +115,42 @@ class TcpClientRoute:
 
 
 class OtherClientRoute:
-    """Sample after sample into any `Client`, by one thread at a time: the stock client mixes the bytes of two.
+    """Passes one sample at a time to any `Client`; delivers what that client delivers.
 
-    Such a client knows no timeouts: they are looked at between samples, and `wait` and `close` take as long as the
-    client's do. What is delivered is what that client delivers.
+    * One thread at a time sends, because the stock client would mix the bytes of two.
+    * Such a client has no timeouts. `send` checks its timeout between samples. `wait` and `close` take as long as the
+      client does.
+
+    Args:
+        client: the client.
+        spec: what a sample is.
+        peer: how messages name the learner.
     """
 
     def __init__(self, client: Client, spec: SampleSpec, peer: str) -> None:
+        # The client.
         self._client = client
+        # What a sample is.
         self._spec = spec
+        # How messages name the learner.
         self._peer = peer
+        # Held in `send`, so that one thread at a time sends.
         self._send_lock = threading.RLock()
+        # Held in `close`, so that a second caller waits for the first.
         self._close_lock = threading.RLock()
+        # Samples that the client's ``wait`` has confirmed.
         self._acked = 0
+        # Samples that the client's ``send`` has accepted.
         self._sent = 0
+        # Whether the client has raised a ConnectionError.
         self._lost = False
+        # Whether `close` was called.
         self._closed = False
+        # When this route was made, by ``time.monotonic``.
         self._started_at = time.monotonic()
+        # When the connection was closed or lost; None before.
         self._ended_at: float | None = None
+        # Seconds that callers spent in `send`.
         self._send_seconds = 0.0
 
     def times(self) -> Times:
@@ -124,7 +165,7 @@ class OtherClientRoute:
         return self._closed or self._lost
 
     def counts(self) -> Counts:
-        """Such a client tells nothing of what comes after ``wait``."""
+        """Return the counts; what was sent since the last ``wait`` counts as un-acked."""
         unacked = self._sent - self._acked
         return Counts(sent=self._sent, unacked=unacked, maybe_lost=unacked if self.closed else 0)
 
@@ -132,7 +173,7 @@ class OtherClientRoute:
         return self._sent, self._acked
 
     def check(self) -> None:
-        """Such a client tells of acks only by waiting for all of them."""
+        """Wait for all acks: there is no other way to learn of them from such a client."""
         if self._sent > self._acked and not self._closed:
             self.wait(None)
 
@@ -146,6 +187,7 @@ class OtherClientRoute:
             with self._send_lock:
                 arrays = self._spec.to_host(match)
                 for done in range(match.rows):
+                    # Not before the first sample: a send whose timeout is 0 makes progress too.
                     if deadline.expired and done:
                         raise DeliveryTimeoutError(f"{self._peer}: send() not done within {timeout:g} s")
                     leaves = [array[done, ...] for array in arrays] if match.batched else arrays
@@ -165,8 +207,8 @@ class OtherClientRoute:
         self._acked = max(self._acked, sent_before)
 
     def close(self, timeout: float | None) -> None:
-        with self._close_lock:  # who closes it at the same time waits for the end as well
-            if self._closed:  # not every client's `wait` returns after its `close`
+        with self._close_lock:  # another thread that closes at the same time waits for the end, too
+            if self._closed:  # call no client's `wait` after its `close`: not every one returns
                 return
             self._closed = True
             try:
@@ -179,7 +221,7 @@ class OtherClientRoute:
         self._ended_at = self._ended_at or time.monotonic()
 
     def _translate(self, error: Exception, done: int) -> ConnectionClosedError | DeliveryTimeoutError:
-        """The client's error as one of ours, with the counts."""
+        """Return the client's error as one of this package's, with the counts; record a lost connection."""
         kind = DeliveryTimeoutError if isinstance(error, DeliveryTimeoutError) else ConnectionClosedError
         if kind is ConnectionClosedError:
             self._lost = True
@@ -193,11 +235,13 @@ class OtherClientRoute:
 
 
 class UnreachableRoute:
-    """To a learner that could not be connected to, where others take its share."""
+    """A route to a learner that could not be reached, whose share goes to the others."""
 
+    # Nothing can ever be sent.
     closed = True
 
     def __init__(self, peer: str) -> None:
+        # How messages name the learner.
         self._peer = peer
 
     def peer_counts(self) -> list[PeerCounts]:
@@ -213,13 +257,13 @@ class UnreachableRoute:
         return Times()
 
     def check(self) -> None:
-        """Nothing was sent."""
+        """Do nothing: nothing was sent."""
 
     def send(self, match: Match, timeout: float | None) -> None:
         raise ConnectionClosedError(f"{self._peer}: could not be connected to")
 
     def wait(self, timeout: float | None) -> None:
-        """For nothing."""
+        """Return at once: nothing was sent."""
 
     def close(self, timeout: float | None) -> None:
-        """Nothing is open."""
+        """Do nothing: no connection is open."""
