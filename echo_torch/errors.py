@@ -1,20 +1,19 @@
-"""Every exception that echo_torch raises on its own account.
+"""Every exception class of echo_torch.
 
 ::
 
     ConnectionClosedError(ConnectionError)   closed, or the peer is gone
-      ProtocolError                          the peer broke wire v1
+      ProtocolError                          the peer broke wire version 1
     DeliveryTimeoutError(TimeoutError)       not acked in time; delivery goes on
     HandshakeError(ValueError)               not an echo server, or nonsense from one
-      CertificateError                       TLS: the server's certificate will not do, or ours
+      CertificateError                       TLS: a certificate was refused, the server's or yours
     SpecMismatchError(ValueError)            two descriptions of one sample differ
 
-Each takes one string and survives ``type(e)(str(e))`` and pickling, because DataLoader workers rebuild the exceptions
-of a worker from its text alone. The counts are attributes, so that losing them never loses the message, which names
-them too.
-
-Refused and unreachable addresses stay what the operating system makes of them (``ConnectionRefusedError``,
-``socket.gaierror``, ...), and running out of ``connect_timeout`` is a plain ``TimeoutError``.
+* Each takes one string and survives ``type(e)(str(e))`` and pickling, because a DataLoader rebuilds the exception of a
+  worker from its text alone.
+* That loses the counts, which are attributes. So the message names them, too.
+* An address that refuses or cannot be reached raises what the operating system says (``ConnectionRefusedError``,
+  ``socket.gaierror``, ...). Running out of ``connect_timeout`` raises a plain ``TimeoutError``.
 """
 
 from __future__ import annotations
@@ -25,64 +24,65 @@ _log = logging.getLogger(__name__)
 
 
 class _CountedError(Exception):
-    """An exception that says what became of the samples.
+    """An exception that says what became of the samples."""
 
-    The counts are of the instance alone: Ray raises one that looks its cause's up only where its class has none.
-    """
-
+    # Samples that `send` accepted and that are not acknowledged: maybe stored, maybe lost.
     unacked: int
-    """Samples that were accepted by ``send`` and are not acknowledged: maybe stored, maybe lost."""
 
+    # How many samples of the batch `send` accepted before it raised: its first ones, unless `rows_left` is set.
     rows_accepted: int
-    """How many samples of the batch whose ``send`` raised were accepted before it did; those are its first ones."""
 
+    # Which samples of the batch were not accepted, by index, if a ``route`` function spread them over several learners;
+    # None otherwise.
     rows_left: list[int] | None
-    """Which samples of the batch were not accepted, if a function spread them over several learners: then
-    ``rows_accepted`` says how many were, and not which."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
+        # On the instance only: Ray's wrapper asks its cause for an attribute only if its own class does not have it.
         self.unacked = 0
         self.rows_accepted = 0
         self.rows_left = None
 
 
 class ConnectionClosedError(_CountedError, ConnectionError):
-    """The client was closed, or its peer is gone. Later calls raise it again, from the first failure."""
+    """The client was closed, or its peer is gone.
+
+    Every later call raises it again, with the first failure as its cause.
+    """
 
 
 class ProtocolError(ConnectionClosedError):
-    """The peer sent what wire version 1 does not allow; the connection was dropped."""
+    """The peer sent something that wire version 1 does not allow. The connection was dropped."""
 
 
 class DeliveryTimeoutError(_CountedError, TimeoutError):
     """A ``timeout`` passed, or nothing was acknowledged for ``stall_timeout``.
 
-    Nothing is dropped and delivery goes on, unless it was ``close`` that ran out of time.
+    Nothing is dropped and delivery goes on, unless `close` raised it.
     """
 
 
 class HandshakeError(ValueError):
-    """What the peer said on accept is no echo handshake of wire version 1."""
+    """The peer's first bytes are no echo handshake of wire version 1."""
 
 
 class CertificateError(HandshakeError):
-    """The server's certificate is refused here, or ours there, or a file of `TLS` cannot be used: nothing was sent."""
+    """A certificate was refused, the server's or yours, or a file of `TLS` cannot be used. Nothing was sent."""
 
 
 class SpecMismatchError(ValueError):
     """A server and an example, or a batch and an example, describe different samples."""
 
+    # Always 0: `send` checks the whole batch before it sends any of it.
     rows_accepted: int = 0
-    """Always 0: a batch is checked as a whole before any of it is sent."""
 
 
 def raise_first(problems: list[Exception]) -> None:
-    """Raise the first, if there is any, and log the others, when all steps of something were tried."""
+    """Raise the first of ``problems``, if there is one, and log the others; the list is empty afterwards."""
     for text in map(str, problems[1:]):
         _log.warning("%s", text)
     try:
         if problems:
             raise problems[0]
     finally:
-        problems.clear()  # their tracebacks hold the caller's frame, and with it what that holds
+        problems.clear()  # their tracebacks hold the caller's frame and everything in it

@@ -1,8 +1,9 @@
-"""Progress bars of what a sink sends, and of what the server has acknowledged; by tqdm.
+"""Progress bars of what a sink sends and of what the server has acknowledged, drawn by tqdm.
 
-Interrupts may strike wherever something is shown. So no lock of tqdm's is taken to draw: one that an interrupt left
-held would be waited for, for ever, by whoever draws next on another thread. And what tells the thread here that there
-is nothing more to look at is a lock that C code releases.
+Ctrl-C may interrupt the main thread anywhere here. Two rules follow:
+
+* Bars draw without tqdm's lock. If an interrupt left it held, the next thread that draws would wait for ever.
+* A plain lock, which C code releases, tells the thread here to end.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import Any, Protocol
 
 from .metrics.stats import SinkStats
 
-# Seconds between two looks at the sink.
+# Seconds between two updates of a bar.
 POLL_INTERVAL_S = 0.1
 
 
 class Sink(Protocol):
-    """What is shown here, and passed on to by a `Tee`: an `EchoSink`."""
+    """What bars and `Tee` need of an `EchoSink`."""
 
     @property
     def peer(self) -> str:
-        """How messages name the learner."""
+        """The learner's name in messages."""
 
     def send(self, batch: Any, /) -> None:
         """Send one sample, or a batch of them."""
@@ -32,28 +33,31 @@ class Sink(Protocol):
         """Block until everything sent so far is acked."""
 
     def stats(self) -> SinkStats:
-        """What became of the samples so far."""
+        """Return the counters."""
 
 
 class BatchBar:
-    """Shows how many batches were passed on, and what became of their samples.
+    """A bar of batches, with the number of samples acked and in flight behind it.
 
     Args:
-        sink: by which they are sent.
-        bar: the ``tqdm``.
+        sink: the sink that sends the batches.
+        bar: the tqdm bar.
     """
 
     def __init__(self, sink: Sink, bar: Any) -> None:
+        # The sink that sends the batches.
         self._sink = sink
+        # The tqdm bar.
         self._bar = bar
 
     def advance(self) -> None:
-        """One more was."""
-        if self._bar.update():  # has been drawn just now, as it is not for each
+        """Count one more batch."""
+        # `update` returns True if it has drawn the bar, which it does not do each time. Only then are counts needed.
+        if self._bar.update():
             self._set_counts()
 
     def wait(self) -> None:
-        """For all that was sent."""
+        """Block until everything sent so far is acked, and keep the bar up to date."""
         _wait_and_refresh(self._sink.wait, refresh=self._draw)
 
     def _draw(self) -> None:
@@ -67,16 +71,20 @@ class BatchBar:
 
 @contextlib.contextmanager
 def batch_bar(sink: Sink, total: int | None) -> Iterator[BatchBar]:
-    """A bar of ``total`` batches, None if nobody knows; raises ImportError without tqdm."""
+    """Show a bar of ``total`` batches, or without an end if that is None.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
     with _make_bar(desc=sink.peer, total=total, unit=" batches", miniters=1) as bar:
         yield BatchBar(sink, bar)
 
 
 def wait_with_bar(sink: Sink, wait: Callable[[], None]) -> None:
-    """Call ``wait``, with a bar of the samples in flight now, full when they are acked.
+    """Call ``wait`` under a bar of the samples that are in flight now; the bar is full when they are acked.
 
     Raises:
-        ImportError: there is no tqdm.
+        ImportError: tqdm is not installed.
     """
     before = sink.stats()
 
@@ -95,8 +103,9 @@ def _make_bar(**options: Any) -> Any:
     except ImportError as error:
         raise ImportError("progress=True shows a bar by tqdm, which is not installed: pip install tqdm") from error
 
-    class Bar(tqdm):  # type: ignore[misc]  # of no type that is known
-        monitor_interval = 0  # no thread of tqdm's: what it sees to is ``miniters``, which is fixed here
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+        # Start no monitor thread: it would adjust ``miniters``, which is fixed here.
+        monitor_interval = 0
 
         def refresh(self, *_: Any, **__: Any) -> Any:
             return super().refresh(nolock=True)
@@ -105,7 +114,8 @@ def _make_bar(**options: Any) -> Any:
 
 
 def _wait_and_refresh(wait: Callable[[], None], refresh: Callable[[], None]) -> None:
-    """Call ``wait``, and ``refresh`` every now and then meanwhile, and once more at the end unless it raises."""
+    """Call ``wait``; meanwhile call ``refresh`` every `POLL_INTERVAL_S` on another thread, and once more at the end."""
+    # This thread holds the lock while it waits. The other thread ends when it gets the lock.
     waiting = threading.Lock()
 
     def run() -> None:
@@ -118,6 +128,6 @@ def _wait_and_refresh(wait: Callable[[], None], refresh: Callable[[], None]) -> 
             thread.start()
             wait()
     finally:
-        if thread.is_alive():  # and not before it began, where an interrupt struck
+        if thread.is_alive():  # an interrupt may have come before the thread started
             thread.join()
     refresh()

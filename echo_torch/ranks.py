@@ -1,4 +1,8 @@
-"""What the ranks of a distributed job have to agree on: whether `EchoSink.wait` raises, and through which group."""
+"""How the ranks of a distributed job agree on whether `EchoSink.wait` raises.
+
+If it raised on one rank alone, the others would go on and wait for that rank in their next collective. So each rank
+first waits for its own server. Then one all-reduce tells all of them how that ended, and all raise, or none.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,21 @@ from .support.deadline import Deadline
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
-# Seconds by which the last rank may come later to `wait` than the first, on top of what the waiting itself may take.
+# Seconds by which the last rank may call `wait` later than the first, on top of the time limit of `wait` itself.
 SKEW_S = 60.0
-# The longest that a rank waits for the others where the waiting itself has no limit: as torch.distributed's own.
+# Seconds that a rank waits for the others if `wait` has no time limit; torch.distributed's own default.
 MAX_WAIT_S = 1800.0
-# Seconds between two looks at whether all ranks have come.
+# Seconds between two checks whether all ranks have come.
 POLL_INTERVAL_S = 0.005
 
+# How a rank's `wait` ended: the index is the number in the all-reduce, and a higher one is worse.
 _OUTCOMES = ("acked everything", "ran out of time", "lost the connection", "failed")
 
 
 def cpu_group() -> ProcessGroup | None:
-    """A group of all ranks for CPU tensors: the default one if it takes them, else a new one of gloo.
+    """Return a group of all ranks for CPU tensors: the default group if it takes them, else a new gloo group.
 
-    None without a default group, and with one rank. All ranks have to call it, as for any new group.
+    Returns None if there is no default group or only one rank. All ranks must call it, as for any new group.
     """
     import torch.distributed as dist
 
@@ -38,7 +43,7 @@ def cpu_group() -> ProcessGroup | None:
 
 
 def check_group(group: ProcessGroup) -> None:
-    """ValueError unless this process is one of the ranks of ``group``, and it reduces CPU tensors."""
+    """Raise ValueError unless this process is a rank of ``group``, and the group reduces CPU tensors."""
     import torch.distributed as dist
 
     if dist.get_rank(group) < 0:
@@ -57,54 +62,66 @@ def wait_together(
     stall_timeout: float | None,
     group: ProcessGroup,
 ) -> None:
-    """``wait(timeout)``, which may give up after ``stall_timeout``; and then raise on all ranks or none, as `raise_on_all_ranks`."""
+    """Call ``wait(timeout)`` on each rank of ``group``, then raise on all of them or on none.
+
+    Args:
+        peer: this rank's server, for messages.
+        wait: blocks until this rank's samples are acked; takes a timeout in seconds.
+        timeout: passed to ``wait``; None for no limit.
+        stall_timeout: seconds without any ack after which ``wait`` gives up; None for never.
+        group: takes CPU tensors.
+
+    Raises as `raise_on_all_ranks`, and ValueError for an unfit group.
+    """
     check_group(group)
     problem = None
     try:
         wait(timeout)
     except Exception as error:
         problem = error
+    # The others may take as long as this rank was allowed to.
     limits = [limit for limit in (timeout, stall_timeout) if limit is not None]
     try:
         raise_on_all_ranks(peer, problem, getattr(problem, "unacked", 0), group, min(limits, default=None))
     finally:
-        del problem  # whose traceback holds this frame, and with it the sink
+        del problem  # its traceback holds this frame, and this frame holds the sink
 
 
 def raise_on_all_ranks(
     peer: str, problem: Exception | None, unacked: int, group: ProcessGroup, max_wait: float | None
 ) -> None:
-    """Tell all ranks of ``group`` how this one's ``wait`` ended; raise on all of them if it ended badly on any.
+    """Raise on all ranks of ``group`` if the ``wait`` of any of them failed.
 
-    One all-reduce of CPU tensors, to which every rank has to come.
+    It takes one all-reduce of CPU tensors, so every rank must call it.
 
     Args:
-        peer: this rank's server.
-        problem: what this rank's ``wait`` raised; None if all is acked.
-        unacked: samples un-acked here.
-        group: its backend reduces CPU tensors.
-        max_wait: seconds that the waiting of the others may take; None for no limit.
+        peer: this rank's server, for messages.
+        problem: what this rank's ``wait`` raised; None if everything is acked.
+        unacked: samples un-acked on this rank.
+        group: takes CPU tensors.
+        max_wait: seconds that the ``wait`` of other ranks may take; None for no limit.
 
     Raises:
         Exception: ``problem``, if there is one.
-        ConnectionClosedError, DeliveryTimeoutError: the worst of what other ranks met, with the number of samples
-            un-acked there.
-        DeliveryTimeoutError: not all ranks came in time.
+        ConnectionClosedError, DeliveryTimeoutError: the worst failure of the other ranks, with their number of un-acked
+            samples.
+        DeliveryTimeoutError: not all ranks came in time, or the all-reduce failed.
     """
     import torch.distributed as dist
 
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    table = torch.zeros(2, size, dtype=torch.int64, device="cpu")  # whatever the default device is
+    # Each rank fills its own column, with outcome and count. The sum over all ranks is the whole table.
+    table = torch.zeros(2, size, dtype=torch.int64, device="cpu")  # "cpu" whatever the default device is
     table[0, rank], table[1, rank] = _outcome(problem), unacked
     limit = (MAX_WAIT_S if max_wait is None else max_wait) + SKEW_S
     try:
         work = dist.all_reduce(table, group=group, async_op=True)
         assert work is not None
         arrived = _all_arrived(work, limit)
-    except RuntimeError as error:  # a rank is gone, for one
+    except RuntimeError as error:  # a rank is gone, for instance
         if problem is not None:
             raise problem from None
-        what = f"the {size} ranks could not tell each other how wait() ended ({error})"
+        what = f"the {size} ranks could not exchange how wait() ended ({error})"
         raise DeliveryTimeoutError(f"{peer}: {what}; here, on rank {rank}, everything is acked") from error
     if problem is not None:
         raise problem
@@ -125,7 +142,8 @@ def raise_on_all_ranks(
 
 
 def _all_arrived(work: Work, seconds: float) -> bool:
-    """Whether all ranks come within that time. As ``work.wait``, which lets no Ctrl-C through, however."""
+    """Wait for the all-reduce; return False if not all ranks come within ``seconds``."""
+    # Poll, because ``work.wait`` lets no Ctrl-C through. It returns at once when the work is complete.
     deadline = Deadline(seconds)
     while not work.is_completed():
         if deadline.expired:

@@ -1,7 +1,8 @@
-"""`EchoSink`: from what a training loop holds to an ``echo.Server``.
+"""`EchoSink`: sends the batches of a training loop to an ``echo.Server``.
 
-A sink is configuration. It pickles as such, and opens one connection in each process that uses it, at the first use:
-which process that is, is looked up before any lock is touched, so that a fork at any moment is harmless.
+* A sink is configuration, and pickles as such. What it has in one process is a `Session`.
+* Each process that uses the sink opens its own connection, at the first use.
+* The sink looks up its process id before it touches any lock, so you may fork at any moment.
 """
 
 from __future__ import annotations
@@ -41,52 +42,67 @@ if TYPE_CHECKING:
 _Batch = TypeVar("_Batch")
 _Sink = TypeVar("_Sink", bound="EchoSink")
 
-# Seconds that `EchoSink.close` may take: a learner in the middle of an evaluation still gets what was sent.
+# Default timeout of `EchoSink.close`, in seconds: a learner in the middle of an evaluation still gets everything.
 CLOSE_TIMEOUT_S = 60.0
-# Seconds that leaving a `with` block by an exception may take.
+# Timeout of the close when an exception leaves the ``with`` block, in seconds.
 EXCEPTION_CLOSE_TIMEOUT_S = 5.0
 
 
 class EchoSink(LoaderSender):
     """Sends batches from a training loop to an ``echo.Server``, sample by sample.
 
-    Thread-safe, picklable, and usable in forked children, which open connections of their own.
+    Thread-safe and picklable. You may use it in child processes: each opens its own connection. ``with`` connects at
+    once and closes at the end.
+
+    Example::
+
+        from echo_torch import EchoSink
+        with EchoSink("learner", 50051, example=dataset[0]) as sink:
+            for batch in loader:
+                step(batch)
+                sink.send(batch)
+            sink.wait()
 
     Args:
-        host: the learner's name, IPv4 or IPv6 address; a list of them for several learners.
-        port: its TCP port; a list of them for several learners. A single host, or port, goes with all of the other.
-        example: one sample as the server shall get it, ``dataset[0]`` for instance: a pytree of tensors, numpy arrays
-            and scalars. Only structure, shapes and dtypes count.
-        max_inflight_msgs: most samples un-acked at a time, and at most 8 MiB of them.
-        buffer_bytes: host memory, for each learner, for samples that are not acked; `send` blocks when it is full. By
-            default 64 MiB, 16 MiB in each of a DataLoader's workers, or more if ``resend_acked + 2`` samples need that.
-        select: makes what the server wants (like ``example``) of what is sent; a module-level function, to pickle.
-        client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that gives a `Client`,
-            such as ``echo.TcpClient``. Other clients than ours know no timeouts, and their promises hold.
-        connect_timeout: seconds in which the connection must stand; until then a learner that does not listen yet is
-            tried again.
-        route: how batches are spread over several learners. ``"round_robin"``: each has its turn, and is waited for.
-            ``"least_inflight"``: to the one with the fewest samples un-acked of those that have room, so that a slow
-            one holds up nobody. Or a function of what is sent, one sample or a batch, that gives the index of the
-            learner, or for a batch an integer tensor ``(B,)`` of them; a module-level function, to pickle.
-        failover: whether the others get the share of a learner that is gone, with what it may not have, at the next
-            `send`, `wait` or `close`; without it, the loss of one is the loss of all. A learner is gone when it could
-            not be reached for ``reconnect`` seconds, and passed over before that.
-        stall_timeout: seconds without any ack after which `send` and `wait` raise; None for ever.
-        on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and drop and count what is sent after.
-        reconnect: seconds for which a lost connection is tried to be opened again before that is an error; 0 not to.
-            In a DataLoader's worker, 2 at the most. What may not have been stored is then sent again, so a learner may
-            get samples twice: carry an index if that matters.
-        resend_acked: samples that are kept after their ack, and sent again on a new connection and by `close`; at least
-            the server's ``producer_queue_size``, or samples may be lost when a connection ends.
-        resend_at_close: whether `close` sends them. Without it, `close` waits for 0.1 s instead, and the server may discard
-            samples if it is busy for longer.
-        tls: `TLS`, for a proxy in front of the learner that speaks it; None for connections that anybody can read, and
-            change, on the way.
+        host: the learner's name, IPv4 or IPv6 address; a list for several learners.
+        port: the learner's TCP port; a list for several learners. A single host goes with all ports of a list, and a
+            single port with all hosts.
+        example: one sample as the server expects it, for instance ``dataset[0]``: a pytree of tensors, numpy arrays and
+            scalars. Only its structure, shapes and dtypes count.
+        max_inflight_msgs: most samples that are un-acked at a time; never more than 8 MiB of them.
+        buffer_bytes: bytes of host memory for un-acked samples, for each learner; `send` blocks while it is full. By
+            default 64 MiB, or 16 MiB in a DataLoader worker, or more if ``resend_acked + 2`` samples need it.
+        select: a function that turns what you send into what the server expects. Pass a module-level function if the
+            sink must pickle.
+        client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that returns a `Client`,
+            such as ``echo.TcpClient``. Other clients than `TcpClient` have no timeouts, and only their own delivery
+            guarantees hold.
+        connect_timeout: seconds to connect; None for no limit. The sink tries again while the learner does not listen
+            yet.
+        route: how batches are spread over several learners. ``"round_robin"`` sends to each in turn, and waits for one
+            that has no room. ``"least_inflight"`` sends to the one with the fewest un-acked samples among those with
+            room, so that a slow learner delays nobody. Or a function of what you send that returns the learner's index,
+            or for a batch an integer tensor ``(B,)`` of indices; a module-level one if the sink must pickle.
+        failover: whether the other learners take over from one that is gone, at the next `send`, `wait` or `close`.
+            They also get the samples that it may not have. A learner is gone when it could not be reached for
+            ``reconnect`` seconds; until then batches pass it over. Without ``failover``, losing one learner is losing
+            all.
+        stall_timeout: seconds without any ack after which `send` and `wait` raise; None for never.
+        on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and to drop and count all later
+            samples.
+        reconnect: seconds for which the sink tries to open a lost connection again; 0 for not at all. At most 2 in a
+            DataLoader worker. It then sends again what may not be stored, so a learner may get samples twice. Put an
+            index into your samples if that matters.
+        resend_acked: how many acked samples the sink keeps, to send them again on a new connection and in `close`. With
+            fewer than the server's ``producer_queue_size``, samples may be lost when a connection ends.
+        resend_at_close: whether `close` sends those samples again. Without it, `close` waits 0.1 s instead, and a
+            server that is busy for longer may discard samples.
+        tls: a `TLS`, for a proxy with TLS in front of the learner. With None, anybody on the way can read and change
+            your samples.
 
     Raises:
         TypeError: a leaf of ``example`` is no dense array of numbers, or an argument has the wrong type.
-        ValueError: a sample without bytes, or an argument out of range.
+        ValueError: the sample has no bytes, or an argument is out of range.
     """
 
     def __init__(
@@ -146,11 +162,11 @@ class EchoSink(LoaderSender):
     def from_batch(
         cls: type[_Sink], host: str | Sequence[str], port: int | Sequence[int], batch: Any, **options: Any
     ) -> _Sink:
-        """A sink whose example is one sample of ``batch``.
+        """Make a sink whose example is one sample of ``batch``.
 
         Args:
             host, port, options: as for the class.
-            batch: what the loader yields: leaves ``(B, *shape)``. ``select``, if given, is applied to it first.
+            batch: what the loader yields, with leaves ``(B, *shape)``. ``select``, if given, is applied to it first.
 
         Raises:
             ValueError: a leaf has no batch dimension.
@@ -160,11 +176,13 @@ class EchoSink(LoaderSender):
         return cls(host, port, example_from_batch(batch if select is None else select(batch)), **options)
 
     def connect(self: _Sink) -> _Sink:
-        """Connect now rather than at the first `send`; gives the sink itself.
+        """Connect now rather than at the first `send`, and return the sink.
+
+        It raises even with ``on_error="warn"``.
 
         Raises:
-            OSError, TimeoutError, HandshakeError, SpecMismatchError: as `TcpClient` raises them; and
-            ConnectionClosedError after `close`. ``on_error`` has no say here.
+            OSError, TimeoutError, HandshakeError, SpecMismatchError: as `TcpClient` raises them.
+            ConnectionClosedError: the sink was closed, or the connection was lost.
         """
         session = self._session()
         if session.connect(self._open_route, None).closed:
@@ -182,27 +200,28 @@ class EchoSink(LoaderSender):
         step: int | None = None,
         skip_last: int = 0,
     ) -> None:
-        """Send one sample, or a batch of them; when it returns, ``batch`` may be changed.
+        """Send one sample or a batch of samples; you may change ``batch`` as soon as this returns.
 
         Args:
-            batch: like the example, its leaves matched by key path; or with one more first dimension B on every leaf,
-                which makes it B samples. A batch of 0 samples sends nothing.
-            batched: says which of the two it is; None to tell by the number of dimensions.
-            timeout: most seconds to wait for room, and before that for a connection; None to wait as long as
-                ``connect_timeout`` and ``stall_timeout`` say.
-            step: the number that `acked_through` knows this batch by, from 0 on; None for the one after the highest.
-            skip_last: how many samples at the batch's end are not sent, such as those that a distributed sampler
+            batch: one sample like the example, with its leaves matched by key path; or B samples, with one more first
+                dimension B on every leaf. A batch of 0 samples sends nothing.
+            batched: True for a batch, False for one sample, None to decide by the number of dimensions.
+            timeout: most seconds to wait for room; the first `send` may take as many again to connect. None for the
+                limits ``stall_timeout`` and ``connect_timeout``.
+            step: the number of this batch for `acked_through`, 0 or more; None for the highest so far plus 1.
+            skip_last: how many samples at the end of the batch not to send, such as those that a distributed sampler
                 repeats.
 
         Raises:
             SpecMismatchError: the batch differs from the example; names path, got, expected. Nothing was sent.
             TypeError: a leaf is no dense array of numbers. Nothing was sent.
-            ConnectionClosedError: closed, or the learner is gone.
-            DeliveryTimeoutError: no room in time. Both carry ``rows_accepted``.
-            OSError, HandshakeError: from connecting, as `connect`.
+            ConnectionClosedError: the sink was closed, or the learner is gone; ``rows_accepted`` says how many samples
+                of the batch were accepted.
+            DeliveryTimeoutError: there was no room in time; has ``rows_accepted``, too.
+            OSError, HandshakeError: as `connect` raises them.
 
-        With ``on_error="warn"``, a learner that is gone, or cannot be connected to, raises nothing; one that is there
-        and acks nothing still does.
+        With ``on_error="warn"``, it logs a learner that is gone or cannot be reached, and raises nothing. A learner
+        that is there and acks nothing still raises DeliveryTimeoutError.
         """
         check_timeout("timeout", timeout)
         if not is_profiling():
@@ -213,9 +232,12 @@ class EchoSink(LoaderSender):
 
     def _send(self, batch: Any, batched: bool | None, timeout: float | None, step: int | None, skip_last: int) -> None:
         session = self._session()
+        # Keep this watermark to the end: another thread may load a state, which replaces the session's.
         watermark = session.watermark
+        # The lock is reentrant: without this check a signal handler would enter a half-changed watermark.
         if owned_by_this_thread(watermark.lock):
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
+        # A step of yours begins before the check, so that a refused batch holds the watermark down.
         if step is not None:
             step = watermark.begin_step(check_count("step", step, least=0))
         began = time.monotonic()
@@ -224,10 +246,12 @@ class EchoSink(LoaderSender):
             session.totals.check_seconds += time.monotonic() - began
             if not session.first_batch_logged:
                 session.log_first_batch(match, self._spec)
-            if step is None:  # so that a batch that is refused takes no number
+            # Count only now, so that a refused batch uses up no number.
+            if step is None:
                 step = watermark.begin_step(None)
             accepted = session.deliver(self._open_route, match, timeout)
         except BaseException:
+            # Ctrl-C as well: part of the batch may be sent, so hold the watermark down and report what was accepted.
             if step is not None:
                 watermark.fail_step(step)
             session.report_sent()
@@ -243,21 +267,25 @@ class EchoSink(LoaderSender):
     def wait(self, timeout: float | None = None, group: ProcessGroup | None = None, *, progress: bool = False) -> None:
         """Block until everything sent so far, by this process and by its DataLoader workers, is acked.
 
-        Other children count as well, from the moment that their `send` returns; those of another sink do not.
+        It covers other child processes, too, with all samples whose `send` has returned, if they use this sink.
 
         Args:
-            timeout: most seconds to wait; None to wait as long as ``stall_timeout`` says.
-            group: in a distributed job, processes that all call this, each for its own sink: if it ends badly for any
-                of them, all raise, rather than that some go on to wait for those that do not come any more. A group
-                for CPU tensors, such as ``torch.distributed.new_group(backend="gloo")``. The others are waited for
-                up to a minute longer than for the server.
-            progress: whether to show a bar of the samples that are waited for; needs tqdm.
+            timeout: most seconds to wait; None for the limit ``stall_timeout``.
+            group: in a distributed job, a group of processes that all call this, each for its own sink. If the wait
+                fails for one, it raises in all, so that none goes on to wait for the others in vain. Pass a group for
+                CPU tensors, such as ``torch.distributed.new_group(backend="gloo")``. The wait for the other processes
+                may take up to a minute longer than that for the server.
+            progress: whether to show a bar of the samples in flight; needs tqdm.
 
         Raises:
-            ConnectionClosedError: the connection ended before that, or a child died or lost its own, which is said once
-                (``on_error="raise"``); names processes and counts.
-            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on. With ``group``, both also
-                if that happened to another process of it; or not all of them came.
+            ConnectionClosedError: the connection ended with samples un-acked, or a child died or lost its connection.
+                Names processes and counts. A child's failure is raised once. With ``on_error="warn"`` all this is
+                logged instead.
+            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed; delivery goes on. With ``group``, also if not
+                all processes came in time.
+            ImportError: ``progress`` without tqdm.
+
+        With ``group``, the first two are also raised for the failure of another process.
         """
         check_timeout("timeout", timeout)
         wait = functools.partial(self._wait, timeout, group)
@@ -275,26 +303,30 @@ class EchoSink(LoaderSender):
 
     @property
     def acked_through(self) -> int:
-        """The highest step up to which everything is acked, -1 for none; of what this process sent.
+        """The highest step up to which everything that this process sent is acked; -1 for none.
 
-        A step is the number of a batch: the ``step`` that `send` was given, or else counted from 0 on. What was not
-        sent in full, because `send` raised or the learner was gone, holds it down until the same step is sent again.
-        A step that `send` was not given yet does not: whoever numbers batches has to send them in order.
+        A step is the number of a batch: the ``step`` that you passed to `send`, or else a count from 0. A batch that
+        was not sent in full, because `send` raised or the learner was gone, holds this number down until you send the
+        same step again. A step that you have not sent yet does not hold it down: so send your steps in order.
+
         Acked is not durable: a server that crashes loses what it acked.
         """
         return self._session().acked_through()
 
     def state_dict(self) -> dict[str, Any]:
-        """`acked_through` and what `stats` counts, as plain numbers, to go on from with `load_state_dict`."""
+        """Return `acked_through` and the counters of `stats` as plain numbers, for `load_state_dict`."""
         return self._session().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Have `acked_through` and `stats` go on from those of another run.
+        """Continue `acked_through` and the counters of `stats` from another run.
 
-        What was in flight when ``state`` was made counts as ``maybe_lost`` from now on.
+        Samples that were in flight when ``state`` was saved count as ``maybe_lost`` from now on.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
-            TypeError, ValueError: ``state`` is not what `state_dict` gives. Nothing was changed.
+            TypeError, ValueError: ``state`` is something else. Nothing was changed.
         """
         self._session().load_state_dict(state)
 
@@ -306,22 +338,22 @@ class EchoSink(LoaderSender):
         return match.without_last(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
     def _drop_rest(self, batch: Any, skip_last: int, accepted: int) -> None:
-        """Count as dropped what `send` did not accept of ``batch``, for which there was no room."""
+        """Count the samples of ``batch`` as dropped for which `send` found no room."""
         self._session().drop(self._match(batch, None, skip_last).rows - accepted)
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
-        """Deliver what was sent, make the tail of it safe in the server, and end this process's connection.
+        """Deliver everything, send the last ``resend_acked`` samples again, and close; idempotent.
 
-        Its DataLoader workers, and other daemonic children, do so at the same time; sends there raise from then on.
-        Idempotent. The descriptors and the thread are freed in any case.
+        DataLoader workers and other daemonic children close at the same time; a `send` there raises from then on. The
+        descriptors and the thread are freed in any case.
 
         Args:
-            timeout: most seconds for what is un-acked.
+            timeout: most seconds to wait for acks; None for the limit ``stall_timeout``.
 
         Raises:
-            DeliveryTimeoutError: samples were un-acked when the time was up; ``unacked`` says how many. 0 of them if it
-                was only the tail, which is sent once more, that was not acked again.
-            ConnectionClosedError: the connection had failed with samples un-acked, and no call had said so.
+            DeliveryTimeoutError: samples were un-acked when the time was up; ``unacked`` says how many. It is 0 if only
+                the samples that were sent again were not acked again.
+            ConnectionClosedError: the connection had failed with samples un-acked, and no call has raised that yet.
         """
         check_timeout("timeout", timeout)
         self._session().close(timeout)
@@ -333,29 +365,32 @@ class EchoSink(LoaderSender):
         select: Callable[[Any], Any] | None = None,
         forward: bool = True,
     ) -> SinkCollate:
-        """A ``collate_fn`` for a ``DataLoader`` that sends each batch where it is made; see `workers.SinkCollate`."""
+        """Return a ``collate_fn`` for a ``DataLoader`` that sends each batch where it is made.
+
+        The arguments are those of `workers.SinkCollate`.
+        """
         return SinkCollate(self, collate_fn, select=select, forward=forward)
 
     def worker_init(self, worker_id: int) -> None:
-        """A ``worker_init_fn`` for a ``DataLoader``: connects a worker before its first batch; raises as `connect`."""
+        """Connect a worker before its first batch, as ``DataLoader(worker_init_fn=...)``; raises as `connect`."""
         self.connect()
 
     def tee(self, loader: Iterable[_Batch], *, progress: bool = False) -> Tee[_Batch]:
-        """Iterate over ``loader``, sending each batch before it is handed on, and `wait` when it is exhausted.
+        """Return an iterable over ``loader`` that sends each batch before it yields it, and waits at the end.
 
         Args:
-            loader: what it yields is sent.
-            progress: whether to show a bar of its batches, with the samples acked and in flight; needs tqdm.
+            loader: yields batches as `send` takes them.
+            progress: whether to show a bar of the batches, with the samples acked and in flight; needs tqdm.
         """
         return Tee(self, loader, progress)
 
     def stats(self) -> SinkStats:
-        """What was sent, acked and dropped by this process and its DataLoader workers, and what that cost."""
+        """Return what this process and its DataLoader workers sent, and where the time went."""
         return self._session().stats()
 
     @property
     def peer(self) -> str:
-        """The learner, as ``host:port``, or all of them."""
+        """The learner as ``host:port``; several are separated by commas."""
         return self._session().peer
 
     def __enter__(self: _Sink) -> _Sink:
@@ -376,7 +411,8 @@ class EchoSink(LoaderSender):
         return f"<EchoSink {self.peer} {self._spec.describe()}>"
 
     def _session(self) -> Session:
-        """This process's own; without a lock, for a lock may have been copied by a fork while it was held."""
+        """Return this process's session, made at the first call."""
+        # No lock here: a fork may have copied it while another thread held it. `setdefault` lets one thread win.
         pid = os.getpid()
         session = self._sessions.get(pid)
         if session is None:
@@ -393,9 +429,10 @@ class EchoSink(LoaderSender):
         return session
 
     def _register_process(self) -> None:
-        """Have a session that is told of the end of this process, even if only its children send.
+        """Make the session now, so that it waits for the children when this process ends, even if only they send.
 
-        And in each that multiprocessing forks, such as the ranks of a job, each with workers.
+        Processes that multiprocessing forks do the same, because they may have workers of their own: the ranks of a
+        job, for instance.
         """
         self._session()
         multiprocessing.util.register_after_fork(self, EchoSink._session)

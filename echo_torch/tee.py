@@ -1,4 +1,4 @@
-"""A loader whose batches are sent as they pass."""
+"""`Tee`: an iterable that sends the batches of a loader while you iterate over it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ _Batch = TypeVar("_Batch")
 
 
 class Tee(Generic[_Batch]):
-    """See `EchoSink.tee`."""
+    """Sends each batch of a loader, then yields it; waits for the acks when the loader is exhausted.
+
+    Args:
+        sink: sends the batches.
+        loader: yields them.
+        show: whether to show a progress bar.
+    """
 
     def __init__(self, sink: progress.Sink, loader: Iterable[_Batch], show: bool) -> None:
+        # Sends the batches.
         self._sink = sink
+        # Yields the batches.
         self._loader = loader
+        # Whether to show a progress bar.
         self._with_bar = show
 
     def __iter__(self) -> Iterator[_Batch]:

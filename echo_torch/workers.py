@@ -1,15 +1,13 @@
-"""Sending from where a DataLoader makes its batches: in its workers, or in the main process if it has none.
+"""Send from where a DataLoader makes its batches: in its workers, or in the main process if it has none.
 
-`EchoSink.wait` in the process that has the loader covers what its workers sent, and so does `EchoSink.stats`. Loaders
-read ahead: a batch that was sent is not thereby trained on, and a loop that is left early has sent up to
-``prefetch_factor`` batches per worker more than it saw.
-
-Workers that are not persistent end with each epoch, and each sends its last samples once more for that; with
-``persistent_workers=True`` they do so only at the end, and need not connect again.
-
-A loader that resumes by fast-forwarding makes again what it skips, and so sends it again: torchdata's
-``StatefulDataLoader`` skips all of the epoch so far if neither an iterable dataset nor its iterator has a state, and
-what came after its last snapshot otherwise.
+* `EchoSink.wait` and `EchoSink.stats` in the process that has the loader cover its workers.
+* Loaders read ahead, so a batch that was sent may never be trained on. If you leave a loop early, up to
+  ``prefetch_factor`` batches per worker were sent that the loop never saw.
+* Use ``persistent_workers=True``. Other workers end with each epoch: each sends its last samples again then, and
+  the workers of the next epoch connect anew.
+* A loader that resumes by fast-forwarding makes the skipped batches again, and so sends them again. Torchdata's
+  ``StatefulDataLoader`` skips the whole epoch so far if neither the iterable dataset nor its iterator has a state.
+  Otherwise it skips what came after its last snapshot.
 """
 
 from __future__ import annotations
@@ -24,38 +22,41 @@ _STATE_METHODS = ("state_dict", "load_state_dict")
 
 
 class LoaderSender:
-    """What loaders here can send by: an `EchoSink`, or a callback that sends by one."""
+    """Base class of what `SinkCollate` and `SinkDataset` send with: `EchoSink`, and callbacks that have one."""
 
     def _send_from_loader(self, batch: Any) -> None:
-        """Send a batch, or an item, in whatever process made it."""
+        """Send a batch or an item, in the process that made it."""
         raise NotImplementedError
 
 
 class Sent(NamedTuple):
-    """What comes out of a loader in place of a batch that was sent and is not handed on."""
+    """What a loader yields in place of a batch that was sent, with ``forward=False``."""
 
+    # How many items of the dataset the batch had; 1 with ``batch_size=None``.
     samples: int
-    """How many items of the dataset: the list that was collated, or 1 where there is none (``batch_size=None``)."""
 
 
 class SinkCollate:
-    """A ``collate_fn`` that sends each batch it makes, in whatever process it runs, before it hands it on.
+    """A ``collate_fn`` that sends each batch it makes, in the process that makes it, and then returns it.
 
-    It pickles for workers that are not forked, if its functions do. Each worker has a connection of its own. A loader
-    that resumes by fast-forwarding has what it skips sent again.
+    It pickles if its functions do, as workers need that are not forked. Each worker opens its own connection. A loader
+    that resumes by fast-forwarding sends what it skips again.
 
     Args:
-        sink: an `EchoSink`, which stays the caller's. Or a `SinkCallback`, whose policy each process then has for
-            itself: which batches it sends, and what if the learner is slow. `EchoSink.stats` counts as dropped what
-            found no room.
-        collate_fn: makes a batch of a list of samples. With ``batch_size=None`` there is no list, but what the dataset
-            gives: for that, ``torch.utils.data.default_convert``.
-        select: makes what is sent of a batch, or None to send nothing of it. By default the batch is sent.
-        forward: whether the loader hands the batch on; or else a `Sent`, which costs next to nothing.
+        sink: an `EchoSink`, which you still close yourself. Or a `SinkCallback`: each process then applies its policy
+            for itself, such as which batches it sends and what it does if the learner is slow. `EchoSink.stats` counts
+            samples that found no room as dropped.
+        collate_fn: turns a list of samples into a batch. With ``batch_size=None`` it gets a single item of the dataset
+            instead: pass ``torch.utils.data.default_convert`` then.
+        select: a function that turns a batch into what is sent, or returns None to send nothing. By default the batch
+            is sent as it is.
+        forward: whether the loader yields the batch. With False it yields a `Sent`, which costs next to nothing to
+            pass to the main process.
 
     Raises:
         TypeError: an argument has the wrong type.
-        Exception: whatever ``collate_fn``, ``select`` and the sending raise; the loader raises it again.
+
+    A call raises whatever ``collate_fn``, ``select`` and the send raise; the loader raises it again.
     """
 
     def __init__(
@@ -79,19 +80,20 @@ class SinkCollate:
 
 
 class SinkDataset(IterableDataset[Any]):
-    """An iterable dataset that sends each item of another one before it hands it on: of simulators in workers, say.
+    """An iterable dataset that sends each item of another one and then yields it, such as simulators in workers.
 
-    An item that was handed on may be changed. With a ``batch_size``, prefer `SinkCollate`, unless what is sent differs
-    from what is collated: it sends a batch at once.
+    You may change an item that it yielded. With a ``batch_size``, prefer `SinkCollate`, which sends a whole batch at
+    once, unless you send something else than you collate.
 
-    It has a length, ``set_epoch`` and a state if ``dataset`` has them, and its iterator a state if that of ``dataset``
-    has one. Without any, a loader that resumes by fast-forwarding has what it skips sent again.
+    It has a length, ``set_epoch`` and a state if ``dataset`` has them. Its iterator has a state if that of ``dataset``
+    has one. Without either state, a loader that resumes by fast-forwarding sends what it skips again.
 
     Args:
-        dataset: what to iterate over; each worker gets its own copy, which has to shard itself as usual.
-        sink: stays the caller's; or a `SinkCallback`, as for `SinkCollate`.
-        select: makes what is sent of an item, or None to send nothing of it. By default the item is sent.
-        forward: whether the item is handed on; or else a `Sent`.
+        dataset: what to iterate over. Each worker gets a copy, which must pick its own shard, as usual.
+        sink: an `EchoSink`, which you still close yourself, or a `SinkCallback`, as for `SinkCollate`.
+        select: a function that turns an item into what is sent, or returns None to send nothing. By default the item
+            is sent as it is.
+        forward: whether to yield the item. With False it yields a `Sent`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -122,7 +124,7 @@ class SinkDataset(IterableDataset[Any]):
 
 
 class _SendingIterator(Iterator[Any]):
-    """What a `SinkDataset` gives: each of ``items`` when it was handed on."""
+    """The iterator of a `SinkDataset`: sends each of ``items``, then yields it."""
 
     def __init__(self, items: Iterator[Any], send_and_return: Callable[[Any], Any]) -> None:
         self._items = items
@@ -134,10 +136,8 @@ class _SendingIterator(Iterator[Any]):
 
 
 def _copy_methods(owner: object, wrapper: object, methods: Iterable[str]) -> None:
-    """Give ``wrapper`` those ``methods`` that ``owner`` has, for loaders that look which there are.
-
-    As attributes of its own: from Python 3.12 on, ``isinstance`` of a protocol does not ask ``__getattr__``.
-    """
+    """Give ``wrapper`` those of ``methods`` that ``owner`` has, because loaders look which ones exist."""
+    # Set real attributes: from Python 3.12 on, ``isinstance`` with a protocol does not ask ``__getattr__``.
     for name in methods:
         if hasattr(owner, name):
             setattr(wrapper, name, getattr(owner, name))
@@ -148,6 +148,7 @@ def _make_sender(sink: LoaderSender, select: Callable[[Any], Any] | None) -> Cal
         raise TypeError(f"sink: got {sink!r}, expected an EchoSink or an echo_torch.callbacks.loop.SinkCallback")
     if select is not None and not callable(select):
         raise TypeError(f"select: got {select!r}, expected something to call, or None")
+    # A partial of a module-level function pickles; a closure would not.
     return functools.partial(_send, sink._send_from_loader, select)
 
 

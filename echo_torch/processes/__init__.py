@@ -1,15 +1,15 @@
 """One ``wait()`` over several processes: what DataLoader workers and other children sent for the same sink.
 
 * `ledger`: one small memory-mapped file per child: what it sent, what was acked, and how it ended.
-* `child`: the child's half: a thread that reports to the file and delivers at the end.
-* `parent`: the parent's half: adds the files up, and waits for what they say.
-* `file_locks`: whether a process lives, by a lock that the kernel drops when it dies.
+* `child`: the child's half: a thread that writes the file, and delivers when the child ends.
+* `parent`: the parent's half: adds the files up, and waits until everything in them is acked.
+* `file_locks`: whether a process is alive, by a lock that the kernel drops when it dies.
 
 Rules:
 
 * Each file has one writer, the child, and one reader, its parent. Only ``finish`` goes the other way.
-* The files survive fork, spawn and forkserver, and need no multiprocessing primitive, which would not pickle.
+* The files survive fork, spawn and forkserver. They need no multiprocessing primitive, which would not pickle.
 * A forked child compares process ids before it touches a lock.
-* The parent changes its state by one assignment, after the file is gone, so an interrupt counts no child twice.
-* A dead parent's files are removed by the next sink that makes a folder.
+* The parent changes its state by one assignment, after the file is gone. So an interrupt counts no child twice.
+* The next sink that makes a folder removes the files of dead parents.
 """

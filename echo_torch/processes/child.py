@@ -1,7 +1,10 @@
-"""The child's half of the ledger: what it sent for a sink, told to its parent.
+"""The child's half of the ledger: a thread that reports to the parent what this process sent for a sink.
 
-Interrupts and signal handlers may strike wherever a child sends: so what wakes the thread is a lock, which C code waits
-for and releases, and what guards the file is an RLock. Nobody waits for the thread without a limit.
+* Ctrl-C and signal handlers may interrupt any line of a sender. So a plain lock wakes the thread, because C code waits
+  for it and releases it, and an RLock guards the file, because a handler may enter it again.
+* Nobody waits for the thread without a limit.
+* Three events wake nobody, so the thread polls for them: the parent asks this child to finish, the parent dies, or the
+  session is dropped.
 """
 
 from __future__ import annotations
@@ -28,56 +31,66 @@ from .file_locks import is_alive
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two looks at the acks while some are out, first and later, and at what the parent asks for otherwise.
-# They come soon after the last write, or the learner is busy.
+# Seconds between two polls while acks are outstanding. Acks come soon after the last write, or the learner is busy. So
+# the first pause is `FIRST_POLL_S`, and each later one is twice as long, up to `BUSY_POLL_S`.
 FIRST_POLL_S = 0.001
 BUSY_POLL_S = 0.02
+# Seconds between two polls while nothing is outstanding. A request of the parent, or its death, is noticed this late.
 IDLE_POLL_S = 0.1
-# Seconds that a child may take at its end to deliver: a DataLoader kills workers that take longer than 5.
+# Seconds in which a child delivers what is left when it ends. A DataLoader kills workers that take longer than 5.
 CHILD_CLOSE_S = 4.0
-# Seconds for the thread to be gone when there is nothing left to do.
+# Seconds to wait for the thread to end once it has nothing left to do.
 JOIN_S = 1.0
 
 
 def find_parent(origin: int) -> int | None:
-    """The process to report to; None in one that is no child of a process that has the sink.
+    """Return the pid of the process to report to, or None if there is none.
 
     Args:
-        origin: the process that made the sink.
+        origin: pid of the process that made the sink.
     """
     if os.getpid() == origin:
         return None
+    # Ask multiprocessing first: to the system, the parent of a forkserver's child is the forkserver.
     parent = multiprocessing.parent_process()
-    if parent is not None:  # the forkserver's children have another parent than the system says
+    if parent is not None:
         return parent.pid
     return origin if os.getppid() == origin else None
 
 
 def make_death_check(parent: int) -> Callable[[], bool]:
-    """Gives what tells whether the process to report to has died."""
+    """Return a function that checks whether process ``parent`` has died."""
+    # The system gives an orphan another parent.
     if os.getppid() == parent:
         return lambda: os.getppid() != parent
-    process = multiprocessing.parent_process()  # by a pipe, whose other end processes may have that it forked
+    # A forkserver's child asks multiprocessing, which watches a pipe. Other children of the parent may still hold the
+    # far end of that pipe, so look for the pid as well.
+    process = multiprocessing.parent_process()
     return lambda: process is None or not process.is_alive() or not is_alive(parent)
 
 
 class FlagFiles:
-    """What a parent and those of its children that end with it tell each other for later, when some may not have begun.
+    """News for children that start later: "the sink is closed" and "the learner is gone".
 
-    It is kept in the ledger's folder. In a process that is no such child, nothing is told by a parent.
+    Each flag is an empty file in the ledger's folder, with the parent's pid in its name. The parent sets the first.
+    Daemonic children, such as DataLoader workers, set the second for each other and read both. In any other process
+    every flag reads as not set.
 
     Args:
-        token: the sink's.
-        origin: the process that made the sink.
+        token: names the ledger's folder; the same in all copies of a sink.
+        origin: pid of the process that made the sink.
     """
 
     def __init__(self, token: str, origin: int) -> None:
+        # Names the ledger's folder.
         self._token = token
+        # Pid of the parent whose flags this process shares; None unless this process is a daemonic child.
         self._parent = find_parent(origin) if multiprocessing.current_process().daemon else None
 
     def set_closed(self) -> None:
-        """Tell children that the sink was closed here."""
-        if not multiprocessing.current_process().daemon:  # which has no children that end with it
+        """Tell this process's daemonic children, later ones included, that the sink is closed."""
+        # A daemonic process cannot have daemonic children.
+        if not multiprocessing.current_process().daemon:
             ledger.set_flag(self._token, os.getpid(), ledger.SINK_CLOSED)
 
     @property
@@ -86,64 +99,76 @@ class FlagFiles:
         return self._parent is not None and ledger.has_flag(self._token, self._parent, ledger.SINK_CLOSED)
 
     def set_learner_gone(self, gone: bool) -> None:
-        """Tell the workers of later epochs whether the learner was found."""
+        """Tell the workers of later epochs whether this one found the learner."""
         if self._parent is not None:
             (ledger.set_flag if gone else ledger.clear_flag)(self._token, self._parent, ledger.LEARNER_GONE)
 
     def limit_connect_timeout(self, timeout: float | None) -> float | None:
-        """Seconds to connect in, of ``timeout``: few if a worker before has waited for the learner in vain."""
+        """Return ``timeout``, cut to a few seconds if an earlier worker did not find the learner."""
         if self._parent is None or not ledger.has_flag(self._token, self._parent, ledger.LEARNER_GONE):
             return timeout
         return WORKER_RECONNECT_S if timeout is None else min(timeout, WORKER_RECONNECT_S)
 
 
 class ReportedTotals(Protocol):
-    """What only the session counts."""
+    """The counts that a session keeps itself; its connection has all others."""
 
+    # Samples given to `send` and not sent.
     dropped: int
+    # Seconds spent on comparing batches with the example.
     check_seconds: float
 
 
 class ReportedSession(Protocol):
-    """What has a connection to report of: a sink's session."""
+    """What a `Reporter` needs of a sink's session."""
 
     @property
     def totals(self) -> ReportedTotals: ...
 
     def close_for_parent(self) -> None:
-        """Deliver everything and close, as the parent asks."""
+        """Deliver everything and close, because the parent asks for it."""
 
 
 class Reporter:
-    """Tells the parent, from a thread of its own, what became of the samples of this process.
+    """The thread that writes what became of this process's samples into its ledger file.
 
-    If the session is dropped without having been closed, the thread closes the connection; and if the parent dies that
-    this process, being daemonic, ends with: a `send` that blocks would not let it.
+    The thread also closes the connection if the session is dropped without being closed. In a daemonic child it closes
+    the connection when the parent dies, because a `send` that blocks would keep the orphan alive.
 
     Args:
-        token: the sink's.
-        parent: to whom to report.
-        session: of whom to report; not kept alive.
-        learners: how many it sends to.
+        token: names the ledger's folder; the same in all copies of a sink.
+        parent: pid of the process to report to.
+        session: the session to report; held by a weak reference.
+        learners: how many learners the session sends to.
 
     Raises:
-        ConnectionClosedError: the parent has closed the sink, and this process ends with it.
-        OSError: there is no place for the report.
+        ConnectionClosedError: this process is daemonic, and its parent has closed the sink.
+        OSError: the ledger file cannot be made.
     """
 
     def __init__(self, token: str, parent: int, session: ReportedSession, learners: int) -> None:
+        # This process's file in the ledger.
         self._entry = ledger.create_entry(token, parent, multiprocessing.current_process().daemon, learners)
+        # Returns whether the parent has died.
         self._parent_died = make_death_check(parent)
+        # The session, weakly: a session that nobody else holds counts as dropped, and is closed here.
         self._session = weakref.ref(session)
+        # The session's connection; None until it is open.
         self.route: Route | None = None
-        """Its connection, once there is one."""
-        self._wake_lock = threading.Lock()  # released to wake the thread
+        # The idle thread waits for this lock; releasing it wakes the thread.
+        self._wake_lock = threading.Lock()
         self._wake_lock.acquire()
+        # Whether the last report is written; then the thread ends.
         self._ended = False
-        self._client_failed = False  # whether the client fails in a way of its own
-        self._next_parent_check = Deadline(0.0)  # at the parent
+        # Whether a client other than `TcpClient` failed with an unknown error; then its acks are no longer polled.
+        self._client_failed = False
+        # When to look next whether the parent has died.
+        self._next_parent_check = Deadline(0.0)
+        # The thread that closes the connection; None until it starts.
         self._close_thread: threading.Thread | None = None
+        # Hold it to write to the file.
         self._lock = threading.RLock()
+        # Runs `_run`.
         self._thread = threading.Thread(target=self._run, name=f"echo_torch report to {parent}", daemon=True)
 
     def start(self) -> None:
@@ -151,19 +176,23 @@ class Reporter:
         self._thread.start()
 
     def report_sent(self, count: int) -> None:
-        """So many samples were accepted in all: said before anybody can wait for them."""
+        """Report that ``count`` samples were accepted in all.
+
+        `send` calls it before it returns, so that a `wait` in the parent afterwards includes these samples.
+        """
         with self._lock:
             self._entry["sent"] = max(self._entry["sent"], count)
         self._wake()
 
     def begin_exit(self) -> None:
-        """Have the thread deliver everything and close, as if the parent asked for it."""
+        """Ask the thread to deliver everything and close, as if the parent asked; returns at once."""
         self._entry["finish"] = 1
         self._wake()
 
     def finish_exit(self) -> None:
-        """At the end of the process, after `begin_exit`; one interrupt does not keep the rest from being told."""
+        """Wait for what `begin_exit` asked for."""
         deadline = Deadline(CHILD_CLOSE_S + JOIN_S / 2)
+        # Join twice: one Ctrl-C breaks off the first join, and the second still waits for the last report.
         try:
             self._join_thread(deadline)
         finally:
@@ -174,7 +203,8 @@ class Reporter:
             self._thread.join(deadline.remaining())
 
     def report_end(self, error: Exception | None = None) -> None:
-        """The connection has ended, maybe in ``error``: say so, and free everything."""
+        """Write the last report, with ``error`` if the connection failed, and free everything; idempotent."""
+        # An interrupt in this block leaves `_ended` unset, so the thread, or a second call, writes the report again.
         with self._lock:
             if self._ended:
                 return
@@ -184,6 +214,7 @@ class Reporter:
             self._entry["closed"] = 1
             self._ended = True
         self._wake()
+        # Wait for the thread, unless this call comes from it or from the thread that it waits for.
         if threading.current_thread() not in (self._thread, self._close_thread) and self._thread.is_alive():
             self._thread.join(JOIN_S)
         self._entry.close()
@@ -192,14 +223,16 @@ class Reporter:
         if self._wake_lock.locked():
             try:  # noqa: SIM105
                 self._wake_lock.release()
-            except RuntimeError:  # another thread did
+            except RuntimeError:  # another thread released it first
                 pass
 
     def _run(self) -> None:
         busy, pause, sent = False, FIRST_POLL_S, 0
         while not self._ended:
+            # With no acks outstanding, sleep until `_wake`. The limit is for what wakes nobody: see the module's rules.
             if not busy:
                 self._wake_lock.acquire(timeout=IDLE_POLL_S)
+            # Poll soon after new samples, and less and less often while none come.
             pause = min(2 * pause, BUSY_POLL_S) if sent == self._entry["sent"] else FIRST_POLL_S
             sent = self._entry["sent"]
             busy = self._poll()
@@ -210,7 +243,8 @@ class Reporter:
                 time.sleep(pause)
 
     def _poll(self) -> bool:
-        """Tell how things are; gives whether acks are out that may come."""
+        """Write the current counts; return whether acks are outstanding that may still come."""
+        # Check without the lock: with a client other than `TcpClient` it may block until everything is acked.
         failure = None if self._client_failed else self._check_route()
         with self._lock:
             if self._ended:
@@ -220,25 +254,26 @@ class Reporter:
             return self._write_counts() and not self._client_failed
 
     def _pending_close(self) -> Callable[[], None] | None:
-        """What is to end the connection, if that is to be."""
+        """Return the function that shall close the connection now, or None to leave it open."""
         session = self._session()
-        if session is None:
+        if session is None:  # dropped
             return self._close_route
         return session.close_for_parent if self._entry["finish"] or self._is_orphaned() else None
 
     def _is_orphaned(self) -> bool:
-        """Whether the parent has died that a daemonic child ends with, and which would have asked it to finish."""
+        """Whether this child is daemonic and its parent has died, without asking it to finish."""
+        # The check costs system calls: at most one in `IDLE_POLL_S`, however often the thread polls.
         if not self._entry["daemon"] or not self._next_parent_check.expired:
             return False
         self._next_parent_check = Deadline(IDLE_POLL_S)
         return self._parent_died()
 
     def _run_close(self, close: Callable[[], None]) -> None:
-        """Have the connection closed, on another thread, and go on telling what comes of it."""
+        """Close the connection on another thread, and report the acks that come meanwhile."""
         self._close_thread = threading.Thread(target=close, name=f"echo_torch end of {os.getpid()}", daemon=True)
         try:
             self._close_thread.start()
-        except RuntimeError:  # the interpreter is ending, and starts none any more
+        except RuntimeError:  # the interpreter is ending and starts no more threads
             close()
         else:
             while self._close_thread.is_alive():
@@ -249,7 +284,7 @@ class Reporter:
         self.report_end()
 
     def _close_route(self) -> None:
-        """For a session that was dropped."""
+        """Close the connection of a session that was dropped."""
         error = None
         try:
             if self.route is not None:
@@ -260,20 +295,24 @@ class Reporter:
         self.report_end(error)
 
     def _check_route(self) -> Exception | None:
-        """What ended the connection with samples un-acked."""
+        """Return what ended the connection with samples un-acked, or None."""
         try:
             if self.route is not None:
                 self.route.check()
         except ConnectionError as error:
             return error
-        except Exception as problem:  # of a client that is not ours
+        except Exception as problem:  # a client other than `TcpClient` may raise anything
             self._client_failed = True
             _log.warning("%s", problem, exc_info=problem)
             return problem
         return None
 
     def _write_counts(self, ended: bool = False) -> bool:
-        """Store the counts; gives whether acks are out."""
+        """With the lock held, write the counts into the file; return whether acks are outstanding.
+
+        Args:
+            ended: whether the connection has ended.
+        """
         entry, session = self._entry, self._session()
         counts = Counts() if self.route is None else self.route.counts()
         if session is not None:
@@ -285,8 +324,9 @@ class Reporter:
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)
-        # Until it is over, or that was said, those to wait for first: who waits knows how much had been sent, and not
-        # to whom.
+        # The parent waits for the first n samples and does not know which learner got them. So while the connection
+        # lives, report how many of the first samples are all acked. Once it has ended, or its error is written, report
+        # how many are acked in all: the parent then compares that with everything sent.
         if ended or entry["error_kind"] or self.route is None:
             entry["acked"] = counts.sent - counts.unacked
         else:
@@ -294,6 +334,7 @@ class Reporter:
         return counts.unacked > 0
 
     def _write_error(self, error: Exception) -> None:
+        # The parent raises one of our own exceptions again. An unknown one becomes the nearest of them.
         kind = ledger.ERROR_KINDS.index(ConnectionClosedError)
         if type(error) in ledger.ERROR_KINDS:
             kind = ledger.ERROR_KINDS.index(type(error))

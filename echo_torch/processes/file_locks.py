@@ -1,6 +1,7 @@
-"""Whether other processes live: as the locks tell that they hold on files, and the system.
+"""Whether another process is alive, by the lock that it holds on a file, or by its pid.
 
-A lock is of a process and goes with it, in whatever way that ends; and with any descriptor of the file that it closes.
+A lock belongs to a process. The kernel drops it when the process ends, in whatever way. It also drops it when the
+process closes any descriptor of the file: so never open a file again whose lock your own process holds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from pathlib import Path
 
 
 def call_if_unlocked(path: Path, action: Callable[[], object]) -> bool:
-    """Call ``action`` if nobody else holds the lock of a file; gives whether nobody does."""
+    """Call ``action`` while holding the lock of a file; return False if another process holds it.
+
+    Raises:
+        OSError: the file is gone (``FileNotFoundError``), or cannot be opened or locked.
+    """
     with io.FileIO(path, "r+") as file:
         free = try_lock(file.fileno())
         if free:
@@ -23,7 +28,11 @@ def call_if_unlocked(path: Path, action: Callable[[], object]) -> bool:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Gives whether nobody else holds the lock; raises OSError where there are none."""
+    """Take the lock of a file without waiting; return False if another process holds it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
@@ -32,19 +41,20 @@ def try_lock(descriptor: int) -> bool:
 
 
 def has_ended(child: int) -> bool:
-    """Whether a process has, waited for by its parent or not yet."""
+    """Whether process ``child`` has ended, even if its parent has not waited for it yet."""
     if hasattr(os, "waitid"):
-        with contextlib.suppress(ChildProcessError):  # not of this one, which may be only the parent in name
+        # A forkserver's child is not this process's child: the call raises, and the pid decides.
+        with contextlib.suppress(ChildProcessError):
             return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     return not is_alive(child)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process."""
+    """Whether a process with this pid exists; one that has ended and was not waited for still does."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # it exists, and belongs to another user
         return True
     return True

@@ -1,21 +1,20 @@
-"""How a process learns what its DataLoader workers, or other children, sent for the same sink.
+"""The ledger: one small memory-mapped file per child, by which a parent learns what the child sent for a sink.
 
-Each child that sends for a sink keeps one small file, in a folder of the sink in the temporary folder that the sink was
-made with, and its parent reads it::
+The files of a sink lie in a folder of its own, inside the temporary folder that the sink was made with::
 
-    echo_torch-<token of the sink>-<user>/<pid of the parent>.<pid of the child>.<random>
+    echo_torch-<random token>-<user id>/<pid of the parent>.<pid of the child>.<random>
 
-* The file holds `FIELDS`, numbers of 8 bytes, each stored at once, then times, an error's text, and the numbers of each
-  of several learners. The child maps and
-  writes it, but for ``finish``, by which the parent asks the child to deliver everything and end its connection. That
-  is for daemonic children, such as a DataLoader's workers, which end with their parent, and not by themselves.
-* A child holds a lock on its file for as long as it lives: the system takes it away when the child dies, in whatever
-  way, or closes the file, however often it is open there. So each file has one writer, and its parent as the reader.
-* An interrupt may break off whatever a parent does here: its descriptors belong to objects that C code closes.
-* A file appears under its name when it is locked. It goes when its parent has counted it, or when parent and child are
-  dead and the folder of another sink is made: for its first child, or when it is closed.
-* A parent's empty file for no child, ``<pid of the parent>.0.<flag>``, tells those that come later what has happened.
-  It goes, with the folder, when the parent drops the sink or ends.
+* A file holds `FIELDS`, numbers of 8 bytes that are each stored atomically. Behind them come the times, an error's
+  text, and the counts of each learner. Those are not atomic: a reader may see them half written.
+* The child writes everything but ``finish``. With ``finish`` the parent asks a daemonic child, such as a DataLoader
+  worker, to deliver and close. Such a child ends with its parent, and not by itself.
+* A child locks its file for life, see `file_locks`. So its parent learns of its death, and every file has one writer.
+* A file gets its name once it is locked. Until then the name begins with a dot.
+* The parent removes a file when it has counted it. If parent and child are dead, the next sink that makes a folder
+  removes it. A sink makes its folder for its first child, or when it closes.
+* ``<pid of the parent>.0.<flag>`` is an empty file, a flag for children that start later. The parent removes it, with
+  the folder, when it drops the sink or ends.
+* Ctrl-C may interrupt a parent anywhere here. Its descriptors belong to objects that C code closes, so none leaks.
 """
 
 from __future__ import annotations
@@ -38,54 +37,65 @@ from echo_torch.metrics.timing import TIMES_BYTES, Times
 
 from .file_locks import call_if_unlocked, has_ended, is_alive, try_lock
 
+# The numbers of a file, in their order there.
 FIELDS = (
-    "sent",
-    "acked",
-    "dropped",
-    "reconnects",
+    "sent",  # samples that `send` accepted
+    "acked",  # of the first samples, how many are all acked; once the connection has ended: how many in all
+    "dropped",  # samples given to `send` and not sent
+    "reconnects",  # the next four are as in `metrics.stats.Counts`
     "resent",
     "maybe_duplicated",
     "maybe_lost",
-    "daemon",
-    "closed",
-    "finish",
-    "error_kind",
-    "error_bytes",
-    "learners",
+    "daemon",  # 1 if the child is daemonic
+    "closed",  # 1 once the child has written its last report
+    "finish",  # set to 1 by the parent: deliver everything and close
+    "error_kind",  # an index into `ERROR_KINDS`; 0 if the connection has not failed
+    "error_bytes",  # length of the error's text
+    "learners",  # how many learners the child sends to
 )
+# The fields that add up over children.
 SUMMED_FIELDS = FIELDS[:7]
-"""Those that add up over children."""
+# The exceptions that ``error_kind`` stands for. If several children fail, the parent raises the highest one.
 ERROR_KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
-"""What an entry's ``error_kind`` stands for."""
+# A file takes whole pages, of this many bytes.
 _PAGE = 4096
+# Where the parts of a file begin, and the most bytes of an error's text.
 _TIMES_AT = 8 * len(FIELDS)
 _TEXT_BYTES = 2048
 _TEXT_AT = _TIMES_AT + TIMES_BYTES
 _PEER_COUNTS_AT = _TEXT_AT + _TEXT_BYTES
+# The counts of one learner.
 _PEER_COUNTS = struct.Struct(f"={len(PeerCounts._fields)}q")
+# The flag of a parent that has closed the sink: its daemonic children must not send any more.
 SINK_CLOSED = "closed"
-"""The flag of a parent that has closed the sink, which ends it for daemonic children."""
+# The flag of a parent whose children did not find the learner: later ones wait for it only briefly.
 LEARNER_GONE = "gone"
-"""The flag of a parent whose children did not find the learner, which the next need not wait for as long."""
+# How the names of all folders begin.
 _PREFIX = "echo_torch-"
+# Where the folder lies if a process cannot write to the temporary folder of the sink.
 _FALLBACK_FOLDER = "/tmp"
 
 
 class LedgerEntry:
-    """The file of one child: its numbers, by name.
+    """The file of one child; ``entry[field]`` reads and writes its numbers.
 
     Args:
-        path: where it is.
-        descriptor: in the child, which locked it; owned from now on.
+        path: the file.
+        descriptor: in the child: the open, locked file, which the entry owns from now on. None in the parent.
     """
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        # The file; its name holds both pids.
         self.path = path
+        # The child's descriptor, which keeps the lock; None in the parent.
         self._descriptor = descriptor
+        # Whether `close` was called.
         self._closed = False
         with io.FileIO(path if descriptor is None else descriptor, "r+", closefd=descriptor is None) as file:
             mapped = mmap.mmap(file.fileno(), 0)
+        # The whole file, memory-mapped; after `close` a copy of it.
         self._bytes: memoryview | bytearray = memoryview(mapped)
+        # The file's `FIELDS` as integers; after `close` a copy of them.
         self._numbers: memoryview | list[int] = self._bytes[:_TIMES_AT].cast("q")
 
     def __getitem__(self, field: str) -> int:
@@ -100,23 +110,22 @@ class LedgerEntry:
         return Times.from_bytes(self._bytes[_TIMES_AT:_TEXT_AT])
 
     def write_times(self, times: Times) -> None:
-        """Not all at once: who reads them meanwhile gets some from before."""
+        """Store where the child's time went. Not atomic: a reader may get some old numbers among the new ones."""
         self._bytes[_TIMES_AT:_TEXT_AT] = times.to_bytes()
 
     @property
     def peer_counts(self) -> list[PeerCounts]:
-        """What the child sent to each learner."""
+        """What the child sent to each learner, in the order of the sink's learners."""
         end = _PEER_COUNTS_AT + self["learners"] * _PEER_COUNTS.size
         return [PeerCounts(*numbers) for numbers in _PEER_COUNTS.iter_unpack(self._bytes[_PEER_COUNTS_AT:end])]
 
     def write_peer_counts(self, peers: Iterable[PeerCounts]) -> None:
-        """Not all at once either."""
+        """Store what the child sent to each learner; not atomic either."""
         packed = b"".join(_PEER_COUNTS.pack(*counts) for counts in peers)
         self._bytes[_PEER_COUNTS_AT : _PEER_COUNTS_AT + len(packed)] = packed
 
     @property
     def child_pid(self) -> int:
-        """Its process id."""
         return int(self.path.name.split(".")[1])
 
     @property
@@ -124,50 +133,53 @@ class LedgerEntry:
         return bytes(self._bytes[_TEXT_AT : _TEXT_AT + self["error_bytes"]]).decode(errors="replace")
 
     def write_error(self, kind: int, text: str) -> None:
-        """Say, once, what ended the child's connection."""
+        """Store what ended the child's connection; the first error wins."""
         if not self["error_kind"]:
-            said = text.encode()[:_TEXT_BYTES]
-            self._bytes[_TEXT_AT : _TEXT_AT + len(said)] = said
-            self["error_bytes"] = len(said)
-            self["error_kind"] = kind  # last, since it says that there is a text
+            encoded = text.encode()[:_TEXT_BYTES]
+            self._bytes[_TEXT_AT : _TEXT_AT + len(encoded)] = encoded
+            self["error_bytes"] = len(encoded)
+            self["error_kind"] = kind  # last, because the parent reads the text as soon as it is set
 
     @property
     def is_dead(self) -> bool:
-        """In the parent: whether the child has ended, in whatever way, or closed the file."""
+        """Whether the child has ended, in whatever way, or closed its file. For the parent only: see `file_locks`."""
         try:
             return self._closed or call_if_unlocked(self.path, lambda: None)
-        except FileNotFoundError:  # somebody has removed it, such as a cleaner of old files; it is still mapped
+        except FileNotFoundError:  # a cleaner of old files has removed it, say; its numbers are still mapped
             return has_ended(self.child_pid)
 
     def close(self) -> None:
-        """Let go of the file, and of the lock; idempotent. Other threads may still read the numbers, as they are now.
-
-        What is mapped is freed with the last reference: one of them may be reading it.
-        """
+        """Release the file and the lock; idempotent. The numbers stay readable, as they are now."""
         if not self._closed:
             self._closed = True
+            # Another thread may be reading the map. So drop the references: the last one frees it.
             self._numbers, self._bytes = list(self._numbers), bytearray(self._bytes)
             if self._descriptor is not None:
                 os.close(self._descriptor)
 
 
+# Where each field stands in a file.
 _INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 
 def new_token() -> str:
-    """What a sink and its copies have in common: how the path of their folder begins, which nobody has made yet."""
+    """Return a new token, which a sink shares with its copies: the path of their folder, without the user id.
+
+    It makes no folder.
+    """
     try:
         home = os.path.abspath(tempfile.gettempdir())
-    except FileNotFoundError:  # there is none to write to, which only children need
+    except FileNotFoundError:  # no folder can be written to; a sink without children needs none
         home = ""
     return os.path.join(home, _PREFIX + secrets.token_hex(16))
 
 
 def folder_path(token: str) -> Path:
-    """Where the children of a sink keep their files, if any do; on another host, that may be somewhere else.
+    """Return the folder of a sink's ledger on this host; it need not exist.
 
-    All processes of a host and user must come to the same one, whatever each takes for its temporary folder.
+    All processes of one user on one host must get the same folder, whatever ``TMPDIR`` each of them has.
     """
+    # The token holds the temporary folder of the process that made the sink. Another host may not have that one.
     folder = Path(f"{token}-{os.getuid()}")
     if os.access(folder.parent, os.W_OK | os.X_OK):
         return folder
@@ -175,25 +187,32 @@ def folder_path(token: str) -> Path:
 
 
 def create_entry(token: str, parent: int, daemon: bool = False, learners: int = 1) -> LedgerEntry:
-    """In a child: a new file of its own, locked, for what so many learners are sent.
+    """Make and lock this child's file.
+
+    Args:
+        token: names the folder.
+        parent: pid of the process that reads the file.
+        daemon: whether this child is daemonic.
+        learners: how many learners it sends to.
 
     Raises:
         ConnectionClosedError: the child is daemonic, and its parent has closed the sink.
-        OSError: none can be made.
+        OSError: the file cannot be made or locked.
     """
     folder = folder_path(token)
-    name = f"{parent}.{os.getpid()}.{secrets.token_hex(8)}"  # process ids come again
+    # Pids are used again, so the name has a random part.
+    name = f"{parent}.{os.getpid()}.{secrets.token_hex(8)}"
     path = folder / f".{name}"
     while True:
         try:
             _make_folder(folder)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             break
-        except FileNotFoundError:  # swept away, being empty, just after it was made
+        except FileNotFoundError:  # another process removed the folder while it was empty: make it again
             if not folder.parent.is_dir():
                 raise
     try:
-        # A file with a hole would end who writes there on a full disk.
+        # Write all bytes now. If the disk is full, a write through the map into a hole would kill the process.
         size = -(-(_PEER_COUNTS_AT + learners * _PEER_COUNTS.size) // _PAGE) * _PAGE
         if os.write(descriptor, bytes(size)) < size:
             raise OSError(errno.ENOSPC, f"no room for {size} bytes in {folder}")
@@ -205,12 +224,15 @@ def create_entry(token: str, parent: int, daemon: bool = False, learners: int = 
         entry = LedgerEntry(path, descriptor)
         entry["daemon"] = int(daemon)
         entry["learners"] = learners
+        # The parent lists the file from here on: it is locked and filled in.
         entry.path = path.rename(folder / name)
     except BaseException:
         os.close(descriptor)
         path.unlink(missing_ok=True)
         raise
-    if daemon and has_flag(token, parent, SINK_CLOSED):  # looked at only now, since the parent sets it before it looks
+    # Look at the flag only now. The parent sets it before it lists the files: so either it sees this file, or this
+    # process sees the flag.
+    if daemon and has_flag(token, parent, SINK_CLOSED):
         entry["closed"] = 1
         entry.path.unlink(missing_ok=True)
         entry.close()
@@ -219,12 +241,12 @@ def create_entry(token: str, parent: int, daemon: bool = False, learners: int = 
 
 
 def entry_paths(token: str, parent: int) -> list[Path]:
-    """The files of a process's children."""
+    """Return the files of the children of process ``parent``."""
     try:
         folder = folder_path(token)
         names = os.listdir(folder)
         _check_owner(folder)
-    except FileNotFoundError:  # none was made, or it was removed just now, being empty
+    except FileNotFoundError:  # no child has made the folder yet, or it was just removed because it was empty
         return []
     mine, flags = f"{parent}.", f"{parent}.0."
     paths = (folder / name for name in names if name.startswith(mine) and not name.startswith(flags))
@@ -232,7 +254,7 @@ def entry_paths(token: str, parent: int) -> list[Path]:
 
 
 def set_flag(token: str, parent: int, flag: str) -> None:
-    """Tell children of ``parent`` that come later, if there is a place for it."""
+    """Set a flag for later children of ``parent``; does nothing if the folder cannot be written to."""
     with contextlib.suppress(OSError):
         folder = folder_path(token)
         _make_folder(folder)
@@ -251,10 +273,8 @@ def has_flag(token: str, parent: int, flag: str) -> bool:
 
 
 def remove_files(token: str, parent: int) -> None:
-    """Remove the files of this process, of its children, whatever they hold, and the folder if nobody has a file in it.
-
-    Does nothing if this is not ``parent``, but a forked copy of it.
-    """
+    """Remove the files of process ``parent`` and its children, counted or not, and the folder if it is empty then."""
+    # A forked copy of the parent inherits the finalizers that call this, and must leave the files alone.
     if os.getpid() != parent:
         return
     with contextlib.suppress(OSError, ValueError):
@@ -263,17 +283,18 @@ def remove_files(token: str, parent: int) -> None:
         for path in folder.iterdir():
             if path.name.startswith(f"{parent}."):
                 path.unlink(missing_ok=True)
-            elif path.name.startswith(f".{parent}."):  # of a child that died before it was done, or is not yet
+            elif path.name.startswith(f".{parent}."):  # its child died while it made the file, or is making it now
                 call_if_unlocked(path, path.unlink)
-            else:  # of a child that was a parent itself
+            else:  # another process is its parent: a child with children of its own, for instance
                 _remove_if_dead(path)
         folder.rmdir()
 
 
 def remove_leftovers(home: Path) -> None:
-    """Remove what runs that crashed have left: files of dead children with dead parents, and empty folders."""
+    """Remove what crashed runs have left in ``home``: files whose child and parent are both dead, and empty folders."""
     for folder in home.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError, ValueError):  # of another user, in use again, or nothing that we made
+        # Skip a folder that belongs to another user, is in use, or has files with names that are not ours.
+        with contextlib.suppress(OSError, ValueError):
             _check_owner(folder)
             for path in folder.iterdir():
                 _remove_if_dead(path)
@@ -282,6 +303,7 @@ def remove_leftovers(home: Path) -> None:
 
 def _remove_if_dead(path: Path) -> None:
     parent, child = map(int, path.name.lstrip(".").split(".")[:2])
+    # Never open this process's own file: closing it again would drop the lock.
     if child == os.getpid() or is_alive(parent):
         return
     with contextlib.suppress(FileNotFoundError):
@@ -297,7 +319,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _check_owner(folder: Path) -> None:
-    """The folder's name is a secret until it is made; still, nobody else shall be able to have made it."""
+    """Raise PermissionError unless the folder is this user's alone.
+
+    Its name is secret until it exists. The check makes sure that nobody else made it all the same.
+    """
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(f"{folder}: expected a folder of this user's, for nobody else")

@@ -1,9 +1,9 @@
-"""The parent's half of the ledger: what its children sent for a sink, and waiting for that.
+"""The parent's half of the ledger: adds up what its children sent for a sink, and waits for the acks.
 
-* A child that ended with everything acked is counted, and its file removed, whenever somebody looks. One that did not
-  is kept until `ChildProcesses.wait` has said so.
-* An interrupt may break off whatever is done here. A child moves from those that are looked at to those that were
-  counted in one assignment, after its file is gone, and is told of in the last step before raising.
+* Every call first looks for new files, and for children that have ended. A child that ended with everything acked is
+  added to the totals, and its file is removed. Any other is kept until `ChildProcesses.wait` has raised its failure.
+* Ctrl-C may interrupt any line here. So a child moves from the open entries to the totals in one assignment, after its
+  file is gone, and its failure is marked as reported in the last step before it is raised.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ from .ledger import ERROR_KINDS, SUMMED_FIELDS, LedgerEntry, entry_paths
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two looks at what children report, who do so every 1 to 20 ms; the first ones come sooner.
+# Seconds between two polls of the children's files, which children update every 1 to 20 ms. The pause begins at
+# `FIRST_POLL_S` and doubles up to `POLL_INTERVAL_S`.
 POLL_INTERVAL_S = 0.005
 FIRST_POLL_S = 0.0005
 
-# Seconds in which a child that is asked to end its connection has done so, or does nothing: it takes 4 at the most.
+# Seconds to wait for a child that was asked to close. It takes at most 4; one that takes longer hangs.
 CLOSE_ANSWER_S = 6.0
 
+# The open entries by file name; then the totals of the children that were counted: fields, times, and counts of each
+# learner.
 _State = tuple[dict[str, LedgerEntry], dict[str, int], Times, list[PeerCounts]]
-"""Those that are looked at; and of those that were counted, the numbers, times, and the numbers of each learner."""
 
-_cleanup_registered: set[tuple[int, str]] = (
-    set()
-)  # the processes and tokens whose files are removed at the end of the process
+# The pids and tokens whose files are removed when the process ends.
+_cleanup_registered: set[tuple[int, str]] = set()
+# One object for each pid and token, as long as a copy of the sink uses it.
 _shared: weakref.WeakValueDictionary[tuple[int, str], ChildProcesses] = weakref.WeakValueDictionary()
 
 
@@ -46,45 +48,53 @@ class ChildProcesses:
     """The children of this process that send for one sink.
 
     Args:
-        peer: how messages name the learner.
-        token: the sink's.
-        acked_at_risk: how many samples that a child's server acked it may discard if the child dies.
+        peer: the learner's name in messages.
+        token: names the ledger's folder; the same in all copies of a sink.
+        acked_at_risk: how many acked samples of a child its server may discard if the child dies.
     """
 
     def __init__(self, peer: str, token: str, acked_at_risk: int) -> None:
+        # Hold it to change `_state` or `_reported`.
         self._lock = threading.RLock()
+        # The learner's name in messages.
         self._peer = peer
+        # Names the ledger's folder.
         self._token = token
+        # How many acked samples count as maybe lost when a child dies.
         self._acked_at_risk = acked_at_risk
+        # Pid of this process; it differs in a forked copy, which has no children here.
         self._parent = os.getpid()
+        # Everything that is known of the children, in one tuple, so that one assignment changes all of it.
         self._state: _State = {}, dict.fromkeys(SUMMED_FIELDS, 0), Times(), []
-        self._reported: set[str] = set()  # of those whose failure was raised
+        # File names of the open entries whose failure was raised.
+        self._reported: set[str] = set()
+        # Not at exit, where children may still deliver: `get_shared` sees to that.
         weakref.finalize(self, ledger.remove_files, token, self._parent).atexit = False
 
     @classmethod
     def get_shared(cls, peer: str, token: str, acked_at_risk: int) -> ChildProcesses:
-        """The same for all copies of a sink in this process: each child is counted, and told of, once."""
+        """Return the one object for all copies of a sink in this process, so that each child is counted once."""
         key = os.getpid(), token
-        if (
-            key not in _cleanup_registered
-        ):  # who drops the sink that it gave to a child is asked to remove the child's file later
+        # You may hand a sink to a child and drop it here before the child makes its file. So the files are removed once
+        # more when this process ends. Priority -1 makes multiprocessing do so after it has joined the children.
+        if key not in _cleanup_registered:
             _cleanup_registered.add(key)
             multiprocessing.util.Finalize(None, ledger.remove_files, (token, key[0]), exitpriority=-1)
         return _shared.get(key) or _shared.setdefault(key, cls(peer, token, acked_at_risk))
 
     def counts(self) -> dict[str, int]:
-        """Their numbers, added up, by the names of `ledger.SUMMED_FIELDS`."""
+        """Return the sums of the children's counts, by the names of `ledger.SUMMED_FIELDS`."""
         with self._lock:
             self._poll()
             entries, ended, *_ = self._state
-            # What is acked before what is sent, which is at least as much by then.
+            # Children write meanwhile. Read ``acked`` before ``sent``, so that it is never the larger one.
             return {
                 field: ended[field] + sum(entry[field] for entry in entries.values())
                 for field in reversed(SUMMED_FIELDS)
             }
 
     def times(self) -> Times:
-        """Where their time went, added up."""
+        """Return where the children's time went, added up."""
         with self._lock:
             self._poll()
             entries, _, total, _ = self._state
@@ -93,7 +103,7 @@ class ChildProcesses:
             return total
 
     def peer_counts(self) -> list[PeerCounts]:
-        """What each learner was sent by them, added up; empty if there are none."""
+        """Return what the children sent to each learner, added up; empty if there were no children."""
         with self._lock:
             self._poll()
             entries, *_, total = self._state
@@ -102,65 +112,74 @@ class ChildProcesses:
             return total
 
     def wait(self, deadline: Deadline, stall_timeout: float | None) -> None:
-        """Wait until all that they sent so far is acked.
+        """Block until everything that the children sent so far is acked.
 
         Raises:
-            ConnectionClosedError: one died, or lost its connection, with samples un-acked. Said once, and at once.
-            DeliveryTimeoutError: the deadline, or ``stall_timeout`` seconds without any ack, passed; or one ended
-                without having been able to deliver everything in time.
+            ConnectionClosedError: a child died, or lost its connection, with samples un-acked. Raised at once, and once
+                for each child.
+            DeliveryTimeoutError: the deadline passed, or ``stall_timeout`` seconds passed without any ack, or a child
+                ended without delivering everything in time.
         """
         goals = [(entry, entry["sent"]) for entry in self._poll()]
-        acked, since, pause = -1, time.monotonic(), FIRST_POLL_S
+        acked, acked_at, pause = -1, time.monotonic(), FIRST_POLL_S
         while True:
-            done = [(entry, goal) for entry, goal in goals if entry["acked"] >= goal]  # before they say that it is over
+            # Read ``acked`` before you ask whether a child has finished. With several learners, it counts the first
+            # samples in order until the connection ends, and any samples after that. In the other order, a child that
+            # ends between the two lines could look done although it has lost some of the first ones.
+            done = [(entry, goal) for entry, goal in goals if entry["acked"] >= goal]
             finished = [(entry, goal) for entry, goal in goals if _is_finished(entry)]
             self._raise_failures([entry for entry, goal in finished if _has_lost_samples(entry, goal)])
             goals = [one for one in goals if one not in done and one not in finished]
             if not goals:
                 return
-            now = sum(entry["acked"] for entry, _ in goals)
-            if now != acked:
-                acked, since = now, time.monotonic()
-            if deadline.expired or (stall_timeout is not None and time.monotonic() - since >= stall_timeout):
+            acked_now = sum(entry["acked"] for entry, _ in goals)
+            # Any change restarts the stall clock. That includes the drop when a child leaves the goals.
+            if acked_now != acked:
+                acked, acked_at = acked_now, time.monotonic()
+            if deadline.expired or (stall_timeout is not None and time.monotonic() - acked_at >= stall_timeout):
                 raise self._timeout_error(goals, deadline, stall_timeout)
             time.sleep(min(pause, deadline.remaining()))
             pause = min(2 * pause, POLL_INTERVAL_S)
 
     def _raise_failures(self, entries: list[LedgerEntry]) -> None:
+        """Raise one error for those of ``entries`` whose failure was not raised yet, if there are any."""
         with self._lock:
             failed = [entry for entry in entries if entry.path.name not in self._reported]
             if failed:
                 problem = self._failure_error(failed)
+                # Mark them last: an interrupt before this line leaves the failure to the next `wait`.
                 self._reported |= {entry.path.name for entry in failed}
                 try:
                     raise problem
                 finally:
-                    del problem  # whose traceback holds this frame, and with it the sink
+                    del problem  # its traceback holds this frame, and this frame holds the sink
 
     def request_close(self) -> None:
-        """Ask those that end with this process to deliver everything and to close."""
+        """Ask the daemonic children to deliver everything and close; does not wait."""
         for entry in self._poll():
             entry["finish"] = entry["daemon"]
 
     def wait_for_close(self, deadline: Deadline) -> None:
-        """Wait for those who were asked to, as long as they may take if they do anything at all."""
-        asked, soon = [entry for entry in self._poll() if entry["finish"]], deadline.within(CLOSE_ANSWER_S)
+        """Wait for the children that were asked to close, and log those that do not within `CLOSE_ANSWER_S`."""
+        asked, answer_by = [entry for entry in self._poll() if entry["finish"]], deadline.within(CLOSE_ANSWER_S)
         while asked := [entry for entry in asked if not (entry["closed"] or entry.is_dead)]:
-            if soon.expired:
+            if answer_by.expired:
                 who = ", ".join(str(entry.child_pid) for entry in asked)
-                _log.warning("%s: processes %s did not answer for %g s", self._peer, who, soon.timeout)
+                _log.warning("%s: processes %s did not answer for %g s", self._peer, who, answer_by.timeout)
                 return
             time.sleep(POLL_INTERVAL_S)
 
     def count_and_remove_all(self) -> None:
-        """Count all of them as they are now, and remove their files."""
+        """Add all children to the totals as they are now, even living ones, and remove their files."""
         with self._lock:
             for entry in self._poll():
                 self._count_and_remove(entry)
 
     def _poll(self) -> list[LedgerEntry]:
-        """Those that are not counted as ended, with those that are new."""
-        if os.getpid() != self._parent:  # a forked copy
+        """Count the children that have ended, look for new ones, and return the open entries."""
+        # A forked copy has none of these children. It must not touch the lock either, which the fork may have copied
+        # while another thread held it.
+        if os.getpid() != self._parent:
             return []
         with self._lock:
             for entry in list(self._state[0].values()):
@@ -172,16 +191,15 @@ class ChildProcesses:
                         new = LedgerEntry(path)
                     except FileNotFoundError:
                         continue
-                    except OSError as error:  # too many files are open, say
-                        raise OSError(error.errno, f"{self._peer}: {error.strerror}, for what a child tells") from error
+                    except OSError as error:  # too many files are open, for instance
+                        raise OSError(error.errno, f"{self._peer}: a child's file: {error.strerror}") from error
                     self._state = {**entries, path.name: new}, ended, times, peers
-                    self._count_and_remove_if_done(
-                        new
-                    )  # at once: of those that ended there may be more than files can be open
+                    # Do this for each file at once: more children may have ended than files can be open.
+                    self._count_and_remove_if_done(new)
             return list(self._state[0].values())
 
     def _count_and_remove_if_done(self, entry: LedgerEntry) -> None:
-        """Count, and remove, one that is over and has nothing more to say."""
+        """Count and remove a child that has ended, unless it lost samples and no `wait` has raised that yet."""
         if (entry["closed"] or entry.is_dead) and (
             entry["sent"] == entry["acked"] or entry.path.name in self._reported
         ):
@@ -190,10 +208,14 @@ class ChildProcesses:
     def _count_and_remove(self, entry: LedgerEntry) -> None:
         name = entry.path.name
         died = entry.is_dead and not entry["closed"]
+        # Remove the file first. An interrupt before the assignment to `_state` leaves the entry open, and it is counted
+        # at the next look; the other way round, the file would be found again and counted twice.
         entry.path.unlink(missing_ok=True)
         entries, ended, times, peers = self._state
         total = {field: ended[field] + entry[field] for field in SUMMED_FIELDS}
-        if died:  # it may have counted by itself what it lost with its connection
+        # A killed child may have lost all un-acked samples and the last acked ones. If it had lost its connection
+        # before, it has counted them itself: take the larger number.
+        if died:
             lost = entry["sent"] - entry["acked"] + min(entry["acked"], self._acked_at_risk)
             total["maybe_lost"] = ended["maybe_lost"] + max(lost, entry["maybe_lost"])
         left = {other: theirs for other, theirs in entries.items() if other != name}
@@ -202,14 +224,16 @@ class ChildProcesses:
         self._reported.discard(name)
 
     def _failure_error(self, failed: list[LedgerEntry]) -> ConnectionClosedError | DeliveryTimeoutError:
+        """Make one error of the worst kind that names all ``failed`` children."""
         kind, reasons, unacked = 0, [], 0
         for entry in failed:
             unacked_here = entry["sent"] - entry["acked"]
             unacked += unacked_here
+            # A child that died without writing an error counts as a lost connection, which is kind 2.
             kind = max(kind, entry["error_kind"] or 2)
             how = entry.error if entry["error_kind"] else f"died with {unacked_here} samples un-acked"
             reasons.append(f"process {entry.child_pid}: {how}")
-        error = ERROR_KINDS[kind](f"{self._peer}: {'; '.join(reasons)}")  # type: ignore[misc]  # never that of 0
+        error = ERROR_KINDS[kind](f"{self._peer}: {'; '.join(reasons)}")  # type: ignore[misc]  # kind is never 0
         error.unacked = unacked
         return error
 
@@ -234,13 +258,14 @@ def _add_counts(one: list[PeerCounts], other: list[PeerCounts]) -> list[PeerCoun
 
 
 def _has_lost_samples(entry: LedgerEntry, goal: int) -> bool:
-    """Whether not all of its first ``goal`` samples are acked, now that nothing more will be.
+    """Whether a child that is finished may have samples un-acked among its first ``goal`` ones.
 
-    With several learners, those that were acked at the end may be any.
+    One learner acks in order, so its count answers that. With several learners, the acked samples may be any of those
+    sent: then only a child with everything acked has lost none.
     """
     return entry["acked"] < (goal if entry["learners"] == 1 else entry["sent"])
 
 
 def _is_finished(entry: LedgerEntry) -> bool:
-    """Whether nothing more will be acked."""
+    """Whether no more acks of the child can come."""
     return bool(entry["closed"] or entry["error_kind"] or entry.is_dead)

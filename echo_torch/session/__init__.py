@@ -6,7 +6,8 @@
 
 Rules:
 
-* A sink is configuration and pickles; a session belongs to one process and never leaves it. The sink looks its session
+* A sink is configuration and pickles. A session belongs to one process and never leaves it. The sink looks its session
   up by process id before it takes any lock.
-* Locks, outermost first: session, report, then those of `routing`. The watermark's lock holds nothing inside.
+* Locks, outermost first: session, report, then those of `routing`. Nobody takes another lock while holding the
+  watermark's.
 """

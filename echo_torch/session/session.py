@@ -1,4 +1,10 @@
-"""What an `EchoSink` has in one process: the connection, what is delivered by it, and the watermark."""
+"""`Session`: a sink's state in one process, and every step of its life: connect, deliver, wait, close, exit.
+
+* Connecting happens once, under the session's lock. Everything else reads ``route`` without it.
+* ``closed`` is set before anything is closed. A thread that is still connecting sees it and closes its new connection.
+* Only this module knows ``on_error="warn"``: it decides between raising the loss of a learner and logging it.
+* In a child, the reporter starts before the first sample is sent, so the parent's ``wait`` knows of every sample.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +33,16 @@ _log = logging.getLogger(__name__)
 
 
 class Session:
-    """One process's own; never used by another.
+    """The connection, children, watermark and totals of one sink in one process; no other process uses it.
 
     Args:
-        learner_names: how messages name them.
+        learner_names: the learners' names in messages.
         payload_size: bytes of one sample.
-        token: the sink's, by which parents and children find each other.
-        origin: the process that made the sink.
-        acked_at_risk: how many samples that a server acked it may discard if a connection breaks off.
-        stall_timeout: seconds without any ack of a child after which `wait` and `close` give up.
-        raise_on_loss: whether the loss of the learner is an error, or logged, and what is sent after that is dropped.
+        token: names the ledger's folder, where parents and children find each other.
+        origin: pid of the process that made the sink.
+        acked_at_risk: how many acked samples a server may discard if a connection breaks off.
+        stall_timeout: seconds without any ack of a child after which `wait` and `close` give up; None for never.
+        raise_on_loss: True to raise when the learner is lost; False to log it, and drop all later samples.
     """
 
     def __init__(
@@ -49,23 +55,37 @@ class Session:
         stall_timeout: float | None,
         raise_on_loss: bool,
     ) -> None:
+        # All learners' names, for messages.
         self.peer = peer = ", ".join(learner_names)
+        # How many learners there are.
         self._learner_count = len(learner_names)
+        # The connection, or connections to several learners; None until the first use.
         self.route: Route | None = None
+        # Whether `close` was called, here or in the parent.
         self.closed = False
+        # Whether the log says how the first batch was read.
         self.first_batch_logged = False
-        """Whether it was logged how the first batch was read."""
+        # Whether the learner is lost and the log says so; stays False if the loss is raised instead.
         self.learner_gone = False
-        """Whether the learner is, and that was logged; unless it is an error."""
+        # The highest step up to which everything is acked.
         self.watermark = Watermark()
+        # The children that send for the same sink.
         self.children = ChildProcesses.get_shared(peer, token, acked_at_risk)
+        # The counters of this process, its children and earlier runs.
         self.totals = Totals(learner_names, payload_size, self.children)
+        # Names the ledger's folder.
         self._token = token
+        # Pid of the process that made the sink.
         self._origin = origin
+        # News from the parent and its other children: the sink is closed, the learner is gone.
         self._flag_files = FlagFiles(token, origin)
+        # Seconds without any ack of a child after which `wait` gives up; None for never.
         self._stall_timeout = stall_timeout
+        # Whether the loss of the learner raises.
         self._raise_on_loss = raise_on_loss
+        # Reports to the parent; None in a process without one, and before the first use.
         self._reporter: Reporter | None = None
+        # Hold it to connect, to start the reporter, or to count dropped samples.
         self._lock = threading.RLock()
         shutdown.register_exit_handler(self)
 
@@ -74,7 +94,12 @@ class Session:
         return 0 if self.route is None else self.route.counts().unacked
 
     def connect(self, open_route: Callable[[float | None], Route], timeout: float | None) -> Route:
-        """The open route, connecting first by ``open_route(timeout)`` if there is none."""
+        """Return the route; if there is none yet, open it with ``open_route(timeout)``.
+
+        Raises:
+            ConnectionClosedError: the sink was closed.
+            OSError: as ``open_route`` raises it.
+        """
         route = self.route
         if route is None and not self.closed:
             route = self._connect_once(open_route, Deadline(timeout))
@@ -83,13 +108,17 @@ class Session:
         return route
 
     def deliver(self, open_route: Callable[[float | None], Route], match: Match, timeout: float | None) -> Route | None:
-        """Send, connecting first as `connect`; gives the route that took all of it, None if it was dropped."""
+        """Send a batch, after connecting if need be.
+
+        Returns:
+            The route that accepted the whole batch, or None if samples of it were dropped.
+        """
         if self.learner_gone and not self.closed:
             self.drop(match.rows)
             return None
         try:
             route = self.connect(open_route, timeout)
-        except OSError as error:  # refused, unreachable, unknown, too late: whatever keeps us from the learner
+        except OSError as error:  # refused, unreachable, no such name, timed out: anything that prevents a connection
             if self._raise_on_loss or self.closed:
                 raise
             self.drop(match.rows, error)
@@ -104,25 +133,31 @@ class Session:
             return None
 
     def log_first_batch(self, match: Match, spec: SampleSpec) -> None:
-        """Log, for the first batch, what it was taken for."""
+        """Log how the first batch was read, so that you notice a batch that is taken for one sample."""
         self.first_batch_logged = True
         what = f"{match.rows} samples" if match.batched else "one sample"
         _log.info("%s: the first batch is %s of %s", self.peer, what, spec.describe())
 
     def note_accepted(self, watermark: Watermark, step: int, route: Route) -> None:
-        """Note that ``route`` took all of ``step``; in the watermark in which it began, if another was loaded since."""
+        """Note that ``route`` accepted the whole batch of ``step``.
+
+        ``watermark`` is the one in which the step began; `load_state_dict` may have put another in its place.
+        """
         sent, acked = route.progress()
         watermark.finish_step(step, sent, acked)
         self.report_sent()
 
     def report_sent(self) -> None:
-        """Let the parent know how much was sent, if there is one, before it can wait for it."""
+        """Report the number of samples sent to the parent, if there is one.
+
+        `send` calls it before it returns, so that a later `wait` in the parent includes these samples.
+        """
         reporter, route = self._reporter, self.route
         if reporter is not None and route is not None:
             reporter.report_sent(route.progress()[0])
 
     def wait(self, timeout: float | None) -> None:
-        """Until everything sent so far is acked, by children too; as `EchoSink.wait`."""
+        """Block until everything sent so far is acked, by children too; raises as `EchoSink.wait`."""
         try:
             self._wait(Deadline(timeout))
         finally:
@@ -144,7 +179,7 @@ class Session:
             _log.warning("%s", error)
 
     def close(self, timeout: float | None) -> None:
-        """End the connection, and have the children end theirs, at the same time; raises what came of it."""
+        """Close the connection while the daemonic children close theirs; raises as `EchoSink.close`."""
         try:
             self._close(timeout)
         except ConnectionError as error:
@@ -153,11 +188,13 @@ class Session:
             self.drop(0, error)
 
     def _close(self, timeout: float | None) -> None:
-        self.closed = True  # whoever is connecting just now will see it
+        self.closed = True  # first: a thread that is connecting just now sees it, and closes its connection
         deadline = Deadline(timeout)
         problems: list[Exception] = []
+        # The flag before the request: it stops the children that start too late to be asked.
         self._flag_files.set_closed()
         self.children.request_close()
+        # The children close while this process does. Take every step, even if an earlier one fails.
         for step in (functools.partial(self._close_route, timeout), functools.partial(self._close_children, deadline)):
             try:
                 step()
@@ -177,32 +214,37 @@ class Session:
         self.children.wait(deadline, self._stall_timeout)
 
     def begin_exit(self) -> None:
-        """At the end of the process: what children have is delivered. Its own is seen to by others."""
+        """Ask the children to deliver, because this process ends. Its own connection registers its own exit step."""
         self.children.request_close()
 
     def finish_exit(self) -> None:
-        """After that: wait for it."""
+        """Wait for the children."""
         self._close_children(Deadline(shutdown.DELIVER_AT_EXIT_S))
 
     def close_for_parent(self) -> None:
-        """As the parent asks."""
+        """Close because the parent asks for it; logs what goes wrong, since nobody here can catch it."""
         try:
             self.close(CHILD_CLOSE_S)
         except Exception as error:
             _log.warning("%s", error)
 
     def closed_error(self, how: str) -> ConnectionClosedError:
+        """Make the error for a call on a closed sink or connection; it names the number of un-acked samples."""
         unacked = self.unacked
         error = ConnectionClosedError(f"{self.peer}: {how}; {unacked} samples un-acked")
         error.unacked = unacked
         return error
 
     def _close_by_parent(self) -> ConnectionClosedError:
+        """Mark the sink as closed, because the parent has closed it, and return the error to raise."""
         self.closed = True
         return self.closed_error("this sink was closed")
 
     def drop(self, rows: int, error: OSError | None = None) -> None:
-        """Count samples as dropped, and log ``error``; the learner is gone then, unless another has taken its place."""
+        """Count ``rows`` samples as dropped, and log ``error``.
+
+        An error also marks the learner as gone, unless the route is still open: another learner may have taken over.
+        """
         with self._lock:
             self._start_reporter()
             self.totals.dropped += rows
@@ -216,10 +258,11 @@ class Session:
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
 
     def _connect_once(self, open_route: Callable[[float | None], Route], deadline: Deadline) -> Route | None:
-        """Connect, unless another thread did meanwhile or the sink was closed."""
+        """Connect under the lock, unless another thread did so meanwhile or the sink was closed."""
         lock = self._lock
+        # The lock is reentrant: without this check a signal handler would connect a second time.
         if owned_by_this_thread(lock):
-            raise RuntimeError("called by a signal handler or finaliser that interrupted connecting in the same thread")
+            raise RuntimeError("called by a signal handler or finalizer that interrupted connecting in the same thread")
         try:
             if not lock.acquire(timeout=clamp_timeout(deadline.remaining())):
                 raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
@@ -229,6 +272,8 @@ class Session:
                 route = open_route(
                     self._flag_files.limit_connect_timeout(None if deadline.timeout is None else deadline.remaining())
                 )
+                # Start the reporter before `route` is set: otherwise another thread could send samples that the parent
+                # does not learn of.
                 try:
                     self._start_reporter()
                 except BaseException:
@@ -240,17 +285,20 @@ class Session:
                 self._flag_files.set_learner_gone(False)
             lock.release()
         except BaseException:
+            # Only the lock knows whether it was acquired, and whether the line above released it. Release it inline: an
+            # interrupt can strike at the beginning of any helper.
             try:  # noqa: SIM105
                 lock.release()
             except RuntimeError:
                 pass
             raise
+        # `close` may have run while this thread was connecting, and found no route to close.
         if self.closed and self.route is not None:
             self.route.close(0)
         return self.route
 
     def _start_reporter(self) -> None:
-        """In a child, unless it was begun before."""
+        """Start reporting to the parent, if this process has one and does not report yet."""
         parent = find_parent(self._origin)
         if parent is None or self._reporter is not None:
             return
@@ -261,6 +309,7 @@ class Session:
         except OSError as error:
             me = f"process {os.getpid()}"
             raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error
+        # An interrupt here must not leave the file open: the parent would take this process for one that still sends.
         try:
             reporter.start()
         except BaseException:
@@ -268,24 +317,25 @@ class Session:
             raise
         self._reporter = reporter
 
-    # What is told, and saved.
+    # Reading and saving the state.
 
     def stats(self) -> SinkStats:
         return self.totals.stats(self.route)
 
     def acked_through(self) -> int:
         if self.route is not None:
-            self.route.counts()  # takes note of the acks that are there
+            self.route.counts()  # reads the acks that have arrived
         return self.watermark.acked_through(0 if self.route is None else self.route.progress()[1])
 
     def state_dict(self) -> dict[str, Any]:
-        through = self.acked_through()  # before the counts, which are at least as far by then
+        through = self.acked_through()  # first, so that the counts are never behind it
         return {"acked_through": through, **self.totals.state_dict(self.route)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; nothing is changed if ``state`` is none."""
+        """Continue from a saved state; a state that is refused changes nothing."""
         if not isinstance(state, Mapping):
-            raise TypeError(f"state: got {state!r}, expected what state_dict() gives")
+            raise TypeError(f"state: got {state!r}, expected what state_dict() returns")
+        # Check everything before the last line, which changes the watermark.
         through = check_count("state['acked_through']", state.get("acked_through"), least=-1)  # type: ignore[arg-type]
         self.totals.load_state_dict(state, self.route)
         self.watermark = Watermark(through)

@@ -1,4 +1,4 @@
-"""What became of a sink's samples, as one process tells it: its own, its children's, and those of runs before."""
+"""`Totals`: the counters of a sink in one process: its own, its children's, and those of earlier runs, added up."""
 
 from __future__ import annotations
 
@@ -18,48 +18,53 @@ from echo_torch.support.validation import check_count, check_seconds
 
 _log = logging.getLogger(__name__)
 
-# Those that go on from another run.
+# The counters that continue from an earlier run. What was in flight then cannot be any more.
 _PERSISTENT = [name for name in SAVED_FIELDS if name != "in_flight"]
-# Seconds of which rates are, at the most, and how many moments are kept for that.
+# Rates are averages over at most so many seconds, computed from so many snapshots.
 RATE_SPAN_S = 10.0
 RATE_SNAPSHOTS = 8
-# Seconds between two verdicts in the log, at the least.
+# Least seconds between two verdicts in the log.
 VERDICT_INTERVAL_S = 30.0
 
 
 class Totals:
-    """Of one session.
+    """The counters of one session.
 
     Args:
-        learner_names: how messages name them.
+        learner_names: the learners' names in messages.
         payload_size: bytes of one sample.
-        children: whose counts are added.
+        children: the children whose counts are added.
     """
 
     def __init__(self, learner_names: Sequence[str], payload_size: int, children: ChildProcesses) -> None:
+        # Samples given to `send` and not sent, because the learner was gone or a callback found no room.
         self.dropped = 0
-        """Samples that were given to ``send`` and not sent, for the learner was gone."""
+        # Seconds spent on comparing batches with the example.
         self.check_seconds = 0.0
-        """Seconds that batches were compared with the example."""
+        # The learners' names in messages.
         self._learner_names = learner_names
+        # Bytes of one sample.
         self._payload_size = payload_size
+        # The children whose counts are added.
         self._children = children
+        # When the session was made, and when the last verdict was logged, by the monotonic clock.
         self._started_at = self._last_verdict_at = time.monotonic()
+        # (when, samples sent, samples acked), for the rates.
         self._rate_snapshots = deque([(self._started_at, 0, 0)], maxlen=RATE_SNAPSHOTS)
+        # The stats when the last verdict was logged; the next one judges what came since.
         self._stats_at_verdict = SinkStats(0, 0, 0, 0, 0, 0, 0.0)
-        self._earlier: dict[str, Any] = dict.fromkeys(
-            _PERSISTENT, 0
-        )  # what was counted before, in another process or run
+        # What a loaded state adds to the counters of this process and its children.
+        self._earlier: dict[str, Any] = dict.fromkeys(_PERSISTENT, 0)
 
     def stats(self, route: Route | None) -> SinkStats:
-        """With what was sent by ``route``."""
+        """Return everything that `EchoSink.stats` returns; ``route`` is the session's connection, if there is one."""
         counted = self._current_stats(route)
         total = {name: getattr(counted, name) + self._earlier[name] for name in _PERSISTENT}
         loaded = {"loaded_sent": self._earlier["samples_sent"], "loaded_acked": self._earlier["samples_acked"]}
         return dataclasses.replace(counted, **total, **loaded, **self._rates(counted), peers=self._peer_stats(route))
 
     def _peer_stats(self, route: Route | None) -> tuple[PeerStats, ...]:
-        """What each learner was sent, by this process and its children."""
+        """Return what this process and its children sent to each learner."""
         mine, theirs = [] if route is None else route.peer_counts(), self._children.peer_counts()
         peer_stats = []
         for name, one, other in zip_longest(self._learner_names, mine, theirs, fillvalue=PeerCounts()):
@@ -68,11 +73,11 @@ class Totals:
         return tuple(peer_stats)
 
     def times(self, route: Route | None) -> Times:
-        """Where the time went in this process."""
+        """Return where the time went in this process."""
         return (Times() if route is None else route.times())._replace(checking=self.check_seconds)
 
     def log_verdict(self, route: Route | None) -> None:
-        """Log what holds things up, if that was not done for a while."""
+        """Log what limits the speed, at most once in `VERDICT_INTERVAL_S`."""
         if time.monotonic() - self._last_verdict_at < VERDICT_INTERVAL_S:
             return
         now = self.stats(route)
@@ -82,22 +87,24 @@ class Totals:
         _log.log(level, "%s: %s", ", ".join(self._learner_names), recent.bottleneck)
 
     def state_dict(self, route: Route | None) -> dict[str, Any]:
-        """What of `stats` another run can go on from."""
+        """Return the counters that another run can continue from, as plain numbers."""
         stats = self.stats(route)
         return {name: getattr(stats, name) for name in SAVED_FIELDS}
 
     def load_state_dict(self, state: Mapping[str, Any], route: Route | None) -> None:
-        """Go on from there; nothing is changed if ``state`` is none."""
+        """Continue from a saved state; a state that is refused changes nothing."""
+        # Check every number before the last line, which is the only change.
         loaded: dict[str, Any] = {}
         for name in SAVED_FIELDS:
             check = check_seconds if name == "blocked_seconds" else _check_number
             loaded[name] = check(f"state[{name!r}]", state.get(name))  # type: ignore[arg-type]
         loaded["maybe_lost"] += loaded.pop("in_flight")
+        # The saved numbers replace what this process has counted so far: subtract that, since `stats` adds it again.
         counted = self._current_stats(route)
         self._earlier = {name: loaded[name] - getattr(counted, name) for name in _PERSISTENT}
 
     def _rates(self, counted: SinkStats) -> dict[str, Any]:
-        """Samples per second since the latest snapshot that is ``RATE_SPAN_S`` old, or else since the first."""
+        """Return samples per second since the latest snapshot of at least `RATE_SPAN_S`, or else since the first."""
         now, snapshots = time.monotonic(), self._rate_snapshots
         while len(snapshots) > 1 and now - snapshots[1][0] >= RATE_SPAN_S:
             snapshots.popleft()
@@ -113,7 +120,7 @@ class Totals:
         }
 
     def _current_stats(self, route: Route | None) -> SinkStats:
-        """In this process and its children, since the sink was made here."""
+        """Return the stats of this process and its children, without those of earlier runs."""
         counts, theirs = Counts() if route is None else route.counts(), self._children.counts()
         times = self.times(route).plus(self._children.times())
         sent, unacked = counts.sent + theirs["sent"], counts.unacked + theirs["sent"] - theirs["acked"]

@@ -1,4 +1,10 @@
-"""Up to which step everything is acked, while steps are sent by several threads and acked as rows."""
+"""`Watermark`: the highest step up to which everything is acked.
+
+Threads send steps in any order, and acks count rows. Rows are acked in the order in which they were sent. So a step is
+acked as soon as as many rows are acked as had been sent when the step was complete.
+
+A step holds the watermark down while it is being sent, while its rows are not acked, and after its `send` failed.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +12,36 @@ import math
 import threading
 from collections import deque
 
-# How many steps are remembered one by one whose `send` raised; with more, all from the lowest of them on count as
-# missing for good.
+# Most failed steps that are remembered one by one. With more, every step from the lowest of them on counts as missing
+# for good, so the memory stays small.
 MAX_MISSING = 1000
 
 
 class Watermark:
-    """The highest step up to which all is acked.
-
-    A step is the number of a batch. What belongs to it is acked when as many rows are as had been sent by then, since
-    rows are acked in the order in which they were sent.
+    """Tracks the steps of one process; a step is the number of a batch.
 
     Args:
-        through: where it stands at first; -1 for nothing.
+        through: the first value; -1 if nothing is acked yet.
     """
 
     def __init__(self, through: int = -1) -> None:
+        # Hold it to read or change anything here.
         self.lock = threading.RLock()
+        # The highest step that is acked; the steps below may hold the watermark further down.
         self._acked_through = through
+        # The number of the next batch that comes without one.
         self._next = through + 1
-        self._in_progress: dict[int, int] = {}  # being sent just now, and by how many
-        self._missing: set[int] = set()  # not sent in full, since `send` raised
-        self._missing_from = math.inf  # and of those from here on it is not known which
-        self._sent: deque[tuple[int, int]] = deque()  # (rows sent by then, step), in full and not known to be acked
+        # Steps that are being sent now, with the number of threads that send each.
+        self._in_progress: dict[int, int] = {}
+        # Steps whose `send` failed, so that not all of their rows were sent.
+        self._missing: set[int] = set()
+        # From this step on, every step counts as missing.
+        self._missing_from = math.inf
+        # Steps that are sent and not known to be acked: (rows sent in all when it was complete, step).
+        self._sent: deque[tuple[int, int]] = deque()
 
     def begin_step(self, step: int | None) -> int:
-        """Note that ``step``, or else the one after the highest, is being sent; gives it."""
+        """Note that ``step`` is being sent, and return it; None stands for the one after the highest."""
         with self.lock:
             if step is None:
                 step = self._next
@@ -43,14 +53,22 @@ class Watermark:
             return step
 
     def finish_step(self, step: int, rows_sent: int, rows_acked: int) -> None:
-        """Note that it was sent in full, and how many rows were sent and acked in all by now."""
+        """Note that all rows of ``step`` are sent.
+
+        Args:
+            step: as `begin_step` returned it.
+            rows_sent: rows sent in all, by now.
+            rows_acked: rows acked in all, by now.
+        """
+        # First into `_sent`, then out of `_in_progress`: an interrupt in between leaves the watermark too low, never
+        # too high.
         with self.lock:
             self._sent.append((rows_sent, step))
             self._leave_progress(step)
             self._advance(rows_acked)
 
     def fail_step(self, step: int) -> None:
-        """Note that it was not: nothing from there on counts as acked until the same step begins again."""
+        """Note that not all rows of ``step`` were sent; it holds the watermark down until it begins again."""
         with self.lock:
             if len(self._missing) >= MAX_MISSING and step not in self._missing:
                 self._missing_from = min(self._missing_from, *self._missing)
@@ -60,7 +78,7 @@ class Watermark:
             self._leave_progress(step)
 
     def acked_through(self, rows_acked: int) -> int:
-        """The watermark, now that so many rows are acked."""
+        """Return the watermark, given how many rows are acked in all."""
         with self.lock:
             self._advance(rows_acked)
             unsure = (*(step for _, step in self._sent), *self._in_progress, *self._missing, self._missing_from)
