@@ -4,15 +4,15 @@
     python examples/benchmark.py --tables throughput,others [--others pyzmq,gloo,queue,ray] [--plot FILE.png]
     python examples/benchmark.py --device cuda [--quick] [--json FILE] [--tables staging,step]
 
-Every figure is the median of interleaved rounds in one run: the senders take turns on one peer, so that a drifting
-machine drifts for all of them. ``benchmark_senders.py`` says what is compared with what, and ``benchmark_others.py``
-what of other libraries: those that are installed, and the table names the rest.
+Every figure is the median of interleaved rounds in one run. The senders take turns on one peer, so that a machine whose
+speed drifts drifts for all of them. ``benchmark_senders.py`` says what is compared, and ``benchmark_others.py`` which
+other libraries are. The table of those covers what is installed and names the rest.
 
-Times include the final ``wait()``. CPU is user + system of the sending process. "blocked" is how long the caller of
-one batch's sends was away, mean of all batches of a round. Who has a buffer is away for less, and waits for it in the
-end: "in wait()" is the share of the round for which it did.
+Times include the final ``wait()``. CPU is user + system time of the sending process. "blocked" is how long the sends of
+one batch block the caller, mean over all batches of a round. A sender with a buffer blocks for less and waits for the
+buffer in the end: "in wait()" is the share of the round spent there.
 
-The last table holds the figures against what the package set out to reach; it decides nothing.
+The last table compares the figures with the targets of the package. It does not change the exit code.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from benchmark_rounds import batches_in, measure, medians, send_all, timed
 from benchmark_senders import SENDERS, Calls, Case, PeerProcess, cases, elsewhere, sink
 from benchmark_table import Table, filled
 
-# Samples per second at which all senders are compared beside a training loop, and how many batches a slice of it has.
+# The sample rate at which all senders run beside a training loop, and the batches in one slice of the loop.
 LOOP_RATE = 10_000.0
 SLICE_BATCHES = 4
-# A peer that is busy for less of the time than this waited for the sender more than it was waited for.
+# A peer that is busy for less than this share of the time is faster than the sender, and mostly waits for it.
 FASTER_BELOW = 0.8
-# Rounds for which many sinks send at once: all have to have had their turn.
+# Many sinks at once send for as long as this many rounds, so that each of them gets its turn.
 PRODUCER_ROUNDS = 5
 # How many calls of `send` must leave memory as it was.
 MEMORY_SENDS = 10_000
-# As many lots of them as may warm up: one for each MiB of the ring.
+# Most lots of that many sends to warm up with: one for each MiB of the ring.
 MOST_WARM_UP_LOTS = 64
-# Blocks of memory by which Python's own caches may change meanwhile; a leak of one per thousand sends is more.
+# Noise from Python's own caches, in blocks of memory. A leak of one block per thousand sends exceeds it.
 BLOCKS_NOISE = 10
-# Bytes by which the allocator's pages may do so; a leak of 7 bytes a send is more.
+# Noise from the allocator's pages, in bytes. A leak of 7 bytes per send exceeds it.
 RESIDENT_NOISE = 64 * 1024
 
 
@@ -66,7 +66,7 @@ RESIDENT_NOISE = 64 * 1024
 
 
 def measure_all(kind: str, case: Case, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """One row per sender, with the ratios between them."""
+    """Yield one row per sender, with the ratios between them."""
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in SENDERS}
     with PeerProcess(kind, case) as peer:
         names = list(figures)
@@ -74,7 +74,8 @@ def measure_all(kind: str, case: Case, rounds: int, seconds: float) -> Iterator[
             for name in names:
                 with SENDERS[name](peer.port, case.batch) as calls:
                     figures[name].append(measure(calls, peer.cpu_seconds, case, seconds))
-            names.reverse()  # whoever follows on another finds the machine as that one left it
+            # Reverse, because each sender finds the machine as the one before left it.
+            names.reverse()
     results = {name: medians(found) for name, found in figures.items()}
     limit = max(results.pop("raw"), results.pop("raw lowat"), key=lambda found: found["samples_s"])
     stock = results["stock"]
@@ -119,7 +120,7 @@ def throughput(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def say_how_busy(rows: list[dict[str, Any]]) -> None:
-    """Whether the null peer was faster than the sink, which it must be to measure the sink and not itself."""
+    """Print whether the null peer was faster than the sink. Otherwise the figures measure the peer."""
     if rows:
         shares = ", ".join(f"{row['peer_busy']:.0%} ({row['case']})" for row in rows)
         faster = all(row["peer_busy"] < FASTER_BELOW for row in rows)
@@ -132,7 +133,7 @@ def say_how_busy(rows: list[dict[str, Any]]) -> None:
 
 
 def trip(name: str, peer: PeerProcess, case: Case, seconds: float) -> float:
-    """Microseconds from the call of ``send`` with one sample to the end of ``wait``; median of many."""
+    """Return the microseconds from ``send`` with one sample to the end of ``wait``, median of many."""
     with SENDERS[name](peer.port, case.cut(1).batch) as (send, wait):
 
         def there_and_back() -> None:
@@ -166,7 +167,7 @@ def round_trips(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def room_round(calls: Calls, source: Any, target: Any) -> dict[str, float]:
-    """Times of one ``send`` and of one copy of as many bytes, each with ``source`` read just before."""
+    """Time one ``send``, and one copy of as many bytes. Read ``source`` just before each, so that caches are alike."""
     send, wait = calls
     np.add.reduce(source)
     send_us = timed(send) * 1e6
@@ -176,7 +177,7 @@ def room_round(calls: Calls, source: Any, target: Any) -> dict[str, float]:
 
 
 def room(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of `EchoSink.send` of 9.6 MB into an empty ring, beside one memcpy of the same bytes."""
+    """Time `EchoSink.send` of 9.6 MB into an empty ring, beside one memcpy of the same bytes."""
     columns = {
         "send us": ("send_us", ",.0f"),
         "memcpy us": ("memcpy_us", ",.0f"),
@@ -188,7 +189,8 @@ def room(options: argparse.Namespace) -> list[dict[str, Any]]:
     target = np.zeros_like(source)
     with PeerProcess("null", case) as peer, sink(peer.port, case.batch) as calls:
         found = [room_round(calls, source, target) for _ in range(10 + 30 * options.rounds)]
-    middle = medians(found[10:])  # without those that touched their memory for the first time
+    # Leave out the first rounds, which touch their memory for the first time.
+    middle = medians(found[10:])
     table.add({**middle, "vs_memcpy": middle["send_us"] / middle["memcpy_us"]})
     return table.rows
 
@@ -207,7 +209,10 @@ def memory_held() -> tuple[int, int]:
 
 
 def warm_up(lot: Callable[[], None]) -> None:
-    """Until the ring has touched what it will of its memory: it does so as backlogs come, and never beyond its size."""
+    """Send until the ring has touched all the memory that it will use.
+
+    It touches memory as backlogs grow, and never more than its size.
+    """
     before, still = resident_bytes(), 0
     for _ in range(MOST_WARM_UP_LOTS):
         lot()
@@ -219,7 +224,7 @@ def warm_up(lot: Callable[[], None]) -> None:
 
 
 def growth(name: str, peer: PeerProcess, case: Case, lots: int) -> dict[str, Any]:
-    """What ``MEMORY_SENDS`` calls add to this process' memory: the mean of some lots of them."""
+    """Return what ``MEMORY_SENDS`` calls add to this process' memory, mean of ``lots`` lots of them."""
     threads = threading.active_count()
     with SENDERS[name](peer.port, case.batch) as (send, wait):
         threads = threading.active_count() - threads
@@ -258,7 +263,7 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def step() -> int:
-    """Some 0.2 ms of pure Python, as a stand-in for what a training loop does beside its tensors."""
+    """Spend about 0.2 ms in pure Python, as a training loop does beside its tensors."""
     total = 0
     for number in range(4000):
         total += number & 7
@@ -266,7 +271,7 @@ def step() -> int:
 
 
 def busy_rate(name: str, port: int, case: Case, seconds: float) -> float:
-    """Samples per second that another thread gets sent while the main thread never lets go of the GIL by itself."""
+    """Return the samples per second of a second thread, while the main thread never releases the GIL by itself."""
     rates: list[float] = []
     with SENDERS[name](port, case.batch) as (send, wait):
 
@@ -289,7 +294,8 @@ def busy(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     table = Table("Sent by a second thread while the main thread is busy in Python, 29 B, real server", columns)
     case = cases()["29B"]
-    few = case.cut(32)  # the same to who sends one by one, and a round does not take seconds
+    # Enough for senders of single samples, and keeps a round from taking seconds.
+    few = case.cut(32)
     found: dict[str, list[float]] = {"sink": [], "client": [], "stock": []}
     with PeerProcess("real", case) as peer:
         for _ in range(options.rounds):
@@ -305,7 +311,7 @@ def busy(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def loop_slice(calls: Calls, size: int) -> dict[str, float]:
-    """Steps per second of a loop that sends a few batches, evenly spaced, and how fast it really sent them."""
+    """Run a loop that sends a few batches, evenly spaced. Return its steps and its samples per second."""
     send, wait = calls
     period = size / LOOP_RATE
     steps = sent = 0
@@ -322,7 +328,10 @@ def loop_slice(calls: Calls, size: int) -> dict[str, float]:
 
 
 def loop_turns(senders: dict[str, Calls], size: int, turns: int) -> dict[str, list[dict[str, float]]]:
-    """Slices with each sender, and for each what it kept of the slices without one just before and after."""
+    """Run slices with each sender in turn.
+
+    Each slice is compared with the mean of the slices without a sender just before and after it.
+    """
     alone: Calls = (lambda: None, lambda: None)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in senders}
     before = loop_slice(alone, size)
@@ -337,7 +346,10 @@ def loop_turns(senders: dict[str, Calls], size: int, turns: int) -> dict[str, li
 
 
 def loop(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What a loop keeps of its speed; "elsewhere", another process sends, and the loop only shares the machine."""
+    """Measure the speed that a loop keeps.
+
+    With "elsewhere", another process sends, so the loop only shares the machine with it.
+    """
     columns = {
         "sender": ("sender", ""),
         "samples/s": ("samples_s", ",.0f"),
@@ -437,7 +449,7 @@ def producers_table(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Target(NamedTuple):
-    """A bound on figure ``key`` of those rows of a table that have the values ``of``."""
+    """A bound on the figure ``key``, for the rows of a table whose columns have the values ``of``."""
 
     says: str
     table: str
@@ -455,7 +467,7 @@ SMALL_NULL = rows_of("sink", "null", "29B")
 SMALL_REAL = rows_of("sink", "real", "29B", "1KB")
 LARGE_NULL = rows_of("sink", "null", "28KB", "602KB")
 OTHER_SENDERS = {"sender": tuple(sender for other in OTHERS.values() for sender in other.senders)}
-# What of a row says what it is of.
+# The columns that say what a row is about.
 SAYS_OF = ("case", "model", "sender", "peer", "way", "route", "sinks", "how")
 TWO = ("two, round_robin", "two, least_inflight")
 TARGETS = [
@@ -490,7 +502,7 @@ TARGETS = [
 
 
 def judge(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Each target with each figure that was measured for it."""
+    """Compare each target with every figure measured for it."""
     table = Table(
         "Targets",
         {

@@ -1,7 +1,7 @@
-"""What it costs `EchoSink.send` to know where its time goes, as a table of ``benchmark.py``.
+"""What `EchoSink.send` pays to know where its time goes, as a table of ``benchmark.py``.
 
-Times are differences between readings of the clock. How many of these a ``send`` takes is counted, those that limits
-and pauses need among them, and what one costs is measured with the addition that follows it.
+Times are differences between readings of the clock. This counts the readings in a ``send``, including those for limits
+and pauses, and measures what one reading costs together with the addition that follows it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from unittest import mock
 from benchmark_rounds import batches_in, timed
 from benchmark_senders import PeerProcess, cases, sink
 
-# Samples of a ``send``: one, as an actor sends them, and batches.
+# Samples per ``send``: one, as an actor sends them, and batches.
 CASES = (("29B", 1), ("29B", 256), ("1KB", 256), ("28KB", 64))
-# How often a reading is timed at a time.
+# How many readings are timed together.
 READINGS = 10_000
 
 
 def readings_in(call: Callable[[], Any]) -> int:
-    """How often this thread reads the clock meanwhile."""
+    """Return how often this thread reads the clock during ``call``."""
     thread, readings, clock = threading.get_ident(), 0, time.monotonic
 
     def counting() -> float:
@@ -43,7 +43,7 @@ class Total:
 
 
 def seconds_per_reading() -> float:
-    """With the sum that it goes into."""
+    """Return the cost of one reading, including the sum that it is added to."""
     names = {"total": Total(), "time": time}
     return min(timeit.repeat("total.seconds += time.monotonic()", number=READINGS, repeat=5, globals=names)) / READINGS
 

@@ -1,13 +1,14 @@
 """What it costs a learner to take its batches as tensors, as a table of ``benchmark.py``.
 
-A process feeds servers as fast as it can, and this one takes the batches, by turns:
+One process feeds servers as fast as it can. This process takes the batches, in turns, as
 
-* ``raw``: ``server.sample()``, numpy views that are gone with the next batch;
-* ``raw + copy``: the same, and each leaf copied into memory that is there already: what keeping a batch takes at least;
+* ``raw``: ``server.sample()``, numpy views that are valid until the next batch;
+* ``raw + copy``: the same, with each leaf copied into existing memory. To keep a batch costs at least this much;
 * ``EchoDataset``, and ``copy=False``.
 
-Once as fast as they come, which is how long a batch takes with everything; and once by a learner that works elsewhere
-for twice as long as the slowest of them took, while the servers' rings fill up: what a batch then holds it up for.
+There are two measurements. In the first, the learner takes batches as fast as they come: the whole time of a batch. In
+the second, it works elsewhere for twice the slowest of those times, while the rings of the servers fill up: the time
+that a batch then delays it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmark_senders import HOST, Case, cases
 from echo_torch import EchoDataset, EchoSink
 
 CASES = ("29B", "28KB", "602KB")
-# Batches of a round of the learner that works meanwhile.
+# Batches per round of the learner that works in between.
 BUSY_BATCHES = 20
 
 Take = Callable[[], object]
@@ -42,13 +43,17 @@ def feed(ports: list[int], case: Case) -> None:
             while True:
                 sink.send(case.batch)
 
-    with ThreadPoolExecutor(len(ports)) as pool:  # to stay here: sinks end with a process that returns
+    # Stay here until killed, because sinks end with a process that returns.
+    with ThreadPoolExecutor(len(ports)) as pool:
         list(pool.map(send, ports))
 
 
 @contextlib.contextmanager
 def fed_servers(case: Case, count: int) -> Iterator[list[echo.Server]]:
-    """One for each way, as only one may take from it. Those that wait are full, and cost nothing."""
+    """Start one server for each way, because only one consumer may take from a server.
+
+    A server that waits is full and costs nothing.
+    """
     servers = [
         echo.Server(case.example, batch_size=case.size, transport=echo.TcpTransport(port=0)) for _ in range(count)
     ]

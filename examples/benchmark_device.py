@@ -1,10 +1,10 @@
 """What it costs to send from an accelerator: the tables of ``benchmark.py --device cuda``.
 
-* ``staging``: how fast rows come from the device into pinned memory, packed on the way, beside bare non-blocking copies
-  of the same bytes into pinned memory. No socket takes part.
-* ``send``: how long a caller of ``sink.send(batch)`` is away while the ring has room.
-* ``step``: what a training step loses if each sends its batch, by the sink, and by ``tensor.cpu()`` and the stock
-  client; the rates say whether bus and network had room.
+* ``staging``: how fast rows get from the device into pinned memory, packed on the way, beside bare non-blocking copies
+  of the same bytes into pinned memory. No socket is involved.
+* ``send``: how long ``sink.send(batch)`` blocks the caller while the ring has room.
+* ``step``: what a training step loses if each step sends its batch, by the sink, or by ``tensor.cpu()`` and the stock
+  client. The rates show whether bus and network had room.
 * ``launches``: kernels and copies per send, as the profiler counts them.
 """
 
@@ -32,10 +32,10 @@ from echo_torch.ring.staging import Stager
 from echo_torch.samples.spec import SampleSpec
 
 RING_BYTES = 64 * 1024 * 1024
-# Batches of so many bytes; how many of them are on their way at a time.
+# Bytes of the batches to stage, and how many of them are on their way at a time.
 STAGED_BYTES = (1 << 20, 16 << 20, 48 << 20)
 IN_FLIGHT = 2
-# Sends of which the median is taken, and training steps in one round.
+# Sends to take the median of, and training steps in one round.
 SENDS = 200
 STEPS = 20
 
@@ -43,13 +43,13 @@ Batch = dict[str, torch.Tensor]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; on the CPU, where the tables can be tried out, there is nothing to wait for."""
+    """Wait for the device. The CPU, on which you can try the tables, needs no waiting."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def where(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """Describe what the figures are measured on."""
     words = [f"torch {torch.__version__}", str(device)]
     if device.type == "cuda":
         words.append(torch.cuda.get_device_name(device))
@@ -60,7 +60,7 @@ def where(device: torch.device) -> str:
 
 
 def observations(rows: int, device: torch.device, pixels: int = 28_224) -> Batch:
-    """Four leaves, most of whose bytes are one of them."""
+    """Return four leaves, one of which has most of the bytes."""
     return {
         "obs": torch.randint(0, 255, (rows, pixels), dtype=torch.uint8, device=device),
         "action": torch.randint(0, 4, (rows,), device=device),
@@ -74,7 +74,7 @@ def example_of(batch: Batch) -> Batch:
 
 
 def case_of(name: str, batch: Batch) -> Case:
-    """The same on the CPU, for a peer."""
+    """Copy the batch to the CPU, for a peer."""
     return Case(name, len(next(iter(batch.values()))), {key: leaf.cpu() for key, leaf in batch.items()})
 
 
@@ -82,14 +82,17 @@ def case_of(name: str, batch: Batch) -> Case:
 
 
 def staged(batch: Batch, count: int, device: torch.device) -> Callable[[], float]:
-    """What stages one batch ``count`` times, and gives the seconds that took; its ring is at its end each time."""
+    """Return a function that stages one batch ``count`` times and returns the seconds that took.
+
+    It leaves the ring empty after each run.
+    """
     spec = SampleSpec(example_of(batch))
     ring = Ring(np.empty(RING_BYTES // spec.payload_size * spec.payload_size, np.uint8).data, spec.payload_size)
     stager = Stager(ring, spec.leaves, ring.move_to)
     ends: deque[int] = deque()
 
     def settle(until: int) -> None:
-        """As if everything that is there had been written and acknowledged at once."""
+        """Act as if everything up to ``until`` had been written and acknowledged at once."""
         while ring.acked < until:
             ring.poll_copies()
             ring.written = ring.acked = ring.ready
@@ -118,7 +121,7 @@ def staged(batch: Batch, count: int, device: torch.device) -> Callable[[], float
 
 
 def copied(size: int, count: int, device: torch.device) -> Callable[[], float]:
-    """What copies as many bytes into pinned memory as often, without packing them."""
+    """Return a function that copies as many bytes into pinned memory, as often, without packing them."""
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     targets = [torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu") for _ in range(IN_FLIGHT)]
 
@@ -144,7 +147,8 @@ def staging_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for number in range(1 + options.rounds):
             for name, run in runs.items():
                 took = run()
-                if number:  # the first one pins memory
+                # Leave out the first run, which pins memory.
+                if number:
                     times[name].append(took)
         rates = {name: total * count / statistics.median(took) / 1e9 for name, took in times.items()}
         yield {
@@ -231,12 +235,13 @@ def by_stock(port: int, example: Batch) -> Iterator[Send]:
 
 
 def steps(model: nn.Module, batch: Batch, send: Send, device: torch.device) -> float:
-    """Seconds per training step, each of which makes its batch anew and sends it."""
+    """Return the seconds per training step. Each step fills its batch anew and sends it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     synchronize(device)
     began = time.perf_counter()
     for _ in range(STEPS):
-        batch["input"].normal_()  # as what was sent may be overwritten
+        # Overwrite the input in place, as you may do with a batch that was sent.
+        batch["input"].normal_()
         nn.functional.cross_entropy(model(batch["input"]), batch["label"]).backward()
         optimizer.step()
         optimizer.zero_grad()

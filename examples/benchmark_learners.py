@@ -1,10 +1,10 @@
-"""What one sink gets from two learners, and what it costs when one of them is stopped, as tables of ``benchmark.py``.
+"""What one sink gets from two learners, and what it costs if one of them stops, as tables of ``benchmark.py``.
 
-* ``learners``: batches sent as fast as they are taken, by one sink to one learner and to two. Learners that train take
-  a while over each batch, for which they sleep, as those do that wait for a GPU; others only drain, and share the cores
-  of this machine with the sink.
-* ``stopped``: a loop that computes and sends, to two learners, of which one is stopped (SIGSTOP) for some seconds. Each
-  could take all that the loop sends by itself.
+* ``learners``: one sink sends batches as fast as they are taken, to one learner and to two. Learners that train sleep
+  for a while over each batch, like learners that wait for a GPU. Others only drain and share this machine's cores with
+  the sink.
+* ``stopped``: a loop computes and sends to two learners, and one of them is stopped (SIGSTOP) for some seconds. Either
+  learner could take all that the loop sends.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from benchmark_table import Table, filled
 
 from echo_torch import EchoSink
 
-# Seconds that a learner which trains takes over a batch of 256 samples.
+# Seconds that a training learner takes over a batch of 256 samples.
 TRAIN_S = 0.02
-# The stopped learner: samples of a batch, seconds of computing for each, and how long it is stopped.
+# For the stopped learner: samples per batch, seconds of computing for each, and seconds that it is stopped.
 STOPPED_BATCH = 64
 COMPUTE_S = 0.01
 STOP_S = 5.0
@@ -46,7 +46,7 @@ def run_learner(pipe: Any, example: Any, train_s: float) -> None:
 
 
 class Learner(Child):
-    """In a process of its own."""
+    """A learner in its own process."""
 
     def __init__(self, case: Case, train_s: float) -> None:
         super().__init__(run_learner, case.example, train_s)
@@ -64,13 +64,13 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "one learner": (1, {}),
     "two, round_robin": (2, {"route": "round_robin"}),
     "two, least_inflight": (2, {"route": "least_inflight"}),
-    "two, a function": (2, {"route": lambda batch: batch["action"]}),  # 0 or 1, at random
+    "two, a function": (2, {"route": lambda batch: batch["action"]}),  # its results are 0 and 1, at random
     "two, failover": (2, {"route": "least_inflight", "failover": True}),
 }
 
 
 def rate(sink: EchoSink, case: Case, seconds: float) -> float:
-    """Samples per second, acked, over about ``seconds`` in which `send` is called again and again."""
+    """Call `send` again and again for about ``seconds``. Return the samples per second that were acked."""
     before, began = sink.stats().samples_acked, time.perf_counter()
     while time.perf_counter() < began + seconds:
         sink.send(case.batch)
@@ -84,7 +84,7 @@ def spread_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             sinks = {}
             for way, (count, more) in WAYS.items():
                 learners = [stack.enter_context(Learner(case, train_s)) for _ in range(count)]
-                # A buffer that is full soon, for it is the learners that are measured.
+                # A small buffer, which is soon full, because this measures the learners.
                 sinks[way] = stack.enter_context(sink_to(learners, case, buffer_bytes=8 << 20, **more))
             rates: dict[str, list[float]] = {way: [] for way in WAYS}
             for way in WAYS:
@@ -103,7 +103,7 @@ def spread_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def steps(sink: EchoSink, case: Case, seconds: float) -> tuple[float, float]:
-    """Steps per second of a loop that computes and sends, and the longest step in seconds."""
+    """Run a loop that computes and sends. Return its steps per second and its longest step in seconds."""
     began, count, longest = time.perf_counter(), 0, 0.0
     while (now := time.perf_counter()) < began + seconds:
         while time.perf_counter() < now + COMPUTE_S:

@@ -1,12 +1,12 @@
 """What it costs to send from a loader's workers, as a table of ``benchmark.py``.
 
-A loop over a ``DataLoader`` of 4 persistent workers, whose collate function computes for a while, as one that decodes
-and augments does, and so is what the loop waits for. Compared with the same loop that sends nothing:
+A loop runs over a ``DataLoader`` of 4 persistent workers. The collate function computes for a while, like one that
+decodes and augments, so the loop waits for the workers. These are compared with the same loop that sends nothing:
 
 * ``sink``: ``collate_fn=sink.collate(...)``, and ``sink.wait()`` at the end of the epoch;
-* ``sink, not forwarded``: the same with ``forward=False``: batches do not go to the main process;
-* ``stock``: ``echo.TcpClient`` in the collate function, made in each worker at its first batch, for a client that is
-  forked or pickled does not work; sample by sample, and nobody knows in the end what of it was acknowledged.
+* ``sink, not forwarded``: the same with ``forward=False``, so that batches do not go to the main process;
+* ``stock``: ``echo.TcpClient`` in the collate function, sample by sample. Each worker makes its own at its first batch,
+  because a client does not survive a fork or pickling. In the end, nobody knows how much was acknowledged.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from torch.utils.data import DataLoader, default_collate
 from echo_torch import EchoSink, numpy_example
 
 WORKERS = 4
-# Seconds of computing per sample, and samples of which size: 200 us is little, decoding one JPEG takes milliseconds.
+# Seconds of computing per sample, and the case. 200 us is little: to decode one JPEG takes milliseconds.
 COMPUTED = ((200e-6, "1KB"), (200e-6, "28KB"), (1e-3, "28KB"))
-# Seconds of computing in an epoch, for each second that a round of other tables is to take. With a quarter of one, an
-# epoch takes about a second, beside which its beginning and end are little.
+# Seconds of computing per epoch, for each second that a round of other tables takes. With rounds of 0.25 s, an epoch
+# takes about a second, which makes its beginning and end negligible.
 EPOCH = 6.4
 
 Epoch = Callable[[], int]
-"""Iterates once; gives how many samples it saw."""
+"""Iterates once and returns how many samples it saw."""
 
 
 class Computes:
-    """A collate function that uses the processor for so many seconds per sample."""
+    """A collate function that uses the processor for a fixed time per sample."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -54,7 +54,7 @@ class Computes:
 
 
 class SendsStock:
-    """Another collate function, whose samples are sent by a stock client of each worker's own."""
+    """A collate function that also sends its samples with a stock client, one client per worker."""
 
     def __init__(self, port: int, collate: Computes) -> None:
         self._port = port
@@ -77,7 +77,7 @@ def samples_of(case: Case) -> list[dict[str, torch.Tensor]]:
 
 
 def loader(case: Case, batches: int, collate: Any) -> DataLoader[Any]:
-    """One batch's samples over and over, for a whole epoch."""
+    """Return a loader that repeats one batch's samples for a whole epoch."""
     samples: Any = samples_of(case) * batches
     return DataLoader(samples, case.size, num_workers=WORKERS, persistent_workers=True, collate_fn=collate)
 
@@ -121,11 +121,13 @@ def rate(epoch: Epoch) -> float:
 
 
 def loader_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the table: for each case and sender its samples/s, and the share of the rate of who sends nothing.
+    """Yield the rows of the table, one per case and sender.
 
-    Senders take turns; each is compared with the loops without one just before and after.
+    "kept" is the share that a sender keeps of the rate without sending.
+    Senders take turns. Each is compared with the loops without a sender just before and after it.
     """
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than a small machine has cores
+    # Ignore the warning about more workers than a small machine has cores.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     for compute, name in COMPUTED[:1] if options.quick else COMPUTED:
         case = cases()[name]
         batches = WORKERS * max(1, round(EPOCH * options.seconds / (compute * case.size * WORKERS)))

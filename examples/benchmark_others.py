@@ -1,19 +1,21 @@
 """What else carries batches to another process of the machine, beside the sink, as a table of ``benchmark.py``.
 
-* ``pyzmq``: PUSH to PULL over TCP; ``pickle`` of the batch made numpy arrays, which is faster than of tensors, large
-  ones as frames of their own;
-* ``gloo``: ``torch.distributed.isend`` of all leaves of a batch, and waiting for them; one blocking ``send`` after the
-  other is a third as fast for small leaves. The receiver knows what comes, and always receives into the same tensors;
-* ``queue``: ``torch.multiprocessing.Queue``, which hands over the memory that tensors are in. Each batch is a clone:
-  with the sink and all the others, a batch is its owner's again when ``send`` returns;
-* ``queue, shared``: the same without the clone, of a batch that is in shared memory already. It carries no bytes, only
-  where they are: whoever writes to the batch later changes what is received;
-* ``ray``: ``ray.put`` of the batch made numpy arrays, and an actor that is called with the reference.
+* ``pyzmq``: PUSH to PULL over TCP, with ``pickle`` of the batch as numpy arrays, which is faster than pickling tensors.
+  Large leaves are frames of their own.
+* ``gloo``: ``torch.distributed.isend`` of all leaves of a batch, then waiting for them. Blocking ``send`` calls one
+  after the other are a third as fast for small leaves. The receiver knows what comes, and always receives into the same
+  tensors.
+* ``queue``: ``torch.multiprocessing.Queue``, which hands over the memory of the tensors. Each batch is a clone, so that
+  you may change the batch when ``send`` returns, as with the sink and all the others.
+* ``queue, shared``: the same without the clone, for a batch that is already in shared memory. It carries no bytes, only
+  their location: later writes to the batch change what is received.
+* ``ray``: ``ray.put`` of the batch as numpy arrays, and an actor that is called with the reference.
 
-Each gets a batch of tensors, as a loop has it, has its default configuration, and at most 64 MiB under way, as much as
-the sink's buffer holds. Only one of them exists at a time. The other side takes whole batches, one after the other, and
-drops them. It answers ``wait()`` with how many it has taken and what the first one was, and both have to be right; it
-does not ack each one, and nobody checks what is sent, or sends it again. The sink sends to the null peer, over TCP.
+Each one gets a batch of tensors, as a loop has it, runs with its default configuration, and has at most 64 MiB under
+way, as much as the sink's buffer holds. Only one of them exists at a time. The other side takes whole batches, one
+after the other, and drops them. It answers ``wait()`` with the number of batches it took and a fingerprint of the
+first, and both have to be right. It does not ack every batch, and nothing is checked or sent again. The sink sends to
+the null peer, over TCP.
 """
 
 from __future__ import annotations
@@ -37,21 +39,21 @@ from benchmark_senders import HOST, Calls, Case, Child, PeerProcess, cases, cpu_
 
 # The cases of this table: small, medium and large samples.
 CASES = ("29B", "28KB", "602KB")
-# Bytes of batches under way, and the most batches.
+# Most bytes of batches under way, and most batches.
 AHEAD_BYTES = 64 * 1024 * 1024
 MOST_AHEAD = 1000
-# As many batches in a queue: each of their leaves takes a file descriptor until it is received.
+# Most batches in a queue, because each leaf holds a file descriptor until it is received.
 MOST_QUEUED = 64
-# Leaves of a batch that are frames of their own with pyzmq: one copy less. Below, as many frames take longer.
+# Least bytes of a leaf that is a pyzmq frame of its own, which saves one copy. Smaller leaves take longer that way.
 FRAME_BYTES = 64 * 1024
-# Seconds that the other side may take for what is under way.
+# Seconds that the other side may take to receive what is under way.
 RECEIVE_TIMEOUT_S = 60.0
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 Take = Callable[[], dict[str, Any]]
 """Receives one batch."""
 Compared = tuple[Calls, Callable[[], float]]
-"""The two calls to measure, and one that tells the seconds of CPU that the other side has used."""
+"""The two calls to measure, and one that returns the CPU seconds of the other side."""
 
 
 def batches_ahead(case: Case, most: int = MOST_AHEAD) -> int:
@@ -66,13 +68,13 @@ def arrays_of(case: Case) -> dict[str, Any]:
 
 
 def fingerprint(batch: dict[str, Any]) -> dict[str, Any]:
-    """Dtype, shape and checksum of each leaf."""
+    """Return dtype, shape and checksum of each leaf."""
     arrays = {name: np.asarray(leaf) for name, leaf in batch.items()}
     return {name: (str(leaf.dtype), leaf.shape, zlib.crc32(leaf.tobytes())) for name, leaf in arrays.items()}
 
 
 class BatchCounter:
-    """What was taken: how many batches, and what the first of them was."""
+    """Counts the batches taken, and keeps the fingerprint of the first."""
 
     def __init__(self) -> None:
         self._count = self._wanted = 0
@@ -83,17 +85,19 @@ class BatchCounter:
         if self._first is None:
             self._first = fingerprint(batch)
         self._count += 1
-        if self._count == self._wanted:  # who waits is woken once and not for each batch, which would slow this down
+        # Wake the waiter once and not for each batch, which would slow this down.
+        if self._count == self._wanted:
             self._enough.set()
 
     def end(self) -> None:
-        """No more will come."""
+        """Note that no more batches will come."""
         self._ended = True
         self._enough.set()
 
     def wait_for(self, count: int) -> None:
         self._enough.clear()
-        self._wanted = count  # before the look at how many there are: `add` counts before it looks at this
+        # Set this before looking at the count: `add` counts before it looks at this.
+        self._wanted = count
         if self._count < count and not self._ended:
             self._enough.wait(RECEIVE_TIMEOUT_S)
 
@@ -102,7 +106,7 @@ class BatchCounter:
 
 
 def check_received(name: str, report: Any, sent: int, case: Case) -> None:
-    """RuntimeError unless all batches were taken, and the first of them is the one that was sent."""
+    """Raise a RuntimeError unless all batches were taken and the first of them is the one that was sent."""
     taken, first = report
     if taken != sent:
         raise RuntimeError(f"{name}: {taken:,} batches arrived, {sent:,} were sent")
@@ -111,7 +115,11 @@ def check_received(name: str, report: Any, sent: int, case: Case) -> None:
 
 
 def run_receiver(pipe: Any, connect: Callable[..., Take], *arguments: Any) -> None:
-    """Take batches in a thread; answer a number once that many are taken, or none can be, and True as `answer_cpu`."""
+    """Take batches in a thread, and answer requests from the pipe.
+
+    The answer to a number is the report, once that many batches are taken or no more will come. The answer to True is
+    the CPU time, as in `answer_cpu`.
+    """
     taken = BatchCounter()
 
     def take_all() -> None:
@@ -166,7 +174,7 @@ def take_from_queue(channel: Any) -> Take:
     return channel.get
 
 
-# Senders: each is a context that starts the other side too, and ends it.
+# Senders: each is a context manager that also starts and ends the other side.
 
 
 def counted(name: str, case: Case, receiver: Child, send: Callable[[], None]) -> Compared:
@@ -185,7 +193,7 @@ def counted(name: str, case: Case, receiver: Child, send: Callable[[], None]) ->
 
 
 def is_small(apart: list[pickle.PickleBuffer], leaf: pickle.PickleBuffer) -> bool:
-    """Whether to pickle the bytes of a leaf; else adds them to those that are frames of their own."""
+    """Return whether to pickle the bytes of a leaf; otherwise add it to ``apart``, the frames of their own."""
     small = leaf.raw().nbytes < FRAME_BYTES
     if not small:
         apart.append(leaf)
@@ -221,7 +229,8 @@ def join_gloo(rank: int, store: Any) -> None:
 def by_gloo(case: Case) -> Iterator[Compared]:
     import torch.distributed as dist
 
-    hook = sys.excepthook  # which a process group replaces by one that puts the rank before each line
+    # A process group replaces this hook by one that prefixes every line with the rank.
+    hook = sys.excepthook
     leaves = list(case.batch.values())
     store = dist.TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
     theirs = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in case.batch.items()}
@@ -241,7 +250,8 @@ def by_gloo(case: Case) -> Iterator[Compared]:
 def by_queue(case: Case, shared: bool) -> Iterator[Compared]:
     channel: Any = torch.multiprocessing.get_context("forkserver").Queue(batches_ahead(case, MOST_QUEUED))
     channel.cancel_join_thread()
-    batch = {name: leaf.clone() for name, leaf in case.batch.items()}  # the first `put` moves it into shared memory
+    # Clone once, because the first `put` moves the tensors into shared memory.
+    batch = {name: leaf.clone() for name, leaf in case.batch.items()}
 
     def send() -> None:
         channel.put(batch if shared else {name: leaf.clone() for name, leaf in batch.items()})
@@ -252,7 +262,7 @@ def by_queue(case: Case, shared: bool) -> Iterator[Compared]:
 
 
 class RayBatchCounter(BatchCounter):
-    """An actor of Ray."""
+    """The counter as a Ray actor."""
 
     def cpu_seconds(self) -> float:
         return cpu_seconds()
@@ -294,7 +304,7 @@ def by_sink(case: Case) -> Iterator[Compared]:
 
 
 class Other(NamedTuple):
-    """What it takes to be here, as the module's name, and its senders."""
+    """The module that it needs, and its senders."""
 
     needs: str
     senders: dict[str, Callable[[Case], AbstractContextManager[Compared]]]
@@ -320,7 +330,7 @@ def installed(name: str) -> bool:
 
 
 def other_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the table, one per case and sender, with what the sink's figures are to its."""
+    """Yield the rows of the table, one per case and sender, with the ratio of the sink's figures to the sender's."""
     compared = {"sink": by_sink}
     for name in filter(installed, options.others):
         compared.update(OTHERS[name].senders)
@@ -330,7 +340,8 @@ def other_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for _ in range(options.rounds):
             for name in names:
                 with compared[name](case) as (calls, peer_cpu):
-                    send_all(1, *calls)  # the other side is there from now on; a warm-up would count its start
+                    # Make sure that the other side is there. Otherwise the warm-up would include its start.
+                    send_all(1, *calls)
                     figures[name].append(measure(calls, peer_cpu, case, options.seconds))
             names.reverse()
         results = {name: medians(found) for name, found in figures.items()}

@@ -1,4 +1,4 @@
-"""Draws the throughput of ``benchmark.py``: samples/s of each sender, for each case; needs matplotlib."""
+"""Draws the throughput of ``benchmark.py``: samples/s of each sender, for each case. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Senders that are drawn, of the table of throughput; of others, all.
+# The senders to draw from the table of throughput. All others of the table of others are drawn.
 SENDERS = ("sink", "client", "stock", "raw")
 TITLES = {
     "null": "to a peer that only reads and acks",
@@ -24,14 +24,14 @@ TITLES = {
 COLOURS = {"sink": "#d1495b", "client": "#edae49", "raw": "#8d99ae"}
 OTHER_COLOUR = "#2f6690"
 TEXT = "#333333"
-# Characters of the title in an inch.
+# Characters of the title that fit into an inch.
 CHARACTERS = 13
-# Inches that a line, the head of a case, a panel's title and axis, the title, and a panel's width take.
+# In inches: height of a line, of the head of a case, of a panel's title and axis, and of the title; width of a panel.
 LINE, HEAD, FRAME, TITLE, WIDTH = 0.2, 0.36, 0.9, 0.75, 4.6
 
 
 class Line(NamedTuple):
-    """Samples per second of one sender."""
+    """The samples per second of one sender."""
 
     case: str
     sender: str
@@ -39,7 +39,7 @@ class Line(NamedTuple):
 
 
 def panels(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[Line]]:
-    """What to draw, by its title."""
+    """Return the lines to draw, by panel title."""
     found: dict[str, list[Line]] = {}
     for row in [*results.get("throughput", []), *results.get("others", [])]:
         peer = row.get("peer", "others")
@@ -51,7 +51,7 @@ def panels(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[Line]]:
 
 
 def conditions() -> list[str]:
-    """What is drawn, and what the figures depend on, in a few lines."""
+    """Say in a few lines what is drawn and what the figures depend on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     command = shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     echo = importlib.metadata.version("id-echo")
@@ -60,7 +60,7 @@ def conditions() -> list[str]:
 
 
 def short(rate: float) -> str:
-    """Three digits and a unit."""
+    """Format a rate with three digits and a unit."""
     for unit, name in ((1e6, " M"), (1e3, " k")):
         if rate >= unit:
             return f"{rate / unit:.3g}{name}"
@@ -68,7 +68,7 @@ def short(rate: float) -> str:
 
 
 def draw_panel(axes: Any, title: str, lines: list[Line]) -> float:
-    """Give how many inches it wants to be high."""
+    """Draw one panel and return its height in inches."""
     depth, ticks, last = 0.0, [], None
     for line in lines:
         if line.case != last:
@@ -107,7 +107,7 @@ def draw(path: str, results: dict[str, list[dict[str, Any]]]) -> None:
     heights = [draw_panel(axes, title, lines) for axes, (title, lines) in zip(columns, drawn.items(), strict=True)]
     for axes in columns:
         axes.set_ylim(max(heights), -HEAD / 2)
-        axes.set_xlim(min(rates) / 1.5, max(rates) * 6)  # with room for the last figure
+        axes.set_xlim(min(rates) / 1.5, max(rates) * 6)  # leaves room for the last figure
     width = WIDTH * len(drawn)
     figure.set_size_inches(width, max(heights) + FRAME + TITLE)
     title = [line for words in conditions() for line in textwrap.wrap(words, round(CHARACTERS * width))]

@@ -1,19 +1,20 @@
-"""Many sinks at once into one server, as actors have them: a table of ``benchmark.py``, and runnable alone.
+"""Many sinks send to one server at once, as actors do: a table of ``benchmark.py``, and a program of its own.
 
     python examples/benchmark_producers.py [--sinks 1,10,100,500] [--seconds 3] [--buffer-kib 256]
 
-A farm of actors is some processes, about one for each core, each with many environments: so up to ``PROCESSES``
-processes share the sinks, each of which has a connection of its own, into one ``echo.Server`` in a process of its own
-that is drained as fast as can be. They send as fast as they can, batches of 32 samples of 1 KB, and a process does so
-in two ways: *in turns*, from one thread, as one that steps its environments together would; or with *a thread each*,
-where a sink waits for the server and not for the other sinks. (More than 50 threads wait for the GIL.)
+A farm of actors is some processes, about one per core, each with many environments. So up to ``PROCESSES`` processes
+share the sinks. Every sink has its own connection to one ``echo.Server``, which runs in its own process and is drained
+as fast as possible. They send batches of 32 samples of 1 KB as fast as they can. A process does so in two ways: *in
+turns*, from one thread, as a process would that steps its environments together; or with *a thread each*, where a sink
+waits for the server and not for the other sinks. (More than 50 threads wait for the GIL.)
 
-All sinks are told to connect at the same moment, and to close; of those beyond 50 in a process, one after another.
-"least / most" compares the sinks by what the server had acknowledged of each when the time was up. Memory, threads and
-descriptors are what the processes have more of than before they had sinks, for each sink: as long as these do nothing,
-and when they have sent. For the server it is for each connection. Each sample has the number of its sink and its own,
-so it can be told whether all arrived that were acknowledged, and in order; those that came twice are the tails that
-closing sends once more.
+All sinks connect at the same moment, and close at the same moment. In a process with more than 50, the others follow
+one after another. "least / most" compares what the server had acknowledged of each sink when the time was up. Memory,
+threads and descriptors are per sink: what the processes have gained since before they had sinks, once while the sinks
+are idle and once after they have sent. Those of the server are per connection.
+
+Each sample carries the number of its sink and its own number. This shows whether everything acknowledged arrived, and
+in order. Samples that came twice are the ones that a sink sends again when it closes.
 """
 
 from __future__ import annotations
@@ -41,28 +42,28 @@ PROCESSES = 10
 BATCH = 32
 SERVER_BATCH = 256
 FLOATS = 250
-# 250 samples of these fit into the buffer of a sink: what a server that is shared by many takes of one is little.
+# A buffer that holds 250 samples. A server that many sinks share takes little of each.
 BUFFER_KIB = 256
 EXAMPLE = {
     "index": torch.tensor(0),
     "obs": torch.zeros(FLOATS),
     "sink": torch.tensor(0),
 }
-# The sink's number in samples that only fill the server's last batch.
+# The sink number of samples that only fill the server's last batch.
 FILLER = -1
-# Seconds from an order to the moment for which it is given, by when all processes have it.
+# Seconds between an order and the moment it is for, long enough for all processes to receive it.
 NOTICE_S = 0.2
-# Seconds for which the sinks do nothing, to see what that costs; a heartbeat of theirs is one.
+# Seconds for which the sinks are idle, to see what that costs. Their heartbeat is one second.
 IDLE_S = 2.0
-# How many sinks of a process connect at the same time: of more threads, each waits for all the others.
+# How many sinks of a process connect at the same time. With more threads, each waits for all the others.
 MOST_AT_ONCE = 50
-# Seconds that connecting may take, and that what is sent may take to arrive after the last sink was closed.
+# Seconds that connecting may take, and seconds after the last close in which everything must have arrived.
 PATIENCE_S = 60.0
 KIB = 1024
 
 
 class Footprint(NamedTuple):
-    """What a process, or several, take."""
+    """What a process, or several together, use."""
 
     resident: int
     threads: int
@@ -88,7 +89,7 @@ class Footprint(NamedTuple):
 
 
 class Learner:
-    """A server that is drained as fast as can be, and what arrived there."""
+    """A server that is drained as fast as possible, and what arrived there."""
 
     def __init__(self) -> None:
         transport = echo.TcpTransport(port=0)
@@ -103,11 +104,15 @@ class Learner:
             self._arrived.append((sample.batch["sink"].copy(), sample.batch["index"].copy()))
 
     def footprint(self) -> Footprint:
-        """What it takes: a whole process."""
+        """Return what the process uses."""
         return Footprint.now()
 
     def check(self, acked: dict[int, int]) -> dict[str, int]:
-        """What is missing of the samples 0 to n of each sink, came twice, or out of order."""
+        """Count samples that are missing, came twice, or came out of order.
+
+        ``acked`` holds, per sink, how many samples from 0 on must be there. Waits up to ``PATIENCE_S`` for missing
+        ones.
+        """
         deadline = time.monotonic() + PATIENCE_S
         while True:
             self._fill()
@@ -116,7 +121,7 @@ class Learner:
                 return found
 
     def _fill(self) -> None:
-        """Have the samples come out that wait for a whole batch."""
+        """Fill up the server's last batch, so that the samples in it come out."""
         count = len(self._arrived)
         while len(self._arrived) == count:
             self._server.submit({**numpy_example(EXAMPLE), "sink": np.array(FILLER)})
@@ -127,7 +132,10 @@ class Learner:
 
 
 def judge(sinks: Any, indices: Any, acked: dict[int, int]) -> dict[str, int]:
-    """What became of ``acked`` samples of each sink, given the two numbers of all that arrived, in order."""
+    """Return what became of the ``acked`` samples of each sink.
+
+    ``sinks`` and ``indices`` are the two numbers of all samples that arrived, in order of arrival.
+    """
     found = {"lost": 0, "twice": 0, "disordered": 0}
     order = np.argsort(sinks, kind="stable")
     sinks, indices = sinks[order], indices[order]
@@ -150,7 +158,7 @@ def run_learner(pipe: Any) -> None:
 
 
 class Actor:
-    """One sink, and the samples that go through it."""
+    """One sink, and the samples that it sends."""
 
     def __init__(self, port: int, number: int, buffer_bytes: int | None, obs: torch.Tensor) -> None:
         self.number = number
@@ -173,7 +181,7 @@ class Actor:
 
 
 class Actors:
-    """Those of one process; all of them show the same."""
+    """The actors of one process. All of them send the same observations."""
 
     def __init__(self, port: int, numbers: Sequence[int], buffer_bytes: int | None) -> None:
         obs = torch.rand(BATCH, FLOATS)
@@ -181,14 +189,17 @@ class Actors:
         self._actors = [Actor(port, number, buffer_bytes, obs) for number in numbers]
 
     def footprint(self) -> Footprint:
-        """What they take."""
+        """Return what the actors use."""
         return Footprint.now().minus(self.before)
 
     def connect(self, at: float) -> dict[str, Any]:
         return at_once(at, [actor.sink.connect for actor in self._actors], MOST_AT_ONCE)
 
     def send(self, at: float, seconds: float, thread_each: bool) -> dict[str, Any]:
-        """Send for some seconds and wait; gives what was acked by then of each, and then, and when that was."""
+        """Send for some seconds, then wait for all acks.
+
+        Returns how many samples of each sink were acked when the time was up and in the end, and when the end was.
+        """
         end = at + seconds
         if thread_each:
             outcome = at_once(at, [lambda actor=actor: actor.send_until(end) for actor in self._actors])
@@ -210,9 +221,9 @@ class Actors:
 
 
 def at_once(at: float, calls: Sequence[Callable[[], Any]], threads: int = sys.maxsize) -> dict[str, Any]:
-    """Make all calls at a moment of the monotonic clock, with a thread each or as many as there are threads.
+    """Make all calls at a moment of the monotonic clock, in up to ``threads`` threads.
 
-    Gives when the last was done, and what was raised.
+    Returns when the last call was done, and what was raised.
     """
     errors: list[str] = []
 
@@ -238,7 +249,7 @@ def run_actors(pipe: Any, port: int, numbers: Sequence[int], buffer_bytes: int |
 
 
 def answer(pipe: Any, who: Any) -> None:
-    """Call the methods that are asked for, until nobody asks any more."""
+    """Call the methods that are asked for, until the pipe is closed."""
     try:
         while True:
             method, *arguments = pipe.recv()
@@ -251,14 +262,17 @@ def answer(pipe: Any, who: Any) -> None:
 
 
 def ask(children: Sequence[Child], *request: Any) -> list[Any]:
-    """Ask all of them at the same time."""
+    """Send a request to all children at once, and return their answers."""
     for child in children:
         child.pipe.send(request)
     return [child.pipe.recv() for child in children]
 
 
 def order(children: Sequence[Child], method: str, *arguments: Any) -> tuple[float, list[Any]]:
-    """Have something begun at the same moment by all; gives how many seconds that took the last, and the answers."""
+    """Have all children begin a call at the same moment.
+
+    Returns the seconds that the last one took, and the answers.
+    """
     at = time.monotonic() + NOTICE_S
     answers = ask(children, method, at, *arguments)
     for error in [error for answer in answers for error in answer["errors"]][:1]:
@@ -271,7 +285,7 @@ def taken(children: Sequence[Child]) -> Footprint:
 
 
 def measure(sinks: int, thread_each: bool, seconds: float, buffer_bytes: int | None) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     with ExitStack() as stack:
         learner = stack.enter_context(Child(run_learner))
         port = learner.pipe.recv()
@@ -334,7 +348,7 @@ COLUMNS = {
 
 
 def producers(sinks: Sequence[int], seconds: float, buffer_kib: int) -> list[dict[str, Any]]:
-    """Print the table; gives its rows."""
+    """Print the table and return its rows."""
     buffer = f"buffers of {buffer_kib} KiB" if buffer_kib else "default buffers"
     title = f"Many sinks into one server, 1 KB, B = {BATCH}, {buffer}, up to {PROCESSES} processes, real server"
     table = Table(title, COLUMNS)

@@ -1,4 +1,4 @@
-"""One round of one sender, as the tables of ``benchmark.py`` have it: how long, and what it took."""
+"""One round of one sender, for the tables of ``benchmark.py``: how long it took, and what it used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmark_senders import Calls, Case, cpu_seconds
 
-# Seconds that a warm-up takes at the least: it also tells how many batches a round has.
+# Least seconds of a warm-up, which also tells how many batches a round has.
 WARM_UP_S = 0.05
 
 
@@ -24,9 +24,10 @@ def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def batches_in(send: Callable[[], Any], wait: Callable[[], Any], seconds: float) -> int:
-    """Warm up, and give how many batches it takes ``seconds`` to send and to see acked.
+    """Warm up, and return how many batches it takes ``seconds`` to send and to see acked.
 
-    A number and not a time, because a sender with a large buffer could accept in a second what takes a minute to ack.
+    It is a number and not a time, because a sender with a large buffer could accept in a second what takes a minute to
+    ack.
     """
     count = 1
     while (took := send_all(count, send, wait)) < WARM_UP_S:
@@ -35,7 +36,7 @@ def batches_in(send: Callable[[], Any], wait: Callable[[], Any], seconds: float)
 
 
 def send_all(count: int, send: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    """Send one batch ``count`` times and wait; gives how many seconds that took."""
+    """Send one batch ``count`` times and wait. Return how many seconds that took."""
     began = time.perf_counter()
     for _ in range(count):
         send()
@@ -44,10 +45,14 @@ def send_all(count: int, send: Callable[[], Any], wait: Callable[[], Any]) -> fl
 
 
 def measure(calls: Calls, peer_cpu: Callable[[], float], case: Case, seconds: float) -> dict[str, float]:
-    """Send for about ``seconds`` and give the figures of that round; ``peer_cpu`` as ``cpu_seconds``, of the peer."""
+    """Send for about ``seconds`` and return the figures of that round.
+
+    ``peer_cpu`` returns the CPU seconds of the peer.
+    """
     send, wait = calls
     count = batches_in(send, wait, seconds)
-    send_all(count, send, wait)  # as long a round that does not count: the memory of buffers is there from now on
+    # Do an uncounted round of the same length first, so that the memory of all buffers exists.
+    send_all(count, send, wait)
     peer_before, cpu, began = peer_cpu(), cpu_seconds(), time.perf_counter()
     blocked = [timed(send) for _ in range(count)]
     wait()

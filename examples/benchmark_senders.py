@@ -1,19 +1,20 @@
 """What the benchmark compares: samples of several sizes, peers to send them to, and senders.
 
-Peers run in processes of their own:
+Peers run in their own processes:
 
 * ``real``: an ``echo.Server`` whose learner does nothing but drain;
-* ``null``: reads and acks as fast as it can, which shows the sender's own limit. How busy it was is printed: a peer
-  below 100 % waited for the sender.
+* ``null``: reads and acks as fast as it can, which shows the sender's own limit. The benchmark prints how busy it was:
+  a peer below 100 % waited for the sender.
 
-Senders, each with its default configuration, over the same data:
+Senders, each in its default configuration, with the same data:
 
 * ``sink``: ``EchoSink.send(batch)`` of B samples, torch tensors;
-* ``client``: ``echo_torch.TcpClient.send(sample)``, B samples cut out of the batch beforehand;
-* ``stock``: ``echo.TcpClient.send(sample)``, the same; its window is 32 samples, the sink's 1,024. ``stock 1024`` has
-  as large a window as the sink;
-* ``raw``: ``sendall`` of the batch's packed bytes, acks read by a thread: the better of plain reading and reading with
-  ``SO_RCVLOWAT``. It checks nothing, packs nothing, and its window (32,768 samples) is only there to end in time.
+* ``client``: ``echo_torch.TcpClient.send(sample)``, with B samples cut out of the batch beforehand;
+* ``stock``: ``echo.TcpClient.send(sample)``, likewise. Its window is 32 samples, the sink's 1,024. ``stock 1024`` has
+  the sink's window;
+* ``raw``: ``sendall`` of the batch's packed bytes, with a thread that reads acks: the better of plain reading and
+  reading with ``SO_RCVLOWAT``. It checks nothing and packs nothing. Its window (32,768 samples) only makes it end in
+  time.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RAW_WINDOW = 32_768
 
 
 class Case(NamedTuple):
-    """Samples of one kind, and a batch of them: its leaves have the batch dimension first."""
+    """Samples of one kind, and a batch of them. The leaves of the batch have the batch dimension first."""
 
     name: str
     size: int
@@ -59,7 +60,7 @@ class Case(NamedTuple):
 
     @property
     def payload(self) -> int:
-        """Bytes of one sample."""
+        """The bytes of one sample."""
         return sum(leaf.nbytes for leaf in self.leaves)
 
     def cut(self, size: int) -> Case:
@@ -128,7 +129,7 @@ def run_real_peer(pipe: Any, example: Any, batch_size: int) -> None:
 
 
 def answer_cpu(pipe: Any) -> None:
-    """Say how much CPU this process has used whenever asked; ends with the benchmark."""
+    """Send the CPU seconds of this process whenever asked. Ends with the benchmark."""
     try:
         while pipe.recv():
             pipe.send(cpu_seconds())
@@ -141,7 +142,8 @@ class Child:
 
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["echo", "torch"])  # once for all of them: they take more than a second
+        # Load these once for all children, because they take more than a second.
+        context.set_forkserver_preload(["echo", "torch"])
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
         self._process.start()
@@ -152,7 +154,7 @@ class Child:
         return float(self.pipe.recv())
 
     def signal(self, number: int) -> None:
-        """``kill -number``."""
+        """Send a signal, as ``kill -number`` does."""
         assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
@@ -166,7 +168,7 @@ class Child:
 
 
 class PeerProcess(Child):
-    """A peer in a process of its own."""
+    """A peer in its own process."""
 
     def __init__(self, kind: str, case: Case) -> None:
         if kind == "null":
@@ -176,7 +178,7 @@ class PeerProcess(Child):
         self.port: int = self.pipe.recv()
 
 
-# Senders: each is a context that gives the two calls to measure, "send one batch" and "wait for all".
+# Senders: each is a context manager that yields the two calls to measure, "send one batch" and "wait for all".
 
 Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
@@ -216,7 +218,8 @@ def raw(port: int, batch: dict[str, torch.Tensor], mark: int) -> Iterator[Calls]
     sent, acked, all_acked = [0], [0], threading.Event()
 
     def read() -> None:
-        poller = select.poll()  # a blocking `recv` would stick to the mark of when it was called
+        # Poll, because a blocking `recv` would keep the SO_RCVLOWAT mark of when it was called.
+        poller = select.poll()
         poller.register(line, select.POLLIN)
         while True:
             poller.poll()
@@ -254,7 +257,7 @@ def raw(port: int, batch: dict[str, torch.Tensor], mark: int) -> Iterator[Calls]
 
 
 def run_sender(pipe: Any, port: int, batch: dict[str, Any]) -> None:
-    """Send a batch whenever asked, and answer when everything is acked if asked for that."""
+    """Send a batch when asked with True. When asked with False, wait for all acks and answer."""
     with sink(port, {name: torch.from_numpy(leaf) for name, leaf in batch.items()}) as (send, wait):
         try:
             while True:
@@ -269,10 +272,11 @@ def run_sender(pipe: Any, port: int, batch: dict[str, Any]) -> None:
 
 @contextmanager
 def elsewhere(port: int, batch: dict[str, torch.Tensor]) -> Iterator[Calls]:
-    """A sink in another process: what it costs this one is only that both share the machine."""
+    """A sink in another process, which costs this one only its share of the machine."""
     context = multiprocessing.get_context("forkserver")
     pipe, theirs = context.Pipe()
-    copies = {name: leaf.numpy() for name, leaf in batch.items()}  # tensors would be moved into shared memory
+    # Send arrays, because tensors would move into shared memory.
+    copies = {name: leaf.numpy() for name, leaf in batch.items()}
     process = context.Process(target=run_sender, args=(theirs, port, copies), daemon=True)
     process.start()
     theirs.close()

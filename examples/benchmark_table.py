@@ -9,8 +9,8 @@ from typing import Any
 class Table:
     """Prints its rows as they come, aligned, and keeps them.
 
-    ``columns`` are heads, right-aligned in as many characters as they have, each with its key in a row and how to
-    format that.
+    ``columns`` maps each heading to the key of its cells in a row and their format. Cells are right-aligned to the
+    width of the heading.
     """
 
     def __init__(self, title: str, columns: dict[str, tuple[str, str]]) -> None:

@@ -1,21 +1,21 @@
-"""Actors play CartPole and stream what they see to a learner, which solves it: on processes, or on Ray.
+"""Actors play CartPole and stream what they see to a learner, which solves the game: in processes, or on Ray.
 
 What it shows:
 
-* what an actor needs: an `EchoSink`, and a `sink.send(unrolls)` for every T steps of its environments;
-* what the learner needs: an `echo.Server`, whose batches it trains on as they come, and a way to publish weights;
-* how fresh that is: how many updates the learner has made since the policy that a batch was acted with;
-* what it costs: the share of the actors' time that the sink took, and how much of it was waiting for the learner;
-* that nothing is lost: every unroll that was sent is looked for in what the learner received.
+* What an actor needs: an `EchoSink`, and a `sink.send(unrolls)` for every T steps of its environments.
+* What the learner needs: an `echo.Server`, whose batches it trains on as they come, and a way to publish weights.
+* How fresh the data is: how many updates the learner has made since the policy that acted in a batch.
+* What it costs: the share of the actors' time spent in the sink, and how much of that was waiting for the learner.
+* That nothing is lost: the example looks for every unroll that was sent in what the learner received.
 
-Solved is a mean return of 475 over the last 100 episodes, as Gymnasium has it. To run it (less than a minute on two
-cores):
+The game is solved at a mean return of 475 over the last 100 episodes, as Gymnasium defines it. To run it (less than a
+minute on two cores):
 
     pip install '.[examples,ray]'
     python examples/cartpole.py --engine local
     python examples/cartpole.py --engine ray
 
-The exit code is 0 only if it is solved, or as many `--updates` were made, and everything that was sent arrived.
+The exit code is 0 only if everything that was sent arrived, and the game is solved or `--updates` updates were made.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ from tqdm import tqdm
 from echo_torch import EchoSink, numpy_example
 from echo_torch.metrics.stats import SinkStats
 
-SOLVED, EPISODES = 475.0, 100  # the mean return, of so many episodes
-POLL_S = 0.2  # between looks at whether the actors are there
-STOP_S = 30.0  # that they may take to end, and what they sent to be received
+SOLVED, EPISODES = 475.0, 100  # the mean return that solves the game, and over how many episodes
+POLL_S = 0.2  # seconds between checks of the actors, and most seconds to wait for a batch
+STOP_S = 30.0  # seconds for the actors to end and for the rest of their unrolls to arrive
 
-# What is under way is old when it arrives, so little shall be. The server fills as few batches in advance as it can
-# (2), and a sink has room for what its actor sends at once, in place of 64 MiB. `send` then blocks the actors of a
-# learner that is slow, and what it gets is a few updates old, and not thousands.
+# Data that is buffered gets old, so the buffers are small. The server prepares as few batches in advance as it can (2),
+# and a sink holds one `send` of its actor in place of 64 MiB. If the learner is slow, `send` then blocks the actors,
+# and the learner gets data that is a few updates old, and not thousands.
 BATCH = 32  # unrolls; a server may hang with fewer
 BATCHES = 2
-RESENT = 8  # samples that a sink keeps although they are acknowledged: its default
+RESENT = 8  # acknowledged samples that a sink keeps to send again; this is its default
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 class Report(NamedTuple):
-    """Of an actor that was asked to stop."""
+    """What an actor returns when it was asked to stop."""
 
     seconds: float
     stats: SinkStats
 
 
 class Environments:
-    """CartPole, vectorised. After the end of an episode comes a step that ignores the action and starts the next."""
+    """Vectorized CartPole. After the end of an episode, one step ignores the action and starts the next episode."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._env = gymnasium.make_vec("CartPole-v1", num_envs=count, vectorization_mode="vector_entry_point")
@@ -77,7 +77,7 @@ class Environments:
         self.observation, _ = self._env.reset(seed=seed)
 
     def step(self, action: np.ndarray[Any, Any]) -> Arrays:
-        """What came of the actions, int64 [environments], by the names that samples have for it."""
+        """Apply the actions, int64 [environments]. Return the outcome under the names that it has in a sample."""
         valid = ~self._ended
         self.observation, reward, terminated, truncated, _ = self._env.step(action)
         self._returns += reward
@@ -89,7 +89,7 @@ class Environments:
 
 @torch.no_grad()
 def act(mailbox: Mailbox, number: int, port: int, environments: int, seed: int) -> Report:
-    """An actor's life: play with the newest weights, and send what came of it, until it is asked to stop."""
+    """Play with the newest weights and send the unrolls, until asked to stop."""
     torch.set_num_threads(1)
     torch.manual_seed(1000 * seed + number)
     policy = network(2)
@@ -98,7 +98,7 @@ def act(mailbox: Mailbox, number: int, port: int, environments: int, seed: int) 
     unrolls["actor"].fill_(number)
     unrolls["number"].copy_(torch.arange(environments))
     room = (environments + RESENT) * sum(leaf.nbytes for leaf in EXAMPLE.values())
-    # Without reconnecting, for the learner comes back to nobody: when it is gone, `send` raises, and the actor ends.
+    # No reconnecting, because a learner that is gone does not come back. `send` then raises, and the actor ends.
     with EchoSink("127.0.0.1", port, EXAMPLE, buffer_bytes=room, resend_acked=RESENT, reconnect=0) as sink:
         began = time.perf_counter()
         while not mailbox.stopped():
@@ -106,10 +106,12 @@ def act(mailbox: Mailbox, number: int, port: int, environments: int, seed: int) 
             vector_to_parameters(weights, policy.parameters())
             unrolls["version"].fill_(version)
             play(policy, game, unrolls)
-            sink.send(unrolls)  # they may be changed afterwards
+            # `unrolls` may change as soon as `send` returns.
+            sink.send(unrolls)
             unrolls["number"] += environments
         seconds = time.perf_counter() - began
-        sink.wait()  # until the server has acknowledged everything
+        # Block until the server has acknowledged everything.
+        sink.wait()
         return Report(seconds, sink.stats())
 
 
@@ -127,7 +129,7 @@ def play(policy: nn.Module, game: Environments, unrolls: Tensors) -> None:
 
 
 class Batches:
-    """What a server hands out, as tensors. A thread fetches it, so that the learner needs to wait for nothing."""
+    """The batches of a server as tensors. A thread fetches them, so that the learner never waits in the server."""
 
     def __init__(self, server: echo.Server) -> None:
         self._server = server
@@ -135,7 +137,7 @@ class Batches:
         self._next = self._thread.submit(self._fetch)
 
     def get(self) -> Tensors | None:
-        """The next one, or None if it takes longer than ``POLL_S``."""
+        """Return the next batch, or None if it takes longer than ``POLL_S``."""
         try:
             batch = self._next.result(POLL_S)
         except concurrent.futures.TimeoutError:
@@ -158,7 +160,7 @@ def mean(numbers: Collection[float]) -> float:
 
 @dataclass
 class Run:
-    """What was learned, what was received, and what became of the actors."""
+    """What was learned, what was received, and how the actors ended."""
 
     engine: str
     began: float = field(default_factory=time.perf_counter)
@@ -169,7 +171,7 @@ class Run:
     lags: list[float] = field(default_factory=list)  # mean of each batch, in updates
     curve: list[tuple[float, int, float]] = field(default_factory=list)  # seconds, steps, mean return
     received: collections.Counter[int] = field(default_factory=collections.Counter)  # unrolls by actor
-    ended: dict[int, Report | Exception] = field(default_factory=dict)  # actors
+    ended: dict[int, Report | Exception] = field(default_factory=dict)  # a report or an error by actor
 
     @property
     def mean_return(self) -> float:
@@ -185,11 +187,14 @@ class Run:
 
     @property
     def missing(self) -> int:
-        """How many unrolls were not received, of actors that told how many they sent."""
+        """How many unrolls were sent but not received, counting only actors that reported."""
         return sum(report.stats.samples_sent - self.received[actor] for actor, report in self.reports.items())
 
     def note_received(self, batch: Tensors) -> None:
-        """Count each actor's unrolls up to the first that is missing: they come in order, the last ones twice."""
+        """Count each actor's unrolls up to the first missing one.
+
+        They arrive in order. The last ones of each sink arrive twice, which this does not count.
+        """
         for actor, number in zip(batch["actor"].tolist(), batch["number"].tolist(), strict=True):
             self.received[actor] += number == self.received[actor]
 
@@ -209,7 +214,7 @@ class Run:
 
 
 def train(agent: Agent, engine: Engine, batches: Batches, run: Run, options: argparse.Namespace) -> None:
-    """Until it is solved, or as many updates as are asked for; but not longer than ``--minutes``."""
+    """Train until the game is solved or ``--updates`` is reached, but no longer than ``--minutes``."""
     looked = 0.0
     with tqdm(desc=run.engine, unit=" steps", unit_scale=True, disable=None) as bar:
         while run.updates < options.updates if options.updates else not run.solved:
@@ -232,24 +237,26 @@ def train(agent: Agent, engine: Engine, batches: Batches, run: Run, options: arg
 
 
 def finish(server: echo.Server, engine: Engine, batches: Batches, run: Run, actors: int) -> None:
-    """Have the actors end, and meanwhile take what they sent: they wait until all of it is acknowledged."""
+    """Ask the actors to end, and take what they still send: each waits until its unrolls are acknowledged."""
     engine.stop()
-    filler = {name: leaf.numpy() for name, leaf in EXAMPLE.items()} | {"actor": np.array(-1)}  # nobody's
+    # An unroll of no actor, to fill the server's last batch.
+    filler = {name: leaf.numpy() for name, leaf in EXAMPLE.items()} | {"actor": np.array(-1)}
     deadline = time.monotonic() + STOP_S
     while (len(run.ended) < actors or run.missing) and time.monotonic() < deadline:
         run.note_ended(engine)
         if (batch := batches.get()) is not None:
             run.note_received(batch)
-        elif len(run.ended) == actors:  # the last batch is not full, and so is not handed out
+        elif len(run.ended) == actors:
+            # The server keeps an incomplete last batch to itself, so fill it up.
             for _ in range(BATCH - 1):
                 server.submit(filler)
 
 
 def learn(engine_name: str, options: argparse.Namespace) -> Run:
-    """A whole run, of which no process is left when this returns or raises."""
+    """Run the whole training. No process is left when this returns or raises."""
     torch.manual_seed(options.seed)
     agent = Agent()
-    # One thread each is enough for what a few actors send, and leaves the cores to them.
+    # One thread each is enough for a few actors, and leaves the cores to them.
     transport = echo.TcpTransport(port=0, num_threads=1)
     server = echo.Server(numpy_example(EXAMPLE), BATCH, transport, num_buffers=BATCHES, num_drainers=1)
     server.start()
@@ -278,7 +285,7 @@ def tell(run: Run) -> None:
 
 
 def plot(runs: list[Run], path: str) -> None:
-    """The learning curves, against the time and against what was seen."""
+    """Draw the learning curves, against time and against steps."""
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
@@ -319,7 +326,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    torch.set_num_threads(1)  # as fast for networks this small, and leaves the other cores to the actors
+    # One thread is as fast for so small a network, and leaves the other cores to the actors.
+    torch.set_num_threads(1)
     runs = []
     for name in options.engine:
         runs.append(learn(name, options))

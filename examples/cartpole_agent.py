@@ -1,4 +1,4 @@
-"""What `cartpole.py` learns, and from what: the sample, the networks, and IMPALA's V-trace (Espeholt et al., 2018)."""
+"""The learning side of `cartpole.py`: the sample, the networks, and IMPALA's V-trace (Espeholt et al., 2018)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-UNROLL = 64  # steps T of one environment that make a sample
+UNROLL = 64  # steps T of one environment in a sample
 DISCOUNT = 0.99
-REWARD = 1 / 30  # what a reward counts, for values to be of a size that networks learn fast: not 100, but 3
+# Scale of the rewards. It makes values about 3 instead of 100, a size that networks learn fast.
+REWARD = 1 / 30
 ENTROPY = 0.01
 LEARNING_RATE = 1e-3
 
@@ -19,12 +20,12 @@ EXAMPLE: Tensors = {
     "actor": torch.tensor(0),
     "number": torch.tensor(0),  # of this actor's samples, from 0 on
     "version": torch.tensor(0),  # of the policy that acted
-    "observation": torch.zeros(UNROLL + 1, 4),  # one more, whose value stands for what came after
+    "observation": torch.zeros(UNROLL + 1, 4),  # one more than steps, to value what came after the last
     "action": torch.zeros(UNROLL, dtype=torch.int64),
     "log_prob": torch.zeros(UNROLL),  # of the action, by the policy that acted
     "reward": torch.zeros(UNROLL),
-    "terminated": torch.zeros(UNROLL, dtype=torch.bool),  # the pole fell, which is not what a truncated episode is
-    "valid": torch.zeros(UNROLL, dtype=torch.bool),  # not where the environment started anew, whatever the action
+    "terminated": torch.zeros(UNROLL, dtype=torch.bool),  # the pole fell; False if the episode was truncated
+    "valid": torch.zeros(UNROLL, dtype=torch.bool),  # False where the environment started anew and ignored the action
     "episode": torch.zeros(UNROLL),  # the return of the episode that this step ended, or 0
 }
 
@@ -34,15 +35,15 @@ def network(outputs: int) -> nn.Module:
 
 
 def vtrace(values: torch.Tensor, ratio: torch.Tensor, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the values should have been, and the advantages of the actions, both float32 [B, T].
+    """Return the targets of the values and the advantages of the actions, both float32 [B, T].
 
     Args:
         values: float32 [B, T + 1], of the observations.
-        ratio: float32 [B, T], the importance ratios: how much likelier the actions are by now.
+        ratio: float32 [B, T], the importance ratios: how much likelier the actions are now.
         batch: unrolls.
 
-    A truncated episode could have gone on, so the value of its last observation counts; that of a terminated one does
-    not. The step after either is not valid, and so corrects nothing: nothing that is beyond it matters.
+    A truncated episode could have continued, so the value of its last observation counts. The value after a terminated
+    episode does not. The step after either end is not valid. It corrects nothing, so nothing beyond it matters.
     """
     weight = ratio.clamp(max=1) * batch["valid"]
     discount = DISCOUNT * ~batch["terminated"]
@@ -55,7 +56,7 @@ def vtrace(values: torch.Tensor, ratio: torch.Tensor, batch: Tensors) -> tuple[t
 
 
 class Agent:
-    """The policy, and the values that help to learn it."""
+    """The policy, and the value network that helps to train it."""
 
     def __init__(self) -> None:
         self._policy, self._value = network(2), network(1)
@@ -63,11 +64,11 @@ class Agent:
         self._optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
 
     def weights(self) -> torch.Tensor:
-        """Of the policy, float32 [N]; a copy."""
+        """Return a copy of the policy's weights, float32 [N]."""
         return parameters_to_vector(self._policy.parameters()).detach()
 
     def update(self, batch: Tensors) -> None:
-        """One step of the optimizer, on a batch of unrolls."""
+        """Do one optimizer step on a batch of unrolls."""
         log_probs = self._policy(batch["observation"][:, :-1]).log_softmax(-1)
         log_prob = log_probs.gather(-1, batch["action"][..., None])[..., 0]
         values = self._value(batch["observation"])[..., 0]

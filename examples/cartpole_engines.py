@@ -1,7 +1,7 @@
-"""Where the actors of `cartpole.py` run: processes of `torch.multiprocessing`, or actors of Ray.
+"""Where the actors of `cartpole.py` run: in processes of `torch.multiprocessing`, or as actors of Ray.
 
-An engine takes weights to the actors, and tells how these end. What they see goes through the `EchoSink` that each of
-them has. Nobody waits for the other side here, so an actor that is slow, or dead, holds nobody up.
+An engine carries weights to the actors and reports how they end. What the actors see goes through their `EchoSink`s.
+Neither side waits for the other here, so a slow or dead actor delays nobody.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ class Mailbox(Protocol):
     """An actor's side of an engine."""
 
     def newest(self) -> tuple[int, torch.Tensor]:
-        """The version of the newest weights, and the weights as one vector, which nobody changes any more."""
+        """Return the newest weights as one vector, which nobody changes any more, and their version."""
 
     def stopped(self) -> bool:
-        """Whether the actor shall return."""
+        """Return whether the actor should return."""
 
 
 Act = Callable[..., Any]
-"""``act(mailbox, number, *arguments)``: an actor's life; what it returns has to pickle."""
+"""``act(mailbox, number, *arguments)`` runs a whole actor. Its return value has to pickle."""
 
 
 class Engine(abc.ABC):
-    """The learner's side of it."""
+    """The learner's side of an engine."""
 
     @abc.abstractmethod
     def start(self, act: Act, actors: int, weights: torch.Tensor, *arguments: Any) -> None:
-        """Have ``act`` run ``actors`` times, with numbers from 0 on; ``weights``, float32 [N], are version 0."""
+        """Run ``act`` in ``actors`` actors, numbered from 0. ``weights``, float32 [N], are version 0."""
 
     @abc.abstractmethod
     def publish(self, version: int, weights: torch.Tensor) -> None:
-        """Let the actors have these ``weights``, float32 [N]; ``version`` counts up by one. Does not wait."""
+        """Offer ``weights``, float32 [N], to the actors. ``version`` counts up by one. Does not block."""
 
     @abc.abstractmethod
     def ended(self) -> dict[int, Any]:
-        """Actors that have ended since the last call, by number: what they returned or raised. Does not wait."""
+        """Return what actors that ended since the last call returned or raised, by number. Does not block."""
 
     @abc.abstractmethod
     def stop(self) -> None:
@@ -55,15 +55,15 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End what still runs; then no process is left."""
+        """End what still runs. Afterwards no process is left."""
 
 
 class SharedMailbox:
-    """Weights in shared memory, without a lock, which an actor that is killed would keep.
+    """Weights in shared memory. There is no lock, because an actor that is killed would keep it.
 
-    They are written to two places by turns, and the version after them. Who finds the same version before and after
-    copying from one place knows that only the other one can have been written to meanwhile. (That asks for a processor
-    that has writes seen in their order, as x86 does and ARM does not promise.)
+    Writers alternate between two places and write the version after the weights. A reader copies one place. If the
+    version is the same before and after, only the other place can have been written meanwhile. (This needs a processor
+    that shows writes in order. x86 does; ARM does not promise it.)
     """
 
     def __init__(self, weights: torch.Tensor) -> None:
@@ -90,7 +90,7 @@ class SharedMailbox:
 
 
 class LocalEngine(Engine):
-    """Processes on this machine."""
+    """Actors in processes on this machine."""
 
     def __init__(self) -> None:
         self._processes: list[BaseProcess] = []
@@ -99,7 +99,8 @@ class LocalEngine(Engine):
     def start(self, act: Act, actors: int, weights: torch.Tensor, *arguments: Any) -> None:
         context = torch.multiprocessing.get_context("spawn")
         self._mailbox = SharedMailbox(weights)
-        resource_tracker.ensure_running()  # or the first process starts it, which unblocks interrupts
+        # Start this now. Otherwise the first process starts it, and that unblocks interrupts.
+        resource_tracker.ensure_running()
         for number in range(actors):
             pipe, its_end = context.Pipe(duplex=False)
             its = (its_end, act, self._mailbox, number, *arguments)
@@ -119,7 +120,8 @@ class LocalEngine(Engine):
             number = self._pipes.pop(pipe)
             try:
                 found[number] = pipe.recv()
-            except (EOFError, OSError):  # the latter in the middle of what it told
+            except (EOFError, OSError):
+                # An OSError means that the process died while it sent its outcome.
                 process = self._processes[number]
                 process.join()
                 found[number] = RuntimeError(f"process {process.pid} ended with exit code {process.exitcode}")
@@ -139,18 +141,22 @@ class LocalEngine(Engine):
 
 
 def live(pipe: Connection, act: Act, *arguments: Any) -> None:
-    """The process of an actor: tells what ``act`` returned or raised."""
+    """Run one actor in its process, and send what ``act`` returned or raised."""
     try:
         outcome = act(*arguments)
     except Exception as error:
         outcome = error
-    with contextlib.suppress(OSError):  # the learner's process is gone
+    # The learner's process may be gone.
+    with contextlib.suppress(OSError):
         pipe.send(outcome)
 
 
 @contextlib.contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """Ctrl-C comes later here, and never in a process that is started meanwhile: the learner is who ends that."""
+    """Delay Ctrl-C in this block, and block it for good in a process that is started here.
+
+    The learner is the one who ends that process.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -159,7 +165,7 @@ def interrupts_blocked() -> Iterator[None]:
 
 
 class RayActor:
-    """The process of an actor: one thread runs it, while another is told of new weights."""
+    """An actor in its Ray process: one thread runs it, and another receives new weights."""
 
     def __init__(self, weights: torch.Tensor) -> None:
         self._newest = 0, weights
@@ -182,14 +188,15 @@ class RayActor:
 
 
 class RayEngine(Engine):
-    """Actors of a Ray that is started for them, on this machine.
+    """Actors of a Ray that is started for them on this machine.
 
-    For those on a cluster, have `ray.init` connect to it, and the sinks to the learner's address.
+    For actors on a cluster, let `ray.init` connect to it, and point the sinks to the learner's address.
     """
 
     def __init__(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray  # only here, for the other engine does without
+        # Import it here, because the other engine does not need it.
+        import ray
 
         self._ray = ray
         self._actors: list[Any] = []
@@ -205,7 +212,7 @@ class RayEngine(Engine):
             self._runs[self._actors[number].run.remote(act, number, *arguments)] = number
 
     def publish(self, version: int, weights: torch.Tensor) -> None:
-        """Leaves out actors that have not taken the last ones yet, so that nothing piles up: newer ones come soon."""
+        """Skip actors that have not taken the last weights yet, so that nothing piles up. Newer weights come soon."""
         shared = self._ray.put(weights)
         for number, actor in enumerate(self._actors):
             if number not in self._taken or self._is_done(self._taken[number]):

@@ -1,24 +1,24 @@
-"""Train on two learners at once, each with a server of its own, to which every actor sends: DDP, fed by `EchoSink`.
+"""Train on two learners at once, each with its own server, to which every actor sends: DDP, fed by `EchoSink`.
 
 What it shows:
 
-* one `echo.Server` in each rank of a DDP job, and an `EchoDataset` over it: no rank has another's samples;
-* actors, in processes of their own, whose one sink spreads batches over all ranks by ``route="least_inflight"``: a rank
-  that is slower for a while gets fewer, and holds up no actor; with ``failover=True``, nor does one that dies;
-* ranks that agree on each step that all of them have a batch: they end after different numbers of batches, and none may
-  be left in an all-reduce for which the others do not come;
-* who ends when: the learners train for as many steps as they like, then the actors stop and `close`, for which the
-  ranks still take what they send, and the servers close last.
+* Each rank of a DDP job has one `echo.Server` and an `EchoDataset` over it. No rank gets another rank's samples.
+* Each actor is a process with one sink. ``route="least_inflight"`` spreads its batches over all ranks: a rank that is
+  slow for a while gets fewer and delays no actor. With ``failover=True``, a rank that dies delays no actor either.
+* Before each step, the ranks agree that all of them have a batch. They run out of batches at different times, and a
+  rank alone in an all-reduce would wait forever.
+* How to end: the learners train for as many steps as they like. Then the actors stop and `close`, while the ranks still
+  take what they send. The servers close last.
 
-The actors draw handwritten digits, shift and blur them; the ranks learn to read them, and are tested on digits that no
-actor has.
+The actors draw handwritten digits, shift them and add noise. The ranks learn to read them and are tested on digits that
+no actor has.
 
-To run it (some ten seconds; the digits come with scikit-learn, nothing is downloaded):
+To run it (about ten seconds; the digits come with scikit-learn, nothing is downloaded):
 
     pip install '.[examples]'
     torchrun --standalone --nproc-per-node 2 examples/ddp.py
 
-The exit code is 0 only if all ranks got as many batches as they asked for, and have the same model in the end.
+The exit code is 0 only if every rank got as many batches as it asked for and all ranks end with the same model.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from tqdm import tqdm
 from echo_torch import EchoDataset, EchoSink, numpy_example
 
 HOST = "127.0.0.1"
-BATCH = 64  # samples, of a rank's step and of an actor's `send`
-BLUR = 0.1  # standard deviation of what is added to a pixel, from 0 to 1
-GONE_S = 5.0  # after which a rank that cannot be reached is given up
+BATCH = 64  # samples per step of a rank, and per `send` of an actor
+BLUR = 0.1  # standard deviation of the noise on a pixel, whose values are 0 to 1
+GONE_S = 5.0  # seconds after which an unreachable rank is given up
 DONE = "actors are done"
 
 EXAMPLE = {"actor": torch.tensor(0), "image": torch.zeros(1, 8, 8), "label": torch.tensor(0)}
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """All of them in an order that is the same everywhere: images [1797, 1, 8, 8] from 0 to 1, and labels [1797]."""
+    """Return all digits in the same order everywhere: images [1797, 1, 8, 8] from 0 to 1, and labels [1797]."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     return torch.from_numpy(data.images / 16).float().unsqueeze(1)[order], torch.from_numpy(data.target).long()[order]
@@ -64,7 +64,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def act(number: int, ports: list[int], stop: Event) -> None:
-    """Send batches until told to stop; each sample is a digit that was shifted by a pixel, or not, and blurred."""
+    """Send batches until ``stop`` is set. Each sample is a digit, shifted by at most one pixel, with noise."""
     torch.set_num_threads(1)
     torch.manual_seed(number)
     images, labels = (data[:TRAIN_SAMPLES] for data in digits())
@@ -91,7 +91,10 @@ def act(number: int, ports: list[int], stop: Event) -> None:
 
 
 def start_actors(count: int, ports: list[int], store: dist.Store) -> Event:
-    """Start them, and give what stops them; ``store`` says when they have ended, told to or not."""
+    """Start the actors and return the event that stops them.
+
+    ``store`` gets the key `DONE` when all of them have ended, for whatever reason.
+    """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     processes = [context.Process(target=act, args=(number, ports, stop), daemon=True) for number in range(count)]
@@ -111,12 +114,13 @@ def start_actors(count: int, ports: list[int], store: dist.Store) -> Event:
 
 
 def serve(store: dist.Store) -> echo.Server:
-    """A server of this rank, for as long as there are actors."""
+    """Start this rank's server. It closes when the actors are done."""
     server = echo.Server(numpy_example(EXAMPLE), batch_size=BATCH, transport=echo.TcpTransport(port=0))
     server.start()
 
     def close_after_actors() -> None:
-        while not store.check([DONE]):  # to wait in it would keep all others from it
+        # Poll, because a blocking wait on the store would keep everyone else from using it.
+        while not store.check([DONE]):
             time.sleep(0.1)
         server.close()
 
@@ -125,7 +129,10 @@ def serve(store: dist.Store) -> echo.Server:
 
 
 def next_of_all(batches: Iterator[Any]) -> Any:
-    """The next batch of this rank, or None as soon as any rank has none: its actors, and so its server, have ended."""
+    """Return the next batch of this rank, or None as soon as any rank has none.
+
+    A rank runs out of batches when its actors, and so its server, have ended.
+    """
     batch = next(batches, None)
     have = torch.tensor(batch is not None, dtype=torch.int32)
     dist.all_reduce(have, dist.ReduceOp.MIN)
@@ -133,14 +140,15 @@ def next_of_all(batches: Iterator[Any]) -> Any:
 
 
 def train(model: nn.Module, dataset: EchoDataset, steps: int) -> int:
-    """Train for ``steps`` batches of this rank; gives how many there were."""
+    """Train for up to ``steps`` batches of this rank. Return how many there were."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     done = 0
     progress = tqdm(total=steps, desc="steps", disable=None if dist.get_rank() == 0 else True)
     batches = iter(dataset)
     while done < steps and (batch := next_of_all(batches)) is not None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(batch["image"]), batch["label"]).backward()  # which averages over all ranks
+        # backward() averages the gradients over all ranks.
+        nn.functional.cross_entropy(model(batch["image"]), batch["label"]).backward()
         optimizer.step()
         done += 1
         progress.update()
@@ -149,7 +157,7 @@ def train(model: nn.Module, dataset: EchoDataset, steps: int) -> int:
 
 
 def check(model: nn.Module, done: int, steps: int) -> None:
-    """Exit with a message unless all ranks trained to the end, and came to the same."""
+    """Exit with a message unless all ranks trained to the end and have the same model."""
     parameters = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     all_of_them: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(all_of_them, (done, parameters))
@@ -181,7 +189,8 @@ def main() -> None:
     took = time.perf_counter() - began
     if stop is not None:
         stop.set()
-    for _ in dataset:  # what the actors have sent until then, so that they can close
+    # Take what the actors still send, so that they can close.
+    for _ in dataset:
         pass
     check(model, done, options.steps)
     if rank == 0:

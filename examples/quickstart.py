@@ -1,13 +1,13 @@
-"""Train a small CNN on handwritten digits, and send every batch to an echo replay buffer on the way.
+"""Train a small CNN on handwritten digits, and send every batch to an echo replay buffer.
 
 What it shows:
 
-* what a training loop needs: an `EchoSink`, `sink.send(batch)` after each step, `sink.wait()` after each epoch;
-* what arrives: the learner, an `echo.Server` in a process of its own, hands back all that it received, and every
-  sample of every epoch is compared with what was sent, bit by bit;
-* what that costs: the time spent in the sink, as a share of the training time.
+* What a training loop needs: an `EchoSink`, `sink.send(batch)` after each step, `sink.wait()` after each epoch.
+* What arrives: the learner is an `echo.Server` in its own process. It hands back everything it received, and the
+  example compares every sample of every epoch with what was sent, bit by bit.
+* What it costs: the time spent in the sink, as a share of the training time.
 
-To run it (some ten seconds; the data comes with scikit-learn, nothing is downloaded):
+To run it (about ten seconds; the data comes with scikit-learn, nothing is downloaded):
 
     pip install '.[examples]'
     python examples/quickstart.py
@@ -39,30 +39,39 @@ from tqdm import tqdm
 
 from echo_torch import EchoSink, numpy_example
 
-LEARNER_BATCH = 32  # the learner gets full batches only, so what is sent in all has to be a multiple of this
-TRAIN_SAMPLES = 47 * LEARNER_BATCH  # of 1,797 digits; the others are held out
-LEARNER_S = 10.0  # that the learner may take to receive what is under way
+# The server hands out full batches only, so the total number of samples must be a multiple of this.
+LEARNER_BATCH = 32
+# Of 1,797 digits. The rest is held out.
+TRAIN_SAMPLES = 47 * LEARNER_BATCH
+# Seconds that the learner may take to receive what is still on its way.
+LEARNER_S = 10.0
 
 Columns = dict[str, Any]
 """Arrays or tensors by name, each with one row per sample."""
 
 
 def learn(pipe: Connection, example: Columns, expected: int) -> None:
-    """The learner process: tells its port, receives samples until the trainer asks for them, and ends when it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is seen below
+    """Run the learner process: send the port, receive samples, and return them all when the trainer asks.
+
+    It ends when the trainer closes its end of the pipe.
+    """
+    # Ctrl-C is for the trainer. When the trainer ends, the pipe below closes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = echo.Server(example, batch_size=LEARNER_BATCH, transport=echo.TcpTransport(port=0))
     server.start()
     batches = [{name: np.empty((0, *leaf.shape), leaf.dtype) for name, leaf in example.items()}]
     complete = threading.Event()
 
-    def drain() -> None:  # all the time: sends block while a learner takes nothing
+    # Drain all the time, because sends block while the learner takes nothing.
+    def drain() -> None:
         while (sample := server.sample()) is not None:
             batches.append({name: leaf.copy() for name, leaf in sample.batch.items()})
             if len(batches) > expected // LEARNER_BATCH:
                 complete.set()
 
     threading.Thread(target=drain, daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):  # the trainer has closed its end of the pipe, or has died
+    # Suppress the end of the pipe: the trainer has closed it, or has died.
+    with contextlib.suppress(EOFError, OSError):
         pipe.send(server.port)
         pipe.recv()
         complete.wait(LEARNER_S)
@@ -73,7 +82,10 @@ def learn(pipe: Connection, example: Columns, expected: int) -> None:
 
 @contextlib.contextmanager
 def child_process(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
-    """A learner that runs as ``target(pipe, *arguments)``, and this end of its pipe."""
+    """Run ``target(pipe, *arguments)`` in a child process, and yield this end of the pipe.
+
+    If the child dies, the program exits with a message.
+    """
     context = multiprocessing.get_context("spawn")
     pipe, its_end = context.Pipe()
     process = context.Process(target=target, args=(its_end, *arguments), daemon=True)
@@ -84,7 +96,8 @@ def child_process(target: Callable[..., None], *arguments: Any) -> Iterator[Conn
     except (EOFError, ConnectionError) as error:
         sys.exit(f"FAILED: the learner is gone: {error!r}")
     finally:
-        process.kill()  # closing the pipe is not enough: forked children may hold it open
+        # Kill it, because closing the pipe is not enough: forked children may hold it open.
+        process.kill()
         process.join()
         pipe.close()
 
@@ -95,9 +108,9 @@ def small_cnn() -> nn.Module:
 
 
 def train(model: nn.Module, loader: DataLoader[Any], sink: EchoSink, sent_logits: torch.Tensor) -> tuple[float, float]:
-    """Train, sending every batch; gives the seconds that this took, and how many of them the sink took.
+    """Train and send every batch. Return the seconds that this took, and the seconds spent in the sink.
 
-    A copy of all logits that are sent is left in ``sent_logits``, [epochs, digits, 10].
+    ``sent_logits``, [epochs, digits, 10], receives a copy of all logits that are sent.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     sink_s, began = 0.0, perf_counter()
@@ -111,16 +124,21 @@ def train(model: nn.Module, loader: DataLoader[Any], sink: EchoSink, sent_logits
 
             batch = {"epoch": torch.full_like(index, epoch), "index": index, "image": image, "label": label}
             before = perf_counter()
-            sink.send(batch | {"logits": logits})  # that they carry grad is fine, and so is a smaller last batch
+            # Logits that require grad are fine, and so is a smaller last batch.
+            sink.send(batch | {"logits": logits})
             sink_s += perf_counter() - before
         before = perf_counter()
-        sink.wait()  # until the server has acknowledged the whole epoch
+        # Block until the server has acknowledged the whole epoch.
+        sink.wait()
         sink_s += perf_counter() - before
     return perf_counter() - began, sink_s
 
 
 def check_received(received: Columns, expected: set[tuple[int, int]], sent: Columns) -> None:
-    """Exit with a message unless exactly the expected (epoch, index) arrived, each with what ``sent`` has there."""
+    """Exit with a message unless exactly the expected samples arrived, and each one unchanged.
+
+    ``expected`` holds pairs (epoch, index). ``sent[name][epoch, index]`` is the original.
+    """
     epoch, index = received["epoch"], received["index"]
     arrived = set(zip(epoch.tolist(), index.tolist(), strict=True))
     for what, samples in {"missing": expected - arrived, "never sent": arrived - expected}.items():
@@ -141,7 +159,8 @@ def main() -> None:
     options = parser.parse_args()
     epochs = options.epochs
     torch.manual_seed(options.seed)
-    torch.set_num_threads(1)  # as fast for a model this small, and leaves the other cores to the learner
+    # One thread is as fast for so small a model, and leaves the other cores to the learner.
+    torch.set_num_threads(1)
 
     data = load_digits()
     images, labels = torch.from_numpy(data.images / 16).float().unsqueeze(1), torch.from_numpy(data.target).long()
@@ -160,7 +179,8 @@ def main() -> None:
         with EchoSink("127.0.0.1", port, example) as sink:
             loop_s, sink_s = train(model, loader, sink, sent_logits)
             sent = sink.stats().samples_sent
-            learner.send("what did you receive?")  # before `close`, which sends the last 8 samples once more
+            # Ask before the `with` block closes the sink, because `close` sends the last 8 samples again.
+            learner.send("what did you receive?")
             received = learner.recv()
 
     each_epoch = {"image": images.expand(epochs, *images.shape), "label": labels.expand(epochs, -1)}

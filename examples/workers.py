@@ -1,22 +1,22 @@
-"""Prepare images in a loader's workers, and train on them in another process, to which the workers send them.
+"""Prepare images in a loader's workers and send them from there to a process that trains on them.
 
 What it shows:
 
-* what a loader needs: `collate_fn=sink.collate()`, and one `sink.wait()` for what all of its workers sent;
-* real work in the workers: each sample is a photograph's JPEG bytes, decoded, cropped at random, flipped, brightened;
-* ``forward=False``: the batches go from the workers to the learner and never through the process that has the loader,
-  whose loop only counts;
-* progress bars of what was prepared, what was acknowledged, and what the learner has trained on.
+* What a loader needs: `collate_fn=sink.collate()`, and one `sink.wait()` that covers what all its workers sent.
+* Real work in the workers: each sample is a photograph's JPEG bytes, decoded, cropped at random, flipped, brightened.
+* ``forward=False``: the batches go from the workers to the learner and never pass through the process that has the
+  loader. Its loop only counts.
+* Progress bars of what was prepared, what was acknowledged, and what the learner has trained on.
 
-The learner, an `echo.Server` in a process of its own, learns to tell two photographs apart by a piece of them, and is
-tested on a part of both that no worker cuts from.
+The learner, an `echo.Server` in its own process, learns to tell two photographs apart by a piece of them. It is tested
+on a part of both that no worker cuts from.
 
-To run it (some ten seconds; the photographs come with scikit-learn, nothing is downloaded):
+To run it (about ten seconds; the photographs come with scikit-learn, nothing is downloaded):
 
     pip install '.[examples]'
     python examples/workers.py
 
-The exit code is 0 only if each sample arrived at least as often as there are epochs.
+The exit code is 0 only if every sample arrived at least once per epoch.
 """
 
 from __future__ import annotations
@@ -46,29 +46,32 @@ from tqdm import tqdm
 from echo_torch import EchoSink, numpy_example
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-HELD_OUT = 0.25  # of each photograph, at its right: what the learner is tested on
-PIECE = (72, 144)  # pixels that a piece is wide and high before it is scaled, from and to
-SIDE = 64  # pixels, as it is sent
+HELD_OUT = 0.25  # share of each photograph, at its right, that the learner is tested on
+PIECE = (72, 144)  # least and most pixels of a piece's side, before it is scaled
+SIDE = 64  # pixels of a piece's side, as it is sent
 BATCH = 32
-LEARNER_S = 30.0  # that the learner may take for what it still has when everything is acknowledged
+LEARNER_S = 30.0  # seconds that the learner may take for the rest after everything is acknowledged
 
 Sample = dict[str, Any]
-"""``index`` int64 [], ``image`` uint8 [3, SIDE, SIDE], ``label`` int64 []."""
+"""The leaves ``index`` int64 [], ``image`` uint8 [3, SIDE, SIDE], ``label`` int64 []."""
 
 
 def photographs() -> list[bytes]:
-    """The JPEG files, as they are."""
+    """Return the JPEG files as they are."""
     folder = importlib.resources.files("sklearn.datasets.images")
     return [(folder / name).read_bytes() for name in PHOTOGRAPHS]
 
 
 def uniform(low: float, high: float) -> float:
-    """From torch's generator, which a loader seeds differently in each worker and epoch."""
+    """Return a random number between ``low`` and ``high``.
+
+    It uses torch's generator, because a loader seeds that differently in each worker and epoch.
+    """
     return low + (high - low) * torch.rand(()).item()
 
 
 def piece(photograph: Image.Image, left: float, right: float) -> Image.Image:
-    """A square of it, at random between these shares of its width, scaled."""
+    """Cut a random square between the shares ``left`` and ``right`` of the width, and scale it."""
     side = int(uniform(*PIECE))
     x = int(uniform(left * photograph.width, right * photograph.width - side))
     y = int(uniform(0, photograph.height - side))
@@ -80,7 +83,7 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 
 class Pieces(Dataset[Sample]):
-    """Prepared pieces of photographs, by turns of each of them, and different ones each time."""
+    """Prepared pieces of each photograph in turn, new ones every time."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -104,13 +107,15 @@ def small_cnn() -> nn.Module:
 
 
 def learn(pipe: Connection, example: Sample, count: int, epochs: int) -> None:
-    """The learner process: tells its port, trains on all that arrives, and tells its accuracy.
+    """Run the learner process: send the port, train on all that arrives, and send the accuracy.
 
-    That is when it has had each of ``count`` samples ``epochs`` times. It ends when the other process does.
+    It trains until it has each of ``count`` samples ``epochs`` times. It ends when the other process does.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process, whose end is seen below
+    # Ctrl-C is for the other process. When that one ends, `end_with` ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(pipe,), daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # in place of one between processes, which would outlive this one
+    # The default lock is shared between processes and would outlive this one.
+    tqdm.set_lock(threading.RLock())
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = small_cnn()
@@ -129,19 +134,20 @@ def learn(pipe: Connection, example: Sample, count: int, epochs: int) -> None:
         trained.update(BATCH)
     trained.close()
     pipe.send(accuracy(model))
-    while server.sample() is not None:  # what the sinks send once more when they close
+    # Keep draining: the sinks send their last samples again when they close.
+    while server.sample() is not None:
         pass
 
 
 def end_with(pipe: Connection) -> None:
-    """End this process when nobody holds the other end of the pipe any more."""
+    """End this process when the other end of the pipe is closed."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv()
     os._exit(0)
 
 
 def accuracy(model: nn.Module) -> float:
-    """On pieces of the parts of the photographs that no worker cuts from."""
+    """Return the accuracy on pieces of the parts that no worker cuts from."""
     images, labels = [], []
     for label, file in enumerate(photographs()):
         photograph = Image.open(io.BytesIO(file)).convert("RGB")
@@ -154,7 +160,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def bar(row: int, what: str, total: int) -> tqdm[Any]:
-    """A progress bar, if stderr is a terminal; the learner's own is below those of the other process."""
+    """A progress bar, shown if stderr is a terminal. The learner's bar is below those of the other process."""
     return tqdm(total=total, desc=f"{what:<12}", unit=" samples", disable=None, position=row)
 
 
@@ -189,7 +195,8 @@ def main() -> None:
                 for sent in loader:
                     prepared.update(sent.samples)
                     acknowledged.update(sink.stats().samples_acked - acknowledged.n)
-                sink.wait()  # until the server has acknowledged what all workers sent
+                # Block until the server has acknowledged what all workers sent.
+                sink.wait()
             seconds = time.perf_counter() - began
             counted = sink.stats()
             acknowledged.update(counted.samples_acked - acknowledged.n)

@@ -1,11 +1,15 @@
 """Callbacks that put an `EchoSink` into the training loops people use.
 
-`loop.SinkCallback` holds the policy, and serves hand-written loops; the other modules, one for each trainer, translate
-its events. Each but `fabric` needs the trainer's package, and none is imported by ``import echo_torch``.
+`loop.SinkCallback` holds the policy and serves hand-written loops. Every other module translates one trainer's events
+into its methods and needs that trainer's package, except `fabric`. ``import echo_torch`` imports none of them.
 
-Whatever the trainer: the sink stays the caller's, unless ``close=True``. In a distributed job every rank sends what it
-trains on, through a connection of its own. A distributed sampler repeats samples to give each rank as many, so these
-may be sent twice; `loop.padding` counts them. A batch is sent when its step is done, unless an adapter says otherwise.
+What holds for every trainer:
+
+* You keep the sink, unless you set ``close=True``.
+* In a distributed job, every rank sends what it trains on, through its own connection.
+* A distributed sampler repeats samples so that every rank gets the same number. Repeated samples may be sent twice;
+  `loop.padding` counts them.
+* A batch is sent when its step is done, unless an adapter says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def require_extra(adapter: str, extra: str) -> Iterator[None]:
-    """Around the import of a trainer: if it is not installed, an ImportError of one line that names the extra."""
+    """Import a trainer inside this block: if it is not installed, raise a one-line ImportError that names the extra."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,7 @@
-"""For Lightning's Fabric: `FabricSinkCallback`. It needs no package; `echo_torch.callbacks.lightning` has it too."""
+"""`FabricSinkCallback` for Lightning's Fabric.
+
+It needs no package; `echo_torch.callbacks.lightning` re-exports it.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,24 @@ from echo_torch.sink import EchoSink
 
 
 class StatefulCallback:
-    """Holds the policy, and saves its state."""
+    """Base of the Lightning callbacks: holds the policy and saves its state in checkpoints."""
 
     def __init__(self, sink: EchoSink, **policy: Any) -> None:
         self.policy = loop.SinkCallback(sink, **policy)
 
     def state_dict(self) -> dict[str, Any]:
-        """Wait as at an epoch's end; then the counts, among them `EchoSink.acked_through`, and whose they are."""
+        """Flush as at the end of an epoch, then return the counts and the rank they belong to.
+
+        The counts include `EchoSink.acked_through`.
+        """
         self.policy.on_checkpoint()
         return {"rank": _rank(), **self.policy.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there, on the rank that saved it: a checkpoint has the counts of rank 0."""
+        """Restore the counts, but only on the rank that saved them.
+
+        A checkpoint holds the counts of rank 0 only, so the other ranks ignore it.
+        """
         if state_dict.get("rank") == _rank():
             self.policy.load_state_dict(state_dict)
 
@@ -34,25 +43,33 @@ class StatefulCallback:
 
 
 class FabricSinkCallback(StatefulCallback):
-    """For ``Fabric(callbacks=[...])``: does its work on ``fabric.call(event, ...)``, for each method here.
+    """Callback for ``Fabric(callbacks=[...])``: acts on ``fabric.call(event, ...)``, one method per event.
 
-    Keywords that an event does not know are ignored. ``fabric.save(path, {"sink": callback, ...})`` waits, and saves
-    the counts; before other checkpoints, call ``"on_save_checkpoint"``. Each rank sends its own shard, with what
-    a distributed sampler repeats, unless ``padding`` says how much that is: see `loop.padding`.
+    Each method ignores keywords it does not know. ``fabric.save(path, {"sink": callback, ...})`` flushes and saves the
+    counts. Before any other checkpoint, call the event ``"on_save_checkpoint"`` yourself.
+
+    Each rank sends its own shard, including the samples that a distributed sampler repeats. Pass ``padding`` with
+    ``"on_train_batch_end"`` to leave those out; `loop.padding` computes it.
 
     Args:
-        sink: stays the caller's.
-        policy: the keyword arguments of `loop.SinkCallback`; ``group`` is all ranks by default.
+        sink: the sink to send through. You keep it.
+        policy: keyword arguments of `loop.SinkCallback`. ``group`` defaults to all ranks.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of range.
     """
 
     def on_train_start(self, **_: Any) -> None:
-        """Connect; raises as `EchoSink.connect`."""
+        """Connect. Raises what `EchoSink.connect` raises."""
         self._setup_policy()
 
     def on_train_batch_end(
         self, outputs: Any = None, batch: Any = None, batch_idx: int = 0, *, padding: int = 0, **_: Any
     ) -> None:
-        """Send ``batch``, in the order of arguments that a ``Trainer`` has; see `loop.SinkCallback.on_batch_end`."""
+        """Send ``batch``; see `loop.SinkCallback.on_batch_end`.
+
+        The arguments come in the order of a ``Trainer``'s hook of this name.
+        """
         self.policy.on_batch_end(batch, outputs, padding=padding)
 
     def on_train_epoch_end(self, **_: Any) -> None:

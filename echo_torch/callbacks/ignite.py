@@ -1,10 +1,7 @@
-"""For PyTorch-Ignite: a handler that sends what an engine processes.
+"""A handler for PyTorch-Ignite that sends what an engine processes: ``SinkHandler(sink).attach(trainer)``.
 
-    SinkHandler(sink).attach(trainer)
-    trainer.run(loader, max_epochs=10)
-
-Attach it before other handlers: those of the same event are called in that order, so that a ``Checkpoint`` attached
-after it is written when everything sent is acked.
+Attach it before other handlers. Ignite calls the handlers of an event in the order they were attached, so a
+``Checkpoint`` attached later is written only after everything sent is acked.
 """
 
 from __future__ import annotations
@@ -21,23 +18,24 @@ with require_extra(__name__, "ignite"):
 class SinkHandler(loop.SinkCallback):
     """Connects when a run starts, sends after each iteration, and waits for acks when an epoch or the run ends.
 
-    It waits likewise when the engine is terminated or interrupted, and delivers for up to 5 seconds when an error ends
-    the run (and closes then, with ``close``). The error comes out of ``run`` as it would without this handler: unless
-    others are attached to ``EXCEPTION_RAISED``, which then have to raise it.
+    It also waits when the engine is terminated or interrupted. If an error ends the run, it delivers for up to 5
+    seconds and, with ``close``, closes the sink. ``run`` raises the error as it would without this handler. But if you
+    attach other handlers to ``EXCEPTION_RAISED``, they have to raise it.
+    To write checkpoints in the middle of an epoch, attach `on_checkpoint` to their event before you attach them. Put
+    this handler into ``to_save`` of a ``Checkpoint`` if a resumed run should continue the counts.
 
-    For checkpoints amid an epoch attach `on_checkpoint` to their event, before them. A ``Checkpoint`` may have this
-    handler in ``to_save``, for a resumed run to go on counting. One handler may serve a trainer and its evaluators, but
-    with ``close`` a single engine. In a distributed job every rank sends its own shard; a distributed sampler pads it,
-    so that a sample may be sent twice. Attached on all ranks, give it `ranks.cpu_group` as ``group``.
+    One handler may serve a trainer and its evaluators, but only a single engine if ``close`` is set. In a distributed
+    job, every rank sends its own shard. A distributed sampler pads that shard, so a sample may be sent twice. If you
+    attach the handler on all ranks, pass `ranks.cpu_group` as ``group``.
 
     Args:
-        sink: stays the caller's.
-        send: what is sent: the ``"batch"`` or the ``"output"`` of ``engine.state``; an output of None is not.
-        policy: further arguments of `loop.SinkCallback`. ``select``, if given, makes what is sent of both.
+        sink: the sink to send through. You keep it.
+        send: which part of ``engine.state`` to send, ``"batch"`` or ``"output"``. An output of None is skipped.
+        policy: further arguments of `loop.SinkCallback`. ``select``, if given, makes the batch to send from both.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or is out of range. Attached, ``run`` raises what the
-            methods of `loop.SinkCallback` do.
+        TypeError, ValueError: an argument has the wrong type or is out of range. Once attached, ``run`` raises what the
+            methods of `loop.SinkCallback` raise.
     """
 
     def __init__(self, sink: EchoSink, *, send: Literal["batch", "output"] = "batch", **policy: Any) -> None:
@@ -48,8 +46,9 @@ class SinkHandler(loop.SinkCallback):
         super().__init__(sink, **policy)
 
     def attach(self, engine: Engine) -> None:
-        """Have ``engine`` call this handler; once for each engine."""
-        # A run goes on after an error that another handler swallows: after `setup`, so do the methods of this one.
+        """Attach this handler to ``engine``. Call this once per engine."""
+        # A run continues after an error that another handler swallows. `setup` runs first on each of these events, so
+        # the methods attached below work again.
         for event in (Events.STARTED, Events.EPOCH_COMPLETED, Events.TERMINATE, Events.COMPLETED):
             engine.add_event_handler(event, self.setup)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
@@ -59,17 +58,19 @@ class SinkHandler(loop.SinkCallback):
         engine.add_event_handler(Events.TERMINATE, self._terminated)
         engine.add_event_handler(Events.COMPLETED, self.on_train_end)
 
-        def reraise_alone(error: BaseException) -> None:  # without the engine, which may be collected while it is told
-            if not isinstance(error, GeneratorExit):  # of an interrupted run that nobody resumes
+        # The signature leaves out the engine, because Ignite may have collected it by the time it calls this.
+        def reraise_alone(error: BaseException) -> None:
+            if not isinstance(error, GeneratorExit):  # which only means that nobody resumes an interrupted run
                 self.on_exception(error)
-            if (
-                engine._event_handlers[Events.EXCEPTION_RAISED][-1][0] is reraise_alone
-            ):  # there are none but such as this
+            # Raise only if no foreign handler is attached. Handlers like this one go to the front of the list, so one
+            # of them is last only if there are no others.
+            if engine._event_handlers[Events.EXCEPTION_RAISED][-1][0] is reraise_alone:
                 raise error
 
         engine.add_event_handler(Events.EXCEPTION_RAISED, reraise_alone)
+        # Go first, because Ignite calls no further handler once one raises.
         handlers = engine._event_handlers[Events.EXCEPTION_RAISED]
-        handlers.insert(0, handlers.pop())  # for none is called after one that raises
+        handlers.insert(0, handlers.pop())
 
     def _iteration_completed(self, engine: Engine) -> None:
         self.on_batch_end(engine.state.batch, engine.state.output)

@@ -1,8 +1,8 @@
-"""Lightning: `SinkCallback` for its ``Trainer``, `FabricSinkCallback` for its ``Fabric``.
+"""`SinkCallback` for Lightning's ``Trainer``, and `FabricSinkCallback` for its ``Fabric``.
 
-Every rank sends its own shard, and flushes end the same way on all. What a distributed sampler repeats is sent twice,
-unless it is skipped. Spawned ranks have copies of the sink, of which ``close=True`` makes safe what they sent last, and
-are not told of an exception: what is un-acked then is delivered when they exit.
+Every rank sends its own shard, and a flush ends the same way on all. Samples that a distributed sampler repeats are
+sent twice, unless you skip them. Spawned ranks hold copies of the sink: set ``close=True`` to be sure that their last
+samples are delivered. They learn of no exceptions, and deliver un-acked samples when they exit.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ STAGES = ("train", "validate", "test", "predict")
 class SinkCallback(StatsCallback):
     """Sends each batch after the ``Trainer``'s step on it, and waits for the acks when an epoch ends.
 
-    Sanity checks send nothing. It waits before a checkpoint, too, unless that has ``save_weights_only``: then nobody is
-    asked. A resumed fit goes on counting if address, ``stages`` and ``select`` are the same. Loggers get the stats
-    every ``log_every_n_steps`` and when an epoch ends, unless ``log_stats`` is set to False.
+    Sanity checks send nothing. It also waits before a checkpoint, but not with ``save_weights_only``: then Lightning
+    asks no callback. A resumed fit continues the counts if address, ``stages`` and ``select`` are the same. Loggers get
+    the stats every ``log_every_n_steps`` steps and when an epoch ends, unless you set ``log_stats`` to False.
 
     Args:
-        stages: whose batches to send: ``"train"``, ``"validate"`` (of a fit, too), ``"test"``, ``"predict"``.
-        skip_padding: leaves out what a ``DistributedSampler`` repeats: the last samples of what ``select`` made.
-        sink, policy: as for `loop.SinkCallback`, and its keyword arguments; by default, ``group`` is all ranks.
+        stages: whose batches to send: ``"train"``, ``"validate"`` (also within a fit), ``"test"``, ``"predict"``.
+        skip_padding: leave out what a ``DistributedSampler`` repeats: the last samples of what ``select`` made.
+        sink, policy: as for `loop.SinkCallback`, with its keyword arguments. ``group`` defaults to all ranks.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -43,7 +43,7 @@ class SinkCallback(StatsCallback):
         for stage in self._stages:
             if stage not in STAGES:
                 raise ValueError(f"stages: got {stage!r}, expected some of {', '.join(map(repr, STAGES))}")
-        self._skips_padding = skip_padding
+        self._skip_padding = skip_padding
         self._select = getattr(policy.get("select"), "__qualname__", None)
         self._running_stage = "fit"
 
@@ -59,11 +59,9 @@ class SinkCallback(StatsCallback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if trainer.state.stage in self._stages:  # which is "sanity_check" in one
-            padding = (
-                loop.padding(trainer.train_dataloader, batch_idx) if self._skips_padding and trainer.training else 0
-            )
-            self.policy.on_batch_end(batch, outputs, padding=padding)
+        if trainer.state.stage in self._stages:  # never in a sanity check, whose stage is "sanity_check"
+            padded = loop.padding(trainer.train_dataloader, batch_idx) if self._skip_padding and trainer.training else 0
+            self.policy.on_batch_end(batch, outputs, padding=padded)
             self._log_metrics_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -80,7 +78,7 @@ class SinkCallback(StatsCallback):
             self.policy.on_train_end()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        if self._running_stage == "fit":  # what is loaded to be tested does not take the counts back
+        if self._running_stage == "fit":  # a checkpoint loaded for a test must not reset the counts
             super().load_state_dict(state_dict)
 
     def _sends_in_this_run(self) -> bool:

@@ -1,13 +1,14 @@
-"""When to send, when to wait, and what to do if the learner is slow or the training fails.
+"""The sending policy: when to send, when to wait, and what to do if the learner stalls or the training fails.
 
-`SinkCallback` is for hand-written loops, and what the adapters for trainers translate their events to::
+`SinkCallback` serves hand-written loops. The adapters for trainers translate their events into its methods.
 
-    with SinkCallback(sink) as callback:
-        for epoch in range(epochs):
-            for batch in loader:
-                outputs = step(batch)
-                callback.on_batch_end(batch, outputs)
-            callback.on_epoch_end()
+* A batch is sent after its step. A flush blocks until everything sent is acked: at the end of an epoch, before a
+  checkpoint, and at the end of the training.
+* A learner that lets a wait time out counts as *stalled* until it acks more. Meanwhile a send does not wait and a flush
+  waits `STALLED_FLUSH_S` at most. So a dead learner delays the training once, and not with every batch. With
+  ``on_stall="raise"``, the first timeout raises instead.
+* `on_exception` never raises, so it cannot mask the error of the training.
+* After an error or a close, nothing waits until the next `setup`.
 """
 
 from __future__ import annotations
@@ -34,36 +35,46 @@ _log = logging.getLogger(__name__)
 _Self = TypeVar("_Self", bound="SinkCallback")
 
 FLUSH_TIMEOUT_S = 60.0
-"""Seconds that a flush may take by default: a learner in the middle of an evaluation is waited for."""
+"""Default limit of a flush, in seconds: long enough for a learner that is busy with an evaluation."""
 EXCEPTION_FLUSH_S = 5.0
-"""Seconds that may pass between an error of the training and its report."""
+"""Most seconds by which `SinkCallback.on_exception` delays the report of an error."""
 CONNECT_S = 10.0
-"""Seconds that the first batch may take at the least in a process that has not connected before."""
+"""Least seconds that the first batch may take in a process that has not connected yet."""
 STALLED_FLUSH_S = 1.0
-"""Seconds that a flush may take while the learner has acked nothing since it was last waited for in vain."""
+"""Most seconds of a flush while the learner is stalled."""
 
 
 class SinkCallback(LoaderSender):
-    """Sends what a training loop tells of, and waits for it to be acked when an epoch ends.
+    """Sends the batches of a training loop, and waits until they are acked when an epoch ends.
 
-    For one loop at a time. It pickles if its sink and ``select`` do.
+    Use one callback for one loop at a time. It pickles if its sink and ``select`` do.
+
+    Example::
+
+        from echo_torch.callbacks.loop import SinkCallback
+
+        with SinkCallback(sink) as callback:
+            for batch in loader:
+                callback.on_batch_end(batch, step(batch))
+            callback.on_epoch_end()
 
     Args:
-        sink: stays the caller's.
-        select: makes what is sent of batch and outputs, ``select(batch, outputs)``, or None to send nothing of it. The
-            outputs come detached, as far as they are tensors in dicts, lists and tuples, and no gradient is recorded.
-            By default the batch is sent.
-        every_n_batches: sends only every n-th.
-        flush: waits at the end of each ``"epoch"``, before checkpoints and at the end of the training, or only at its
-            ``"end"``.
-        flush_timeout: most seconds that the loop is held up at a time, by a flush, or by a send for which there is no
-            room; None for as long as the sink's ``stall_timeout``.
-        on_stall: what to do after that: ``"warn"`` logs what is left and goes on, without the batches for which there
-            is no room (``skipped`` counts them, and ``dropped`` of `EchoSink.stats` their samples, also those of
-            workers), and hardly waits again until the learner acks something; or ``"raise"``.
-        close: whether to close the sink when the training has ended.
-        group: for distributed training, where flushes then end the same way on all ranks; see `EchoSink.wait`. They
-            take up to ``flush_timeout`` each time then. A pickled callback has none.
+        sink: the sink to send through. You keep it, unless ``close`` is set.
+        select: ``select(batch, outputs)`` returns what to send, or None to send nothing. Tensors in the outputs, and in
+            dicts, lists and tuples there, are detached, and gradients are off during the call. By default the batch is
+            sent.
+        every_n_batches: send only every n-th batch.
+        flush: ``"epoch"`` waits at the end of each epoch, before checkpoints, and at the end of the training. ``"end"``
+            waits only at the end of the training.
+        flush_timeout: most seconds that one flush, or one send without room, may block the loop. None means the sink's
+            ``stall_timeout``.
+        on_stall: what to do after ``flush_timeout``. ``"raise"`` raises. ``"warn"`` logs what is left and continues:
+            it skips batches for which there is no room, and hardly waits again until the learner acks something.
+            ``skipped`` counts the skipped batches; ``dropped`` of `EchoSink.stats` counts their samples, including
+            those that loader workers skip.
+        close: whether to close the sink when the training ends.
+        group: process group for distributed training. Flushes then end the same way on all its ranks, and each may take
+            the whole ``flush_timeout``; see `EchoSink.wait`. A pickled callback loses its group.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -89,28 +100,38 @@ class SinkCallback(LoaderSender):
             raise ValueError(f"flush: got {flush!r}, expected 'epoch' or 'end'")
         if on_stall not in ("warn", "raise"):
             raise ValueError(f"on_stall: got {on_stall!r}, expected 'warn' or 'raise'")
+        # The sink to send through.
         self.sink = sink
+        # The ranks whose flushes end the same way; None for this process alone.
         self.group = group
+        # Batches that this process did not send, or not completely, because there was no room for them.
         self.skipped = 0
-        """Batches that this process did not send, or not in full, because there was no room for them."""
+        # What to send of a batch and its outputs; None for the batch.
         self._select = select
+        # Only every n-th batch is sent.
         self._every_n = check_count("every_n_batches", every_n_batches, least=1)
+        # Whether to flush at the end of an epoch and before a checkpoint.
         self._flushes_each_epoch = flush == "epoch"
+        # Most seconds that a flush or a send may block; None for the sink's ``stall_timeout``.
         self._flush_timeout = check_timeout("flush_timeout", flush_timeout)
+        # Whether a stalled learner is an error.
         self._raises_on_stall = on_stall == "raise"
+        # Whether the end of the training closes the sink.
         self._closes_sink = close
+        # Batches seen so far, the ones not sent included.
         self._batch_count = 0
-        self._connected_pid: int | None = None  # the process
-        self._acked_when_stalled: int | None = (
-            None  # how many samples were acked when the learner was found to be stalled
-        )
-        self._ended = False  # by an error, or closed: nothing is waited for
+        # The process that has connected. A fork or a loader's worker is another one, and connects itself.
+        self._connected_pid: int | None = None
+        # How many samples were acked when the learner was found stalled; None if it is not stalled.
+        self._acked_when_stalled: int | None = None
+        # Whether an error or a close has ended the run. Then nothing waits until the next `setup`.
+        self._ended = False
 
     def setup(self) -> None:
-        """Before the first step: connect, so that a wrong address is an error here.
+        """Connect before the first step, so that a wrong address fails here.
 
         Raises:
-            OSError, TimeoutError, HandshakeError, SpecMismatchError: as `EchoSink.connect`.
+            OSError, TimeoutError, HandshakeError, SpecMismatchError: see `EchoSink.connect`.
         """
         self._ended = False
         if self._connected_pid != os.getpid():
@@ -118,18 +139,18 @@ class SinkCallback(LoaderSender):
             self._connected_pid = os.getpid()
 
     def on_batch_end(self, batch: Any, outputs: Any = None, *, padding: int = 0) -> None:
-        """After the step on ``batch``: send it.
+        """Send ``batch`` after the step on it.
 
         Args:
-            batch: what the loader gave.
-            outputs: what the step made of it; for ``select``.
-            padding: how many samples at the end, of what ``select`` made if it is given, are repeated ones, not to be
-                sent; see `padding`.
+            batch: the batch from the loader.
+            outputs: what the step returned; passed to ``select``.
+            padding: how many samples at the end are repeated ones and not sent; see `padding`. With ``select``, they
+                are the last samples of what it made.
 
         Raises:
-            SpecMismatchError, TypeError: what is sent differs from the sink's example.
-            ConnectionClosedError: the learner is gone (``on_error="raise"`` of the sink).
-            DeliveryTimeoutError: no room for ``flush_timeout`` seconds (``on_stall="raise"``).
+            SpecMismatchError, TypeError: the batch differs from the sink's example.
+            ConnectionClosedError: the learner is gone, and the sink has ``on_error="raise"``.
+            DeliveryTimeoutError: there was no room for ``flush_timeout`` seconds, with ``on_stall="raise"``.
         """
         self._batch_count += 1
         if self._batch_count % self._every_n:
@@ -141,7 +162,8 @@ class SinkCallback(LoaderSender):
         if selected is None:
             return
         timeout = self._next_timeout(0.0)
-        if timeout is not None and self._connected_pid != os.getpid():  # as in a worker, where this connects
+        # This send also connects if the process, such as a loader's worker, is new. Leave time for that.
+        if timeout is not None and self._connected_pid != os.getpid():
             timeout = max(timeout, CONNECT_S)
         try:
             self.sink.send(selected, timeout=timeout, skip_last=padding)
@@ -149,6 +171,7 @@ class SinkCallback(LoaderSender):
         except DeliveryTimeoutError as error:
             self.skipped += 1
             self._report_stall("no room for a batch, which is not sent", error, once=True)
+            # Count the samples that found no room as dropped.
             self.sink._drop_rest(selected, padding, error.rows_accepted)
         else:
             self._report_recovery()
@@ -157,23 +180,27 @@ class SinkCallback(LoaderSender):
         self.on_batch_end(batch)
 
     def on_epoch_end(self) -> None:
-        """Wait until everything sent is acked; raises as `EchoSink.wait`, but for what ``on_stall`` lets pass."""
+        """Block until everything sent is acked.
+
+        Raises what `EchoSink.wait` raises, except a stall that ``on_stall`` allows.
+        """
         if self._flushes_each_epoch:
             self._flush("the end of the epoch")
 
     def on_checkpoint(self) -> None:
-        """Before a checkpoint is written: as `on_epoch_end`."""
+        """Flush before a checkpoint is written; see `on_epoch_end`."""
         if self._flushes_each_epoch:
             self._flush("a checkpoint")
 
     def on_exception(self, error: BaseException) -> None:
-        """When the training fails, or is interrupted: deliver for up to 5 seconds, and log what is left.
+        """Deliver for up to 5 seconds after the training failed or was interrupted, and log what is left.
 
-        Never raises, so that ``error`` is the one that is seen. Until the next `setup`, nothing is waited for any more.
+        Never raises, so that you see ``error``. Until the next `setup`, nothing waits any more.
         """
         if self._ended:
             return
         self._ended = True
+        # Do not wait once more for a stalled learner.
         seconds = 0.0 if self._is_stalled() else EXCEPTION_FLUSH_S
         try:
             if self._closes_sink:
@@ -185,22 +212,26 @@ class SinkCallback(LoaderSender):
             _log.warning("after %s: %s", type(error).__name__, problem)
 
     def on_train_end(self) -> None:
-        """Wait until everything sent is acked, whatever ``flush`` says, and close if ``close``; raises likewise."""
+        """Block until everything sent is acked, no matter what ``flush`` says, and close the sink if ``close`` is set.
+
+        Raises what `on_epoch_end` raises.
+        """
         if self._ended:
             return
         try:
             self._flush("the end of the training")
         finally:
             if self._closes_sink:
-                self._ended = True  # a later end, of a `with` block for one, finds nothing left to do
+                # Set before the close, so that a later end, such as that of a ``with`` block, has nothing left to do.
+                self._ended = True
                 self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of this callback, and the sink's `EchoSink.state_dict`."""
+        """Return the counts of this callback and `EchoSink.state_dict` of its sink."""
         return {"batches": self._batch_count, "skipped": self.skipped, "sink": self.sink.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; raises as `EchoSink.load_state_dict`."""
+        """Continue from a saved state. Raises what `EchoSink.load_state_dict` raises."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state: got {state!r}, expected what state_dict() gives")
         batches = check_count("state['batches']", state.get("batches"), least=0)  # type: ignore[arg-type]
@@ -219,13 +250,14 @@ class SinkCallback(LoaderSender):
             self.on_exception(error)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "group": None}  # no process group can be pickled
+        return {**self.__dict__, "group": None}  # a process group does not pickle
 
     def _flush(self, when: str) -> None:
         if self._ended:
             return
         try:
-            # With a group, all ranks have the same patience, or the first to lose it would not wait for the others.
+            # With a group, all ranks use the same timeout. Otherwise the first to give up would not wait for the
+            # others.
             self.sink.wait(
                 self._next_timeout(STALLED_FLUSH_S) if self.group is None else self._flush_timeout, self.group
             )
@@ -235,47 +267,56 @@ class SinkCallback(LoaderSender):
             self._report_recovery()
 
     def _close(self) -> None:
-        self._connected_pid = None  # so that another `setup` finds that it is closed
+        # The next `setup` then connects again, and so finds the sink closed.
+        self._connected_pid = None
         try:
             self.sink.close(self._next_timeout(STALLED_FLUSH_S))
         except DeliveryTimeoutError as error:
             self._report_stall("on closing", error)
 
     def _next_timeout(self, timeout_if_stalled: float) -> float | None:
-        """How long to wait for the learner: at most ``timeout_if_stalled`` seconds, once that was in vain, until it acks again."""
+        """Return how many seconds to wait for the learner.
+
+        That is at most ``timeout_if_stalled`` while the learner is stalled, unless a stall raises anyway.
+        """
         if self._raises_on_stall or not self._is_stalled():
             return self._flush_timeout
         return timeout_if_stalled if self._flush_timeout is None else min(timeout_if_stalled, self._flush_timeout)
 
     def _is_stalled(self) -> bool:
-        """Whether the learner was waited for in vain, and has acked nothing since."""
+        """Whether a wait was in vain and the learner has acked nothing since."""
         return self._acked_when_stalled is not None and self.sink.stats().samples_acked == self._acked_when_stalled
 
     def _report_stall(self, when: str, error: DeliveryTimeoutError, *, once: bool = False) -> None:
-        """Raise, or warn; if ``once``, not again while the learner is known to be stalled."""
+        """Raise or warn, as ``on_stall`` says. With ``once``, do not warn again while the learner is stalled."""
         already_stalled = self._acked_when_stalled is not None
         stats = self.sink.stats()
-        self._acked_when_stalled = (
-            stats.samples_acked if stats.in_flight else None
-        )  # with a group, others may have stalled
+        # Nothing in flight means that this rank is fine: with a group, another one stalled.
+        self._acked_when_stalled = stats.samples_acked if stats.in_flight else None
         if self._raises_on_stall:
             raise error
         if not (once and already_stalled):
             _log.warning("%s: %s; the training goes on; %d batches skipped so far", when, error, self.skipped)
 
     def _report_recovery(self) -> None:
-        """There was room, or all is acked; but room may have been left."""
+        """Log that a stalled learner takes samples again, if it has acked something.
+
+        A successful send proves nothing, because there may just have been room left.
+        """
         if self._acked_when_stalled is not None and not self._is_stalled():
             _log.warning("%s: takes samples again; %d batches skipped so far", self.sink.peer, self.skipped)
             self._acked_when_stalled = None
 
 
 def padding(loader: Any, batch_idx: int) -> int:
-    """How many samples at the end of a batch a ``DistributedSampler`` repeated to give every rank as many.
+    """Return how many samples at the end of a batch are repeated ones.
+
+    A ``DistributedSampler`` repeats samples so that every rank gets the same number. Only the last batch of an epoch
+    has any.
 
     Args:
-        loader: a ``DataLoader``; 0 if its sampler is no ``DistributedSampler``.
-        batch_idx: the batch's number in the epoch, from 0 on; only the last has any.
+        loader: a ``DataLoader``. If its sampler is not a ``DistributedSampler``, the result is 0.
+        batch_idx: the number of the batch in the epoch, from 0 on.
     """
     from torch.utils.data import DistributedSampler
 

@@ -1,9 +1,12 @@
-"""For stable-baselines3: a callback that sends what a model collects.
+"""A callback for stable-baselines3 that sends what a model collects.
+
+Usage::
 
     with EchoSink("learner", 50051, example(model)) as sink:
         model.learn(100_000, callback=SinkCallback(sink))
 
-Callbacks are told of no errors: leaving the ``with`` block by one delivers what was sent before it.
+stable-baselines3 does not report errors to callbacks. If an error leaves the ``with`` block, the sink delivers what was
+sent before it.
 """
 
 from __future__ import annotations
@@ -23,21 +26,24 @@ __all__ = ["SinkCallback", "example"]
 class SinkCallback(loop.SinkCallback, BaseCallback):
     """Connects when ``learn`` begins, sends, and waits for acks when a rollout or the training ends.
 
-    The rollouts of off-policy algorithms are of a few steps, ``train_freq``: after those it does not wait, but when the
-    training ends. Nothing tells of checkpoints: call `on_checkpoint` before one that shall find everything acked.
+    With off-policy algorithms it waits only at the end of the training, because their rollouts are just ``train_freq``
+    steps long. stable-baselines3 has no event for checkpoints: call `on_checkpoint` before one that needs everything
+    acked.
 
     Args:
-        sink: for samples as `example` gives one, or ``select`` makes of it; stays the caller's.
-        on: ``"step"`` sends the transitions of all environments after each step: ``next_obs`` is an episode's last one
-            where it ended, ``action`` what the environment got. ``"rollout"`` sends the ``rollout_buffer`` of an
-            on-policy algorithm before it trains on it: steps in order, and in each its environments. One that is cut
-            short is not trained on, nor sent.
-        verbose: as for any callback.
-        policy: further arguments of `loop.SinkCallback`; ``select(what would be sent, locals of the algorithm)``.
+        sink: made with an example like that of `example`, or like what ``select`` makes of it. You keep the sink.
+        on: ``"step"`` sends the transitions of all environments after each step. There ``action`` is the one that the
+            environment received, and ``next_obs`` is the last observation of the episode if it ended. ``"rollout"``
+            sends the ``rollout_buffer`` of an on-policy algorithm before it trains on it, ordered by step, then by
+            environment. A rollout that is cut short is neither trained on nor sent.
+        verbose: see ``BaseCallback``.
+        policy: further arguments of `loop.SinkCallback`. ``select`` gets what would be sent and the locals of the
+            algorithm.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or is out of range; by ``learn``, if ``on="rollout"`` and
-            the algorithm has no such buffer. It also raises what the methods of `loop.SinkCallback` do.
+        TypeError, ValueError: an argument has the wrong type or is out of range. ``learn`` raises this if
+            ``on="rollout"`` and the algorithm has no such buffer; it also raises what the methods of
+            `loop.SinkCallback` raise.
     """
 
     def __init__(self, sink: EchoSink, *, on: Literal["step", "rollout"] = "step", verbose: int = 0, **policy: Any):

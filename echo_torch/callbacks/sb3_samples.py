@@ -1,7 +1,7 @@
-"""What models of stable-baselines3 collect, as samples: transitions, and rollouts.
+"""What stable-baselines3 models collect, as samples: transitions and rollouts.
 
-Names are gymnasium's and the rollout buffer's; dtypes are those of the spaces, as in the algorithms' own buffers, but
-float32 for observations that a ``VecNormalize`` gives.
+Names are those of gymnasium and of the rollout buffer. Dtypes are those of the spaces, as in the algorithms' own
+buffers, except that observations from a ``VecNormalize`` are float32.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ _ROLLOUT = ("observations", "actions", "rewards", "values", "log_probs", "advant
 
 
 def example(model: BaseAlgorithm, on: Literal["step", "rollout"] = "step") -> dict[str, Any]:
-    """One sample, for an `EchoSink`, and through `numpy_example` for the server; what it says means nothing.
+    """Return one sample for an `EchoSink`; pass it through `numpy_example` for the server. Its values mean nothing.
 
-    ``on`` is as for `sb3.SinkCallback`: ``"step"`` for ``obs, action, reward, next_obs, terminated, truncated``.
+    Args:
+        model: the algorithm.
+        on: as for `sb3.SinkCallback`. ``"step"`` returns ``obs, action, reward, next_obs, terminated, truncated``.
 
     Raises:
         ValueError: ``on="rollout"``, and the algorithm has no ``rollout_buffer``.
@@ -31,9 +33,10 @@ def example(model: BaseAlgorithm, on: Literal["step", "rollout"] = "step") -> di
         if not hasattr(model, "rollout_buffer"):
             raise ValueError(f"on: got 'rollout', but {type(model).__name__} has no rollout_buffer; use 'step'")
         fresh = copy.copy(model.rollout_buffer)
-        fresh.reset()  # after training, some of its arrays have other shapes
+        # After training, some arrays of the buffer have other shapes. A reset restores them.
+        fresh.reset()
         return _map_leaves(lambda array: array[0], _flatten_buffer(fresh))
-    # Of copies, for they draw from the spaces' random numbers.
+    # Sample from copies, because sampling advances the random state of the spaces.
     obs = _cast_normalized(model, copy.deepcopy(model.observation_space).sample())
     action = copy.deepcopy(model.action_space).sample()
     ends = {"terminated": np.False_, "truncated": np.False_}
@@ -41,24 +44,26 @@ def example(model: BaseAlgorithm, on: Literal["step", "rollout"] = "step") -> di
 
 
 def transitions(model: BaseAlgorithm, step: Mapping[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """Those of all environments at one step, leaves ``(n_envs, *shape)``.
+    """Return the transitions of all environments at one step, leaves ``(n_envs, *shape)``.
 
     Args:
-        model: its observations are still those before the step.
-        step: the variables of its ``collect_rollouts``.
-        like: its `example`.
+        model: the algorithm. Its observations are still those before the step.
+        step: the local variables of its ``collect_rollouts``.
+        like: its `example`, for the dtypes.
     """
     ended = np.asarray(step["dones"], bool)
     truncated = np.zeros_like(ended)
     next_obs = copy.deepcopy(step["new_obs"])
-    for index in np.flatnonzero(ended):  # there, it is the first observation of the next episode
+    # Where an episode ended, the new observation is already the first of the next episode.
+    for index in np.flatnonzero(ended):
         info = step["infos"][index]
         truncated[index] = info.get("TimeLimit.truncated", False)
         if "terminal_observation" in info:
             _set_row(next_obs, int(index), info["terminal_observation"])
     made = {
         "obs": model._last_obs,
-        "action": step.get("clipped_actions", step["actions"]),  # of on-policy algorithms, and of others
+        # Only on-policy algorithms have ``clipped_actions``.
+        "action": step.get("clipped_actions", step["actions"]),
         "reward": step["rewards"],
         "next_obs": next_obs,
         "terminated": ended & ~truncated,
@@ -68,12 +73,15 @@ def transitions(model: BaseAlgorithm, step: Mapping[str, Any], like: dict[str, A
 
 
 def rollout(model: BaseAlgorithm) -> dict[str, Any]:
-    """What an on-policy algorithm is about to train on, leaves ``(n_steps * n_envs, *shape)``: steps in order."""
+    """Return what an on-policy algorithm is about to train on, leaves ``(n_steps * n_envs, *shape)``.
+
+    The rows are ordered by step, then by environment.
+    """
     return _flatten_buffer(model.rollout_buffer)
 
 
 def _cast_normalized(model: BaseAlgorithm, obs: Any) -> Any:
-    """With the dtype of what is normalised, which may be integers by its space."""
+    """Cast normalized observations to float32: their space may say integers."""
     wrapper = model.get_vec_normalize_env()
     if wrapper is None or not wrapper.norm_obs:
         return obs

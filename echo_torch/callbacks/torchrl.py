@@ -1,12 +1,12 @@
-"""torchrl: hooks for its ``Trainer`` and for its collectors.
+"""Hooks for torchrl's ``Trainer`` and collectors.
 
-A frame is a sample: what was collected, of batch size ``[frames]`` or ``[envs, T]``, is sent as one batch of frames,
-without the padding of ``split_trajs=True``. The sink's example is like ``collected.reshape(-1)[0]``, unless ``select``
-makes something else of it, which gets the batch flattened and None for the outputs::
+A frame is a sample. A collected batch of size ``[frames]`` or ``[envs, T]`` is sent as one batch of frames, without the
+padding of ``split_trajs=True``. Make the sink with an example like ``collected.reshape(-1)[0]``, unless ``select``
+makes something else. ``select`` gets the flattened batch, and None for the outputs::
 
     hook = SinkHook(sink, select=lambda batch, outputs: batch.select("observation", "action", ("next", "reward")))
 
-In a distributed job each rank sends what it collects, through a connection of its own; nothing is padded or repeated.
+In a distributed job, each rank sends what it collects, through its own connection. Nothing is padded or repeated.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ if TYPE_CHECKING:
 
 
 class SinkHook(SinkCallback, TrainerHookBase):
-    """Sends what a ``Trainer`` collects, and waits for it after the optimisation steps on it, before a checkpoint.
+    """Sends what a ``Trainer`` collects, and waits for acks after the optimization steps on it, before a checkpoint.
 
-    The trainer tells nobody of an error or an interrupt. With the hook as a context manager, what was collected by
-    then is delivered for up to 5 seconds::
+    torchrl does not report errors or interrupts to hooks. Use the hook as a context manager to deliver, for up to 5
+    seconds, what was collected before one::
 
         with SinkHook(sink) as hook:
             hook.register(trainer)
             trainer.train()
 
-    A batch is sent as the ``"batch_process"`` ops registered before this one left it, and before it is trained on. With
-    ``async_collection``, or a collector that fills a replay buffer itself, the trainer is given none: use
-    `SinkCollectorHook`. With ``learner_backend="ray"`` the trainer ends its hooks after an error as if there were none,
-    so give a short ``flush_timeout`` there, and the sink ``on_error="warn"``.
+    A batch is sent before the trainer trains on it, after the ``"batch_process"`` ops that were registered before this
+    hook.
 
-    Arguments and errors are those of `SinkCallback`; an epoch is one collection.
+    * With ``async_collection``, or with a collector that fills a replay buffer itself, the trainer gets no batches: use
+      `SinkCollectorHook`.
+    * With ``learner_backend="ray"``, the trainer ends its hooks after an error as if there were none. Set a short
+      ``flush_timeout`` there, and ``on_error="warn"`` on the sink.
+
+    Arguments and errors are those of `SinkCallback`. An epoch is one collection.
     """
 
     def register(self, trainer: Trainer, name: str = "sink") -> None:
-        """Add this hook to ``trainer``, whose checkpoints then keep its `state_dict` as ``name``."""
+        """Add this hook to ``trainer``. Its checkpoints then store the hook's `state_dict` under ``name``."""
         trainer.register_module(name, self)
         trainer.register_op("setup", self.setup)
         trainer.register_op("batch_process", self._send)
@@ -56,14 +59,15 @@ class SinkHook(SinkCallback, TrainerHookBase):
 
 
 class SinkCollectorHook(SinkCallback):
-    """A collector's ``post_collect_hook``: sends each batch from the process that collected it, and waits for it.
+    """A collector's ``post_collect_hook``: sends each batch from the process that collected it, and waits for the acks.
 
-    In a ``MultiSyncCollector`` or ``MultiAsyncCollector`` that is each of the worker processes, which get a copy, and
-    connect when they have collected for the first time. What is raised here ends the worker, and with it the
-    collection. What the trainer is given has been acked, unless the learner stalls; what it is not given any more may
-    have been sent as well. With ``flush="end"`` nothing is waited for, and a worker that ends has 5 seconds to deliver.
+    In a ``MultiSyncCollector`` or ``MultiAsyncCollector``, every worker process gets a copy and connects after its
+    first collection. An error raised here ends the worker, and with it the collection.
 
-    Arguments and errors are those of `SinkCallback`, whose ``select`` must pickle then; ``close`` does nothing here.
+    Whatever the trainer gets has been acked, unless the learner stalls. Batches that the trainer no longer gets may
+    have been sent too. With ``flush="end"`` the hook never waits, and a worker that ends has 5 seconds to deliver.
+
+    Arguments and errors are those of `SinkCallback`. ``select`` must pickle, and ``close`` has no effect.
     """
 
     def __call__(self, collected: TensorDictBase) -> None:
@@ -73,6 +77,6 @@ class SinkCollectorHook(SinkCallback):
 
 
 def _flatten_frames(batch: TensorDictBase) -> TensorDictBase:
-    """Flat, and without padding, as torchrl itself puts a batch into a replay buffer."""
+    """Flatten a batch and drop its padding, as torchrl does before it fills a replay buffer."""
     mask = batch.get(("collector", "mask"), None)
     return batch.reshape(-1) if mask is None else batch[mask]

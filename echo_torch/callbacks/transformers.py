@@ -1,4 +1,4 @@
-"""`SinkTrainerMixin`, for a ``transformers.Trainer`` that sends, and `SinkCallback`, for one that only flushes."""
+"""`SinkTrainerMixin` for a ``transformers.Trainer`` that sends, and `SinkCallback` for one that only flushes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from echo_torch.workers import SinkCollate
 
 
 class SinkCallback(StatsCallback):
-    """Flushes when epochs and the training end, and before checkpoints. It sends nothing, for events carry no inputs.
+    """Flushes at the end of epochs, before checkpoints, and at the end of the training. Sends nothing.
 
-    Put it last, to see the checkpoints that others ask for. Errors have no event: only `SinkTrainerMixin` sees them.
-    What is logged with a loss has the main numbers of `EchoSink.stats`; for reporters too, with `SinkTrainerMixin`.
+    It cannot send, because the events of transformers carry no inputs. Put it last, so that it sees the checkpoints
+    that other callbacks request. Errors have no event either: only `SinkTrainerMixin` sees them. The main numbers of
+    `EchoSink.stats` are logged with each loss. They reach reporters only with `SinkTrainerMixin`.
 
     Args:
-        sink, policy: as for `loop.SinkCallback`, and its keyword arguments; by default, ``group`` is all ranks.
+        sink, policy: as for `loop.SinkCallback`, with its keyword arguments. ``group`` defaults to all ranks.
     """
 
     def __init__(self, sink: EchoSink, **policy: Any) -> None:
@@ -31,7 +32,7 @@ class SinkCallback(StatsCallback):
         self.policy.setup()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # on_save comes after the writing. Whether a metric is the "best" is known only after the evaluation.
+        # `on_save` comes too late, after the writing. With "best", only the evaluation decides, so flush before it.
         if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
             self.policy.on_checkpoint()
 
@@ -43,16 +44,16 @@ class SinkCallback(StatsCallback):
 
 
 class SinkTrainerMixin(StatsMixin):
-    """``class MyTrainer(SinkTrainerMixin, Trainer)``: sends what it is trained on, and flushes as `SinkCallback`.
+    """``class MyTrainer(SinkTrainerMixin, Trainer)`` sends what it trains on, and flushes like `SinkCallback`.
 
-    Only what the model's ``forward`` takes is there to be sent, unless ``remove_unused_columns=False``. Each rank sends
-    its own shard. accelerate pads these with samples of the epoch's beginning, so some may be sent twice.
+    A batch holds only the inputs of the model's ``forward``, unless ``remove_unused_columns=False``. Each rank sends
+    its own shard. accelerate pads shards with samples from the beginning of the epoch, so some may be sent twice.
 
     Args:
-        args, kw: the Trainer's, and the keyword arguments of `loop.SinkCallback`.
-        sink: stays the caller's.
-        send: ``"trained"``: each micro-batch after its step, with the loss from `training_step` as outputs. Or
-            ``"collated"``: where the loader makes them, before their step, with None as outputs; see `SinkCollate`.
+        args, kw: those of the Trainer, and the keyword arguments of `loop.SinkCallback`, which raise as there.
+        sink: the sink to send through. You keep it.
+        send: ``"trained"`` sends each micro-batch after its step, with the loss from `training_step` as outputs.
+            ``"collated"`` sends each batch where the loader makes it, with None as outputs; see `SinkCollate`.
     """
 
     def __init__(self, *args: Any, sink: EchoSink, send: Literal["trained", "collated"] = "trained", **kw: Any) -> None:
@@ -73,7 +74,7 @@ class SinkTrainerMixin(StatsMixin):
             raise
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        batch = copy.copy(inputs)  # trainers may pop from it
+        batch = copy.copy(inputs)  # a trainer may pop entries from the inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self._sends_in_collate:
             self.sink_policy.on_batch_end(batch, loss)

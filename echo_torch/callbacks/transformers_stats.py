@@ -1,4 +1,4 @@
-"""What a ``transformers.Trainer`` logs of `EchoSink.stats`: some of them, with each loss."""
+"""Which of `EchoSink.stats` a ``transformers.Trainer`` logs: some of them, with each loss."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ with require_extra("echo_torch.callbacks.transformers", "transformers"):
     from transformers import Trainer, TrainerCallback
 
 LOGGED_STATS = ("samples_sent", "in_flight", "dropped", "blocked_seconds", "sent_per_second", "ack_p99_seconds")
-"""Not all, for what is logged is printed, too."""
+"""Only some of the stats, because transformers also prints what it logs."""
 
 
 class StatsCallback(TrainerCallback):
-    """Adds them, as ``echo/...``, to what was logged; reporters that come before, as TensorBoard's do, lack them."""
+    """Adds the stats, as ``echo/...``, to a log that has a loss.
+
+    Reporters that run before this callback, such as TensorBoard's, do not get them.
+    """
 
     policy: loop.SinkCallback
 
@@ -26,12 +29,13 @@ class StatsCallback(TrainerCallback):
 
 
 class StatsMixin(Trainer):
-    """Adds them before anybody is told."""
+    """Adds the stats before any callback or reporter sees the log."""
 
     sink_policy: loop.SinkCallback
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:  # in a copy, for the caller may log the same again
+        # Add to a copy, because the caller may log the same dict again.
+        if "loss" in logs:
             logs = {**logs, **_stats(self.sink_policy)}
         super().log(logs, *args, **kwargs)
 
@@ -42,5 +46,8 @@ def _stats(policy: loop.SinkCallback) -> dict[str, Any]:
 
 
 def _is_training_log(logs: dict[str, Any]) -> bool:
-    """And not of an evaluation, whose numbers go elsewhere, too, or of the end; nor has them already."""
+    """Whether a log has a training loss and no stats yet.
+
+    The logs of an evaluation and of the end of the training have no ``loss``; their numbers are also used elsewhere.
+    """
     return "loss" in logs and not any(name.startswith("echo/") for name in logs)

@@ -1,8 +1,8 @@
-"""The command line: what is wrong between here and a learner, how much goes through, and a learner to try it with.
+"""The command line: diagnose the way to a learner, measure it, and run a learner to try things with.
 
-Each command is a module with `add_command`, which describes its arguments, and a function that runs it and gives the exit
-code: 0, or 1 after one line on stderr that says what is wrong and what to do about it. Arguments that are wrong exit
-with 2, as argparse has it.
+Each command is a module. Its `add_command` describes the arguments, and another function runs the command and returns
+the exit code: 0, or 1 after one line on stderr that names the problem and the remedy. Wrong arguments exit with 2, as
+usual with argparse.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from collections.abc import Sequence
 from . import bench, doctor, example, serve
 from .errors import CommandError
 
-# Ctrl-C, as shells have it: 128 + SIGINT.
+# The exit code after Ctrl-C, as shells define it: 128 + SIGINT.
 _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "echo-torch") -> int:
-    """Run one command and give its exit code.
+    """Run one command and return its exit code.
 
     Args:
         argv: the arguments; None for those of this process.
-        prog: what the help calls the program.
+        prog: the name of the program in the help.
 
     Raises:
-        SystemExit: from argparse, after ``--help`` or arguments that are wrong.
+        SystemExit: raised by argparse after ``--help`` or wrong arguments.
     """
-    logging.getLogger("echo_torch").addHandler(logging.NullHandler())  # commands say in one line what it would warn of
+    # Silence the package's log: a command reports the same problem itself, in one line.
+    logging.getLogger("echo_torch").addHandler(logging.NullHandler())
     options = _parser(prog).parse_args(argv)
     try:
         code: int = options.run(options)
         return code
     except CommandError as error:
-        sys.stdout.flush()  # or what was found before would come after it
+        # Flush first, so that stdout's earlier lines stay above the error.
+        sys.stdout.flush()
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -43,7 +45,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "echo-torch") -> int:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Look into what goes from PyTorch to an echo server.")
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Check, measure and try the way from PyTorch to an echo server."
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (doctor, bench, example, serve):
         command.add_command(commands)

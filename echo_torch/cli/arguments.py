@@ -1,10 +1,10 @@
-"""What the commands take: addresses, samples, numbers. As argparse's types, which say what is wrong with an argument.
+"""Argument types of the commands: addresses, samples, numbers. Each one names what is wrong with its argument.
 
-``module:object`` is imported as ``import`` would from the current directory, and its object may be
+``module:object`` is imported as ``import`` would from the current directory. The object may be
 
 * a sample: a pytree of tensors, numpy arrays and numbers;
-* a dataset of torch: then its item 0, or the first that an iterable one gives;
-* anything to call without arguments, for one of these.
+* a torch dataset: its item 0 is used, or the first item of an iterable one;
+* a callable without arguments that returns one of these.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .errors import CommandError, one_line
 
 HELP_ON_EXAMPLES = (
     "MODULE:OBJECT is imported from the current directory or what is installed. The object is one sample, a Dataset "
-    "(then its item 0), or a function or class that gives one of these when it is called."
+    "(item 0 is used), or a function or class that returns one of these when called."
 )
 
 
@@ -42,16 +42,18 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tls(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("TLS", "For a learner behind a proxy that speaks it; each of these turns it on.")
-    group.add_argument("--tls", action="store_true", help="the proxy's CA is one that the operating system trusts")
+    group = parser.add_argument_group(
+        "TLS", "For a learner behind a proxy that speaks TLS. Each of these options turns it on."
+    )
+    group.add_argument("--tls", action="store_true", help="use TLS; the operating system trusts the proxy's CA")
     group.add_argument("--tls-ca", metavar="FILE", help="PEM file of the CA that issued the proxy's certificate")
     group.add_argument("--tls-cert", metavar="FILE", help="PEM file of a client certificate")
-    group.add_argument("--tls-key", metavar="FILE", help="PEM file of its key, if that is not in the same")
-    group.add_argument("--tls-name", metavar="NAME", help="whom the proxy's certificate is for (default: HOST)")
+    group.add_argument("--tls-key", metavar="FILE", help="PEM file of its key, if not in the same file")
+    group.add_argument("--tls-name", metavar="NAME", help="the name in the proxy's certificate (default: HOST)")
 
 
 def tls_from_options(options: argparse.Namespace) -> TLS | None:
-    """What `add_tls` has found."""
+    """Build the TLS settings from the options of `add_tls`; None if TLS is off."""
     try:
         tls = TLS(options.tls_ca, options.tls_cert, options.tls_key, options.tls_name)
     except ValueError as error:
@@ -60,7 +62,7 @@ def tls_from_options(options: argparse.Namespace) -> TLS | None:
 
 
 def address(text: str) -> tuple[str, int]:
-    """``host:port`` or ``[v6]:port``."""
+    """Parse ``host:port`` or ``[v6]:port``."""
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if not (colon and host) or (":" in host and not bracketed) or "/" in host:
@@ -77,7 +79,7 @@ def address(text: str) -> tuple[str, int]:
 
 
 def port_or_any(text: str) -> int:
-    """A port to listen on; 0 to have the system choose."""
+    """Parse a port to listen on; 0 lets the system choose."""
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
         raise ArgumentTypeError(f"got {text!r}, expected 0 to 65535")
     return int(text)
@@ -100,7 +102,7 @@ def seconds(text: str) -> float:
 
 
 def sample_spec(text: str) -> SampleSpec:
-    """What the sample that ``module:object`` names looks like."""
+    """Return the spec of the sample that ``module:object`` names."""
     module, _, name = text.partition(":")
     if not (module and name):
         raise ArgumentTypeError(f"got {text!r}, expected MODULE:OBJECT, such as mymodule:dataset")
@@ -139,7 +141,10 @@ def _take_sample(found: Any) -> Any:
 
 
 def _call_user_code(call: Callable[[], Any], what: str) -> Any:
-    """The user's code, which may raise anything, and may be a program that exits when it is imported."""
+    """Call the user's code and turn whatever it raises into an ArgumentTypeError.
+
+    A program that exits when it is imported raises SystemExit, so this catches that too.
+    """
     try:
         return call()
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""``bench``: how many samples get from here into a server."""
+"""``bench``: measure how many samples this machine gets into a server."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from .errors import CommandError, one_line
 from .reach import REACH_TIMEOUT_S, reach
 from .table import table
 
-# Most bytes of one batch, and most that wait in the sink, so that the last of them arrive soon after time is up.
+# Most bytes of one batch, and most bytes that wait in the sink. Both are small enough that the last samples arrive soon
+# after the time is up.
 BATCH_BYTES = 64 * 1024 * 1024
 _BACKLOG_BYTES = 64 * 1024 * 1024
-# Samples that may wait in the sink, at least: more than the window, so that it never runs dry.
+# Least number of samples that may wait in the sink: more than the window, so that it never runs dry.
 _BACKLOG_SAMPLES = 4096
-# Seconds without any ack after which a learner is taken not to drain.
+# Seconds without any ack after which the learner counts as not draining.
 STALL_S = 10.0
 
 
 class _Measurement(NamedTuple):
-    """What was measured."""
+    """The figures of one run."""
 
     samples: int
-    """Sent, and acknowledged."""
+    """Samples sent and acknowledged."""
     repeated: int
-    """Of those, how many the server got once more."""
+    """How many of them the server received twice."""
     wall_s: float
     cpu_s: float
     blocked_s: float
@@ -45,8 +46,8 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="measure how many samples this machine gets into an echo server",
-        description="Send samples of zeros, of whatever size the server expects, as fast as they go. They are samples "
-        "like any other: the learner gets them.",
+        description="Send samples of zeros, of the size that the server expects, as fast as possible. The learner "
+        "receives them like any other samples.",
     )
     add_address(parser)
     parser.add_argument("--seconds", type=seconds, default=3.0, help="how long to send (default: %(default)g)")
@@ -86,9 +87,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _zeros(shape: tuple[int, ...], itemsize: int) -> Array:
-    """Items of this size: unsigned integers where numpy has them, and else bytes without a meaning.
+    """Return zeros with items of this size: unsigned integers where numpy has them, otherwise opaque bytes.
 
-    In memory of their own: what ``np.zeros`` gives may all be one page, and cheaper to read than any batch.
+    The array is a copy because all of ``np.zeros`` may be a single page, which is cheaper to read than any real batch.
     """
     dtype = np.dtype(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
     zeros: Array = np.zeros(shape, dtype).copy()
@@ -96,7 +97,10 @@ def _zeros(shape: tuple[int, ...], itemsize: int) -> Array:
 
 
 def _send(sink: EchoSink, batch: list[Array], limit_s: float) -> _Measurement:
-    """Send for ``limit_s`` seconds and until all is acknowledged; raises as `EchoSink`, whose end that is."""
+    """Send for ``limit_s`` seconds, wait until everything is acknowledged, and close the sink.
+
+    Raises what `EchoSink` raises.
+    """
     with sink:
         began, cpu_s = time.perf_counter(), time.process_time()
         try:
@@ -105,7 +109,8 @@ def _send(sink: EchoSink, batch: list[Array], limit_s: float) -> _Measurement:
             sink.wait()
         except DeliveryTimeoutError:
             with suppress(DeliveryTimeoutError):
-                sink.close(0)  # or leaving the block would try to deliver the rest
+                # Close now. Leaving the block would try to deliver the rest.
+                sink.close(0)
             raise
         wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
     stats = sink.stats()

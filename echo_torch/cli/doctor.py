@@ -1,4 +1,4 @@
-"""``doctor``: whether samples could get from here to a server, and if not, why."""
+"""``doctor``: find out whether samples get from here to a server, and if not, why."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ and int64, bfloat16 and float16, or two leaves of one size and shape that are sw
 def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
-        help="say what is wrong between here and an echo server",
+        help="find out what is wrong between here and an echo server",
         description="Resolve, connect, shake hands, and compare what the server expects with an example, leaf by "
-        "leaf. No sample is sent. Exits with 0 if all is well, and else with 1, after one line that says what is wrong "
-        "and what to do about it.",
+        "leaf. No sample is sent. Exits with 0 if all is well. Otherwise prints one line that names the problem "
+        "and the remedy, and exits with 1.",
         epilog=HELP_ON_EXAMPLES,
     )
     add_address(parser)
@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
         type=seconds,
         default=REACH_TIMEOUT_S,
         metavar="SECONDS",
-        help="to reach the server in (default: %(default)g)",
+        help="how long to try to reach the server (default: %(default)g)",
     )
     add_tls(parser)
     parser.set_defaults(run=run)
@@ -85,7 +85,7 @@ def _comparison_row(server: WireLeaf | None, leaf: Leaf | None) -> tuple[str, ..
 
 
 def _describe_mismatch(theirs: Sequence[WireLeaf], ours: Sequence[Leaf]) -> str:
-    """What differs first, how much else does, and what to do."""
+    """Name the first leaf that differs, how many more do, and the remedy."""
     differing = [
         (index, server, leaf)
         for index, (server, leaf) in enumerate(_paired_leaves(theirs, ours))

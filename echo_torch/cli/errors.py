@@ -1,10 +1,10 @@
-"""What ends a command."""
+"""The error that ends a command."""
 
 
 class CommandError(Exception):
-    """A command cannot do its work: one line that says what is wrong, and what to do about it."""
+    """A command cannot do its work. The text is one line that names the problem and the remedy."""
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and text, on one line."""
+    """Return an exception's type and text as one line."""
     return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))

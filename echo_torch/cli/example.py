@@ -1,7 +1,7 @@
-"""``example``: the code of a server for samples like a given one.
+"""``example``: print the code of a server for samples like a given one.
 
-What is printed runs as it is, without torch and without the classes of the example: containers become the plain ones
-that give the leaves the same order on the wire.
+The printed code runs as it is, without torch and without the classes of the example. Plain containers replace those
+classes, chosen so that the leaves keep their order on the wire.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "example",
         help="print the line that starts an echo server for a torch example",
-        description="Print an echo.Server(...) for samples like the example, as numpy code to paste into the learner, "
-        "and what the learner needs to see leaves of dtypes that numpy lacks, such as bfloat16.",
+        description="Print an echo.Server(...) for samples like the example, as numpy code to paste into the learner. "
+        "For dtypes that numpy lacks, such as bfloat16, comments say how to view the leaves in torch.",
         epilog=HELP_ON_EXAMPLES,
     )
     parser.add_argument("example", type=sample_spec, metavar="MODULE:OBJECT", help="a sample as it will be sent")
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def server_code(spec: SampleSpec) -> str:
-    """A program that makes ``server``, an ``echo.Server`` for samples of ``spec``.
+    """Return a program that creates ``server``, an ``echo.Server`` for samples of ``spec``.
 
     Raises:
         CommandError: a key of a dict cannot be written as code.
@@ -55,7 +55,7 @@ def server_code(spec: SampleSpec) -> str:
 
 
 def _lines(treespec: Any, leaves: Iterator[Leaf], indent: str, label: str) -> Iterator[str]:
-    """The lines of a tree, one for each leaf and for each bracket; ``label`` is what comes before the value."""
+    """Yield the lines of a tree, one per leaf and per bracket. ``label`` goes before the value."""
     if treespec.type is None:
         leaf = next(leaves)
         yield f"{indent}{label}np.zeros({leaf.shape}, {_dtype_code(leaf.wire_dtype)}),{_comment(leaf)}"
@@ -65,7 +65,8 @@ def _lines(treespec: Any, leaves: Iterator[Leaf], indent: str, label: str) -> It
         return
     mapping = issubclass(treespec.type, dict)
     opening, closing = "{}" if mapping else "[]" if treespec.type is list else "()"
-    if issubclass(treespec.type, OrderedDict):  # of the others, optree sorts the keys
+    # Only an OrderedDict keeps its order. optree sorts the keys of other dicts.
+    if issubclass(treespec.type, OrderedDict):
         opening, closing = "OrderedDict({", "})"
     yield f"{indent}{label}{opening}"
     for entry, child in zip(treespec.entries(), treespec.children(), strict=True):
@@ -74,7 +75,8 @@ def _lines(treespec: Any, leaves: Iterator[Leaf], indent: str, label: str) -> It
 
 
 def _key_code(key: Any) -> str:
-    if isinstance(key, (str, int)):  # of a member of an enum, its value, which is found and sorted alike
+    # Write an enum member as its value, which looks up and sorts the same.
+    if isinstance(key, (str, int)):
         return repr(str.__str__(key) if isinstance(key, str) else int(key))
     raise CommandError(f"the key {key!r} has no code that gives it; use strings as keys")
 

@@ -1,7 +1,7 @@
-"""From an address to what its server expects, step by step, and what keeps us from there in words.
+"""Go from an address to what its server expects, step by step, and explain in words what is in the way.
 
-Nothing is sent on the way but what TLS takes, not one byte: a learner that is only stopped would take it for part of a
-sample when it goes on.
+Apart from the TLS handshake, this sends nothing, not a single byte: a learner that is merely stopped would read it as
+part of a sample when it continues.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from echo_torch.wire.tls_socket import TlsSocket, certificate_names, do_tls_hand
 
 from .errors import CommandError
 
-# Seconds to reach a server: even one on another continent answers in less.
+# Seconds to reach a server. Even one on another continent answers faster.
 REACH_TIMEOUT_S = 5.0
-# Seconds in which a server that only waits for us to speak has noticed that we will not.
+# Seconds in which a server that waits for its client to speak first notices that we will not.
 _EOF_REPLY_TIMEOUT_S = 1.0
 
 ReportStep = Callable[[str, float, str], object]
-"""Is told of each step when it is done: its name, its seconds, what was found."""
+"""Called when a step is done, with its name, its duration in seconds, and what was found."""
 
 
 def reach(
     host: str, port: int, timeout: float, report_step: ReportStep = lambda *_: None, tls: TLS | None = None
 ) -> WireLeaves:
-    """The leaves of one sample of the server at ``host:port``, to which no connection is left.
+    """Return the leaves of one sample of the server at ``host:port``. Leaves no connection open.
 
     Raises:
-        CommandError: there is no way to an echo server of this wire version, with samples to send.
+        CommandError: the address does not lead to an echo server of this wire version, or its samples are empty.
     """
     peer = peer_name(host, port)
     deadline = Deadline(timeout)
@@ -72,7 +72,7 @@ def reach(
 
 
 def _reason_without_peer(error: Exception, peer: str) -> str:
-    """What an error says beside the peer's name."""
+    """Return the text of an error without the peer's name."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.removeprefix(f"{peer}: ").removesuffix(f" ({peer})")
 
@@ -89,7 +89,7 @@ def _describe_connect_error(error: OSError, peer: str) -> str:
 
 
 def _remote_address(sock: socket.socket) -> str | None:
-    """Which of the addresses it was; None if it has hung up on us already."""
+    """Return the address that answered; None if it has already closed the connection."""
     try:
         return peer_name(*sock.getpeername()[:2])
     except OSError:
@@ -106,7 +106,7 @@ def _start_tls(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: Deadli
 
 
 def _describe_certificate(sock: TlsSocket) -> str:
-    """What the proxy has shown of itself."""
+    """Describe the TLS version and the proxy's certificate."""
     return (
         f"{sock.ssl_object.version()}, with a certificate for {certificate_names(sock.ssl_object) or 'nobody by name'}"
     )
@@ -133,9 +133,9 @@ def _describe_disconnect(error: ConnectionClosedError) -> str:
 
 
 def _describe_silence(sock: socket.socket, peer: str, deadline: Deadline) -> str:
-    """What a peer is that accepts and does not greet: hung, or one that waits for us to speak first.
+    """Describe a peer that accepts and sends no greeting: either it hangs, or it waits for us to speak first.
 
-    The latter hangs up when we do.
+    A peer that waits closes the connection when we do.
     """
     try:
         sock.shutdown(socket.SHUT_WR)

@@ -1,4 +1,4 @@
-"""``serve``: a server that takes samples and counts them, to try things out with."""
+"""``serve``: run a server that takes samples and counts them, to try things with."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from .arguments import HELP_ON_EXAMPLES, port_or_any, positive_int, sample_spec
 from .errors import CommandError
 
-# Seconds between two lines, and between two looks at the bar.
+# Seconds between two printed lines, and between two updates of the progress bar.
 _LINE_INTERVAL_S = 1.0
 _BAR_INTERVAL_S = 0.2
 
 
 class _SampleCounter:
-    """Samples that were taken out of the server."""
+    """How many samples were taken out of the server. The draining thread writes it, the main thread reads it."""
 
     samples = 0
 
@@ -28,8 +28,8 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve",
         help="run an echo server that takes samples and counts them",
-        description="Run an echo server for samples like the example, that throws away and counts what it gets. It "
-        "hands samples out in full batches, so those short of one are not counted. Ctrl-C ends it.",
+        description="Run an echo server for samples like the example. It counts what it receives and throws it "
+        "away. It hands out full batches only, so an incomplete last batch is not counted. Ctrl-C ends it.",
         epilog=HELP_ON_EXAMPLES,
     )
     parser.add_argument(
@@ -81,7 +81,10 @@ def _drain(server: Any, batch_size: int, counter: _SampleCounter) -> None:
 
 
 def _show_progress(draining: Future[None], counter: _SampleCounter) -> None:
-    """Show how many samples were taken until the draining ends, which by itself it only does with an error."""
+    """Show how many samples were taken until the draining ends.
+
+    By itself the draining ends only with an error, which this raises.
+    """
     with _display() as (show, pause_s):
         while not wait([draining], pause_s).done:
             show(counter.samples)
@@ -90,7 +93,10 @@ def _show_progress(draining: Future[None], counter: _SampleCounter) -> None:
 
 @contextmanager
 def _display() -> Iterator[tuple[Callable[[int], object], float]]:
-    """What shows a count, and how often it should be told: a bar at a terminal that has tqdm, or else lines."""
+    """Yield a function that shows a count, and the seconds between calls of it.
+
+    It is a bar on a terminal that has tqdm, and lines otherwise.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
@@ -103,7 +109,7 @@ def _display() -> Iterator[tuple[Callable[[int], object], float]]:
 
 
 class _LinePrinter:
-    """A line on stderr for every count that is not the one before."""
+    """Prints a line on stderr for every count that differs from the one before."""
 
     def __init__(self) -> None:
         self._shown = 0

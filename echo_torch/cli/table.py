@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """Rows of cells, the first of which are usually headings, as lines with aligned columns.
+    """Format rows of cells as lines with aligned columns. The first row is usually the headings.
 
     Args:
-        rows: all with as many cells as there are columns.
-        align: for each column ``"<"`` for left or ``">"`` for right.
+        rows: all with one cell per column.
+        align: one character per column, ``"<"`` for left or ``">"`` for right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     columns = list(zip(align, widths, strict=True))

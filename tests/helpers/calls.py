@@ -1,4 +1,4 @@
-"""Calls that block, what ends them, and what they say then."""
+"""Calls that block, how to end them, and checks of the errors they raise."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 HANG_TIMEOUT_S = 10.0
-"""Far more than anything here takes; what passes it hangs."""
+"""Far more seconds than any call here takes. A call that takes longer hangs."""
 
 
 @contextmanager
 def running(*calls: Callable[[], object]) -> Iterator[list[BaseException | None]]:
-    """Run ``calls`` on threads during the block; afterwards all must end soon, and the list says how each did."""
+    """Run ``calls`` on threads during the block. Afterwards, check that all of them end soon.
+
+    Yields a list of what each call raised, or None; it is complete after the block.
+    """
     outcomes: list[BaseException | None] = [None] * len(calls)
 
     def run(index: int) -> None:
@@ -35,7 +38,7 @@ def running(*calls: Callable[[], object]) -> Iterator[list[BaseException | None]
 
 
 class Gate:
-    """Lets a script go on when the test says so."""
+    """Blocks a script until the test opens it."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -49,7 +52,7 @@ class Gate:
 
 @contextmanager
 def until(condition: Callable[[], bool]) -> Iterator[None]:
-    """After the block, wait until ``condition`` holds, which something outside of this process's control decides."""
+    """After the block, wait until ``condition`` holds. Something outside of this process decides when."""
     yield
     eventually(condition)
 
@@ -64,10 +67,12 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def alarms(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Have ``handler`` called at alarms; after the block, for none any more.
+    """Call ``handler`` on alarms during the block, and on none afterwards.
 
-    One that is late shall not strike whoever handles them otherwise, which is what bounds the time of the tests. The
-    garbage collector rests: whoever has it call back, as Hypothesis does, can be struck there, which warns.
+    The exit waits for late alarms. Otherwise one could reach the previous handler, which limits the time of the tests.
+
+    The garbage collector is off. An alarm that strikes in one of its callbacks, such as that of Hypothesis, causes a
+    warning.
     """
     gc.disable()
     before = signal.signal(signal.SIGALRM, handler)
@@ -81,7 +86,7 @@ def alarms(handler: Callable[[int, Any], object]) -> Iterator[None]:
 
 
 def check_error(error: Any, kind: type[BaseException], peer: str, unacked: int) -> None:
-    """Check an error's type, which must be exactly ``kind``, and that it names the peer and the count."""
+    """Check that an error is exactly of type ``kind`` and names the peer and the count of un-acked samples."""
     assert type(error) is kind
     assert error.unacked == unacked
     assert peer in str(error)

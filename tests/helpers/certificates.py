@@ -1,4 +1,4 @@
-"""Certificates for the tests of TLS, made anew each time: PEM files, each with its key."""
+"""Certificates for the TLS tests, made anew each time. Each PEM file holds a certificate and its key."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ _DAY = timedelta(days=1)
 
 
 def issue_all(folder: Path) -> None:
-    """Put them into ``folder``: of a CA, and of another that nobody trusts."""
-    import trustme  # takes a while, and few tests need it
+    """Write certificates into ``folder``: some of a CA, and some of another CA that nobody trusts."""
+    # Import it here, because it takes a while and few tests need it.
+    import trustme
 
     ours, other = trustme.CA(), trustme.CA(organization_name="nobody's")
     ours.cert_pem.write_to_path(str(folder / "ca.pem"))

@@ -1,4 +1,4 @@
-"""A program for test_processes: ``children.py METHOD PORT HOW`` sends from this process and from two children of it.
+"""A program for test_processes: ``children.py METHOD PORT HOW`` sends from this process and from two children.
 
 HOW is what the children do after the last sample: "close" the sink, just "end", or "drop" a sink of their own.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Clock:
-    """Stands still until it is told; in place of the module ``time`` where only ``monotonic`` is used."""
+    """Stands still until `advance`. Replaces the module ``time`` where only ``monotonic`` is used."""
 
     now = 1000.0
 

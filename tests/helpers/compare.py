@@ -1,4 +1,4 @@
-"""What was sent and what arrived, compared as the learner sees them."""
+"""Compares what was sent with what arrived, as the learner sees them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def to_numpy(batch: Any) -> Any:
-    """As the learner sees it."""
+    """Convert tensors to numpy arrays, as the learner sees them: bfloat16 becomes uint16."""
 
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -21,7 +21,7 @@ def to_numpy(batch: Any) -> Any:
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    """Equal structure, dtypes, shapes and bytes."""
+    """Check that structure, dtypes, shapes and bytes are equal."""
     assert optree.tree_structure(got) == optree.tree_structure(expected)
     for path, mine, theirs in zip(
         optree.tree_paths(got), optree.tree_leaves(got), optree.tree_leaves(expected), strict=True

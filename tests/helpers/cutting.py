@@ -1,11 +1,12 @@
-"""A TCP proxy that cuts connections: at exact byte offsets drawn at random, or when told to.
+"""A TCP proxy that cuts connections: at exact byte offsets drawn at random, or on request.
 
-* One thread polls everything. Nothing blocks but connecting to the server, which is on this machine.
-* Each direction of a connection holds at most one piece of `PIECE_BYTES`: what cannot be passed on is not read.
-* A budget counts bytes that were read in one direction. When it is spent and all of it was passed on, the connection
-  is cut: whatever else is under way, in both directions, is lost. What was passed on may still be lost if the kernel
-  had no room for it at the receiver and the cut is a reset, as on any network.
-* A client or server that ends its connection itself ends the other side's in the same way.
+* One thread polls everything. It blocks only to connect to the server, which is on this machine.
+* Each direction of a connection holds at most one piece of `PIECE_BYTES`. The proxy reads nothing that it can't pass
+  on.
+* A budget counts the bytes read in one direction. When it is spent and all those bytes are passed on, the proxy cuts
+  the connection. Everything else under way is lost, in both directions. Bytes that were passed on may be lost too, if
+  the receiver's kernel had no room for them and the cut is a reset, as on any network.
+* If a client or server ends its connection, the proxy ends the other side in the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from spawned import HelperProcess, answer_request
 PIECE_BYTES = 64 * 1024
 
 FIN, RST, SILENCE = "FIN", "RST", "silence"
-"""How one side of a connection is ended; silence is `SILENCE_S` without a word, and then a FIN."""
+"""How to end one side of a connection. Silence is `SILENCE_S` without anything, and then a FIN."""
 
 KINDS = {
     "fin": (FIN, FIN),
@@ -36,7 +37,7 @@ KINDS = {
     "half_fin": (FIN, RST),
     "half_reset": (RST, FIN),
 }
-"""The cuts by name: how they end the client's side, and how the server's."""
+"""The cuts by name: how each ends the client's side, and how the server's."""
 
 SILENCE_S = 0.05
 FIN_TIMEOUT_S = 2.0
@@ -48,15 +49,15 @@ LOST_ON_RESET = struct.pack("ii", 1, 0)
 
 
 class Cutter(HelperProcess):
-    """The proxy's process, as a context manager; listens on ``127.0.0.1``.
+    """The proxy's process, as a context manager. It listens on ``127.0.0.1``.
 
     Args:
-        server: the port on ``127.0.0.1`` that it connects to.
-        most_bytes: most bytes from the client before a cut: all magnitudes are drawn, larger ones more often.
-        most_acks: most bytes from the server before a cut, which is what every other cut goes by.
+        server: the port on ``127.0.0.1`` to connect to.
+        most_bytes: most bytes from the client before a cut. All magnitudes are drawn, larger ones more often.
+        most_acks: most bytes from the server before a cut. About every other cut counts these.
         seed: of the random numbers.
-        kinds: which cuts are drawn.
-        sizes: of a greeting and of a payload, in bytes, to count how many payloads are un-acked.
+        kinds: the cuts to draw from.
+        sizes: bytes of a greeting and of a payload, needed to count un-acked payloads.
     """
 
     def __init__(
@@ -73,38 +74,38 @@ class Cutter(HelperProcess):
         self.port: int = self._answer()
 
     def counts(self) -> Counter[str]:
-        """How many connections were accepted ("connections"), and cut: in all ("cuts"), and by kind."""
+        """Return how many connections were accepted ("connections") and cut: in all ("cuts"), and by kind."""
         return self._ask("counts")
 
     def watch(self) -> None:
-        """Begin to count the un-acked payloads of connections to come."""
+        """Begin to count the un-acked payloads of future connections."""
         self._ask("watch")
 
     def most_unacked(self) -> int:
-        """The most payloads that came, in part at least, without an ack, over any connection since `watch`."""
+        """Return the most un-acked payloads of any connection since `watch`, partly received ones included."""
         return self._ask("most_unacked")
 
     def cut_at_random(self, cuts: int) -> None:
-        """Cut the connections that are open and those to come, until that was done so many times."""
+        """Cut open and future connections at random offsets, until ``cuts`` were cut."""
         self._ask("cut_at_random", cuts)
 
     def cut(self, kind: str) -> int:
-        """Cut all connections now; gives how many that were."""
+        """Cut all connections now. Return how many there were."""
         return self._ask("cut", kind)
 
     def redirect_to(self, server: int) -> None:
-        """Connect clients to come to this port."""
+        """Connect future clients to this port."""
         self._ask("redirect_to", server)
 
     def stop_listening(self) -> None:
-        """Refuse connections from now on; those that are open stay."""
+        """Refuse connections from now on. Open ones stay."""
         self._ask("stop_listening")
 
     def listen_again(self) -> None:
         self._ask("listen_again")
 
     def freeze(self) -> None:
-        """Pass nothing on and take nothing; connections stay open, and new ones are not answered."""
+        """Read and pass on nothing. Connections stay open, and new ones get no answer."""
         self._ask("freeze")
 
     def thaw(self) -> None:
@@ -112,7 +113,7 @@ class Cutter(HelperProcess):
 
 
 class _Plan:
-    """Draws when and how the next connection is cut."""
+    """Draws when and how to cut the next connection."""
 
     def __init__(self, most_bytes: int, most_acks: int, seed: int, kinds: tuple[str, ...]) -> None:
         self._most = (most_bytes, most_acks)
@@ -120,7 +121,7 @@ class _Plan:
         self._kinds = kinds
 
     def draw(self) -> tuple[str, int, int]:
-        """A kind, which direction's bytes count (0 is the client's), and how many."""
+        """Return a kind of cut, the direction whose bytes count (0 is the client's), and the number of bytes."""
         direction = self._random.randrange(2)
         magnitude = math.log(self._most[direction] + 1)
         budget = int(math.exp(self._random.triangular(0, magnitude, magnitude))) - 1
@@ -135,7 +136,8 @@ class _Direction:
         self.sink = sink
         self.budget = math.inf
         self.read = 0
-        self.ended = False  # by a FIN, which was passed on
+        # Whether a FIN ended this direction. The FIN was passed on.
+        self.ended = False
         self._held = memoryview(b"")
 
     @property
@@ -149,7 +151,7 @@ class _Direction:
         return None if self.ended or self.spent else (self.source, select.POLLIN)
 
     def move(self) -> None:
-        """Pass on what there is; raises OSError if either end was reset."""
+        """Pass on what is there. Raises OSError if either end was reset."""
         with contextlib.suppress(BlockingIOError):
             if not self._held:
                 self._read()
@@ -167,7 +169,7 @@ class _Direction:
 
 
 class _ConnectionPair:
-    """One client's connection and the server's that belongs to it."""
+    """One client's connection and the connection to the server that belongs to it."""
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.ends = (client, server)
@@ -185,7 +187,7 @@ class _ConnectionPair:
 
 
 class _ClosingSocket:
-    """One side of a connection that was cut: says its FIN in time, and what still comes from it is thrown away."""
+    """One side of a connection that was cut: sends its FIN when it is due, and discards what still arrives."""
 
     def __init__(self, sock: socket.socket, silence: float) -> None:
         self.sock = sock
@@ -198,7 +200,7 @@ class _ClosingSocket:
         return self.ends_at if self._fin_sent else self.fin_at
 
     def poll_closed(self) -> bool:
-        """Look at it; gives whether the socket was closed."""
+        """Check the socket, and close it if it is done. Return whether it was closed."""
         now = time.monotonic()
         try:
             if now >= self.fin_at and not self._fin_sent:
@@ -216,7 +218,7 @@ class _ClosingSocket:
 
 
 class _Proxy:
-    """What the process does; the public methods are those of `Cutter`."""
+    """What runs in the process. Its public methods are those of `Cutter`."""
 
     def __init__(self, server: int, plan: _Plan, sizes: tuple[int, int] | None) -> None:
         self._server = server
@@ -228,7 +230,8 @@ class _Proxy:
         self._pairs: list[_ConnectionPair] = []
         self._closing: list[_ClosingSocket] = []
         self._frozen = False
-        # Bound and never listening: the port stays ours, for nobody else's outgoing connection, while we refuse.
+        # Bound, but never listening. It keeps the port ours while we refuse connections, so that no outgoing connection
+        # of another process gets it.
         self._placeholder = _bound(0)
         self.port: int = self._placeholder.getsockname()[1]
         self._listener: socket.socket | None = None
@@ -280,7 +283,8 @@ class _Proxy:
             ready = self._poll(pipe)
             if pipe.fileno() in ready:
                 answer_request(pipe, self)
-                continue  # it may have closed what else was ready
+                # The request may have closed other sockets that were ready.
+                continue
             self._closing = [closing for closing in self._closing if not closing.poll_closed()]
             if self._frozen:
                 continue
@@ -290,7 +294,7 @@ class _Proxy:
                 self._accept(self._listener)
 
     def _poll(self, pipe: Pipe) -> set[int]:
-        """Wait for anything to happen; gives the descriptors that it happened to."""
+        """Block until anything happens. Return the descriptors that are ready."""
         interest: Counter[int] = Counter({pipe.fileno(): select.POLLIN})
         if self._listener is not None and not self._frozen:
             interest[self._listener.fileno()] = select.POLLIN
@@ -323,7 +327,7 @@ class _Proxy:
         self._schedule_cut(pair)
 
     def _schedule_cut(self, pair: _ConnectionPair) -> None:
-        """Decide when and how a connection is cut, if it is to be."""
+        """Draw when and how to cut a connection, if more cuts are due."""
         if self._counts["cuts"] < self._last_cut:
             pair.kind, direction, budget = self._plan.draw()
             pair.directions[direction].budget = budget
@@ -345,7 +349,10 @@ class _Proxy:
             self._cut_if_spent(pair)
 
     def _count_unacked(self, pair: _ConnectionPair) -> None:
-        """Acks that were read here and not passed on make it fewer than the client may know of, never more."""
+        """Update the most un-acked payloads.
+
+        Acks read here but not passed on yet lower the count below what the client may see. They never raise it.
+        """
         if self._sizes and pair.watched:
             greeting, payload = self._sizes
             unacked = -(-pair.directions[0].read // payload) - max(0, pair.directions[1].read - greeting)
@@ -356,7 +363,8 @@ class _Proxy:
             return
         if self._counts["cuts"] < self._last_cut:
             self._cut(pair, pair.kind)
-        else:  # another connection was faster
+        else:
+            # Another connection was cut first.
             for direction in pair.directions:
                 direction.budget = math.inf
 

@@ -1,8 +1,8 @@
-"""An accelerator that computes on the CPU, but only when it is told to, and in as wrong an order as its streams allow.
+"""An accelerator that computes on the CPU, only on request, and in as wrong an order as its streams allow.
 
-`FakeDevice.install` puts it in place of what `echo_torch.support.accelerator` asks PyTorch for. What is enqueued in a
-stream waits there, as on a real device, until `FakeDevice.run` or a synchronisation comes to it. Tensors are "on" the
-device that `FakeDevice.put` gave, and no others.
+`FakeDevice.install` replaces what `echo_torch.support.accelerator` asks PyTorch for. Work that is enqueued in a stream
+waits there, as on a real device, until `FakeDevice.run` or a synchronization does it. Only tensors returned by
+`FakeDevice.put` are "on" the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from echo_torch.support import accelerator
 
 
 class FakeEvent:
-    """Passes when its stream comes to where it was recorded."""
+    """Passes when its stream reaches the place where it was recorded."""
 
     def __init__(self) -> None:
         self.passed = False
@@ -32,7 +32,7 @@ class FakeEvent:
 
 
 class FakeStream:
-    """What was enqueued and not done yet: work, events to be recorded, and events to wait for."""
+    """What is enqueued and not done yet: work, events to record, and events to wait for."""
 
     def __init__(self, device: FakeDevice) -> None:
         self.device = device
@@ -56,15 +56,15 @@ class FakeStream:
 
 
 class FakeDevice:
-    """One device with any number of streams, of which each thread has a current one."""
+    """One device with any number of streams. Each thread has a current stream."""
 
     def __init__(self) -> None:
         self.streams: list[FakeStream] = []
         self.lock = threading.RLock()
         self.freed_too_soon = 0
-        """How often memory was to be copied that nobody had kept."""
+        """How often a copy found that nobody had kept its source alive."""
         self.used: list[torch.Tensor] = []
-        """What is not to be freed before the stream of the thread that got it."""
+        """Memory that must not be freed before the current stream of the thread that received it."""
         self.waits: queue.SimpleQueue[FakeStream] = queue.SimpleQueue()
         """The streams that threads began to wait for."""
         self._current = threading.local()
@@ -86,26 +86,29 @@ class FakeDevice:
 
     @property
     def current(self) -> FakeStream:
-        """The stream of the calling thread."""
+        """The current stream of the calling thread."""
         if not hasattr(self._current, "stream"):
             self._current.stream = FakeStream(self)
         stream: FakeStream = self._current.stream
         return stream
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of its own that is on the device."""
+        """Return a copy of ``tensor`` that is on the device."""
         there = tensor.clone(memory_format=torch.preserve_format)
         self._memory[id(there)] = there
         return there
 
     def enqueue(self, pack: Callable[[], object]) -> None:
-        """A kernel that packs; until it runs, no rows are there, though new memory may still hold some from before."""
+        """Enqueue a kernel that packs rows.
+
+        Fills its target with 0xA5 first: until the kernel runs, memory holds something old and not the rows.
+        """
         assert isinstance(pack, functools.partial)
         pack.args[-1].fill_(0xA5)
         self.current.enqueue(pack)
 
     def run_on(self, stream: FakeStream, work: Callable[[], object]) -> None:
-        """A copy into host memory holds what it copies weakly, as a device does."""
+        """Enqueue a copy into host memory. Like a real device, it does not keep its source alive."""
         assert isinstance(work, functools.partial)
         assert work.keywords == {"non_blocking": True}
         (source,) = work.args
@@ -122,7 +125,7 @@ class FakeDevice:
         stream.enqueue(copy)
 
     def empty_like(self, tensor: torch.Tensor, stream: FakeStream) -> torch.Tensor:
-        """New memory, which holds something from before."""
+        """Return new memory, which holds something old."""
         there = self.put(tensor)
         there.view(-1).view(torch.uint8).fill_(0xA5)
         return there
@@ -134,7 +137,7 @@ class FakeDevice:
         reached.wait()
 
     def step(self, stream: FakeStream) -> bool:
-        """Do the next thing of a stream, if it has one that does not wait; gives whether it did."""
+        """Do the next operation of a stream, unless there is none or it waits. Return whether it did one."""
         with self.lock:
             if not stream.ops or not stream.ops[0]():
                 return False
@@ -142,7 +145,7 @@ class FakeDevice:
             return True
 
     def run(self, first: Sequence[FakeStream] | None = None) -> None:
-        """Do everything that is there: what the newest streams can do first, or else ``first``."""
+        """Do everything that can be done. The streams in ``first`` go first, or else the newest ones."""
         order = list(first or reversed(self.streams))
         order += [stream for stream in self.streams if stream not in order]
         while any(self.step(stream) for stream in order):
@@ -150,7 +153,7 @@ class FakeDevice:
 
 
 class ImmediateStream:
-    """A stream of a device that does everything while it is enqueued."""
+    """A stream of a device that does everything as soon as it is enqueued."""
 
     def wait_stream(self, other: Any) -> None:
         pass
@@ -162,7 +165,7 @@ class ImmediateStream:
 
 
 def install_immediate_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has all tensors be on a device that is never late."""
+    """Put all tensors on a device that is never late."""
     _install(
         monkeypatch,
         is_on_accelerator=lambda value: isinstance(value, torch.Tensor),
@@ -182,6 +185,6 @@ def _install(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -
 
 
 def payloads(batch: Any) -> list[bytes]:
-    """The payload of each sample of a batch of named tensors, in the order of the names."""
+    """Return the payload of each sample in a batch of named tensors. Leaves are in the order of their names."""
     leaves = [batch[name].contiguous().view(len(batch[name]), -1).view(torch.uint8) for name in sorted(batch)]
     return [row.numpy().tobytes() for row in torch.cat(leaves, dim=1)]

@@ -1,4 +1,4 @@
-"""What a test must not leave behind: threads of ours, and open file descriptors. And how its garbage is found."""
+"""What a test must not leave behind: threads of echo_torch and open file descriptors. And how to find its garbage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def our_threads() -> list[threading.Thread]:
 
 
 def assert_threads_end() -> None:
-    """Fails unless all threads of echo_torch end soon, and then says where they are."""
+    """Check that all threads of echo_torch end soon. Otherwise fail with their stack traces."""
     deadline = time.monotonic() + CLEANUP_TIMEOUT_S
     while our_threads() and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -36,9 +36,10 @@ def assert_threads_end() -> None:
 
 
 def open_descriptors() -> dict[str, str]:
-    """This process's open file descriptors, and what each is."""
+    """Return the open file descriptors of this process, and what each one is."""
     found = {}
     for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as the listing's own
+        # Suppress descriptors that were closed meanwhile, such as the listing's own.
+        with contextlib.suppress(FileNotFoundError):
             found[descriptor] = os.readlink(f"/proc/self/fd/{descriptor}")
     return found

@@ -1,4 +1,4 @@
-"""A real ``echo.Server`` in a process of its own, that keeps what it receives."""
+"""A real ``echo.Server`` in its own process, which keeps what it receives."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Learner(HelperProcess):
 
     Args:
         example: pytree of numpy arrays.
-        batch_size: the server's; it hands samples out only in full batches, so tests send a multiple of it.
-        port: where it listens; 0 to have the system choose.
+        batch_size: the server's. It hands out full batches only, so tests send a multiple of it.
+        port: where it listens; 0 lets the system choose.
         busy: seconds that it takes over each batch.
-        digest: a module-level function that makes what is kept of a batch; None for a copy of all of it.
+        digest: a module-level function that returns what to keep of a batch; None keeps a copy of all of it.
         options: further arguments of ``echo.Server``.
     """
 
@@ -42,31 +42,31 @@ class Learner(HelperProcess):
         self.port: int = self._answer()
 
     def take(self, samples: int) -> Any:
-        """Wait until ``samples`` samples were received since the start; gives all of them, leaves ``(n, *shape)``."""
+        """Wait until ``samples`` samples arrived since the start. Return all samples, leaves ``(n, *shape)``."""
         return self._ask("take", samples)
 
     def received(self) -> int:
-        """How many samples were received so far."""
+        """Return how many samples arrived so far."""
         return self._ask("received")
 
     def fill(self, sample: Any) -> None:
-        """Have the process itself put a whole batch of ``sample`` into its server."""
+        """Have the process submit a whole batch of ``sample`` to its own server."""
         self._ask("fill", sample)
 
     def pause(self) -> None:
-        """Stop draining, after the batch that is being waited for."""
+        """Stop draining after the batch that the server is waiting for."""
         self._ask("pause")
 
     def resume(self) -> None:
         self._ask("resume")
 
     def stop_server(self) -> None:
-        """``server.close()``; the process lives on."""
+        """Call ``server.close()``. The process keeps running."""
         self._ask("stop_server")
 
 
 class _Store:
-    """The server and the batches that it gave, drained by a thread."""
+    """The server and its batches so far. A thread drains it."""
 
     def __init__(
         self, example: Any, batch_size: int, port: int, busy: float, digest: Digest | None, options: dict[str, Any]

@@ -1,7 +1,7 @@
-"""A ``LightningModule`` that records what it trains on; and a program that trains it on two ranks, for test_lightning.
+"""A ``LightningModule`` that records what it trains on, and a program for test_lightning that trains it on two ranks.
 
-``lightning_digits.py DIRECTORY PORT PORT PORT`` fits three times, for a learner each, and leaves in DIRECTORY what each
-rank trained on (`ReportingSink`). Lightning runs it once more for the second rank.
+``lightning_digits.py DIRECTORY PORT PORT PORT`` fits three times, each time for another learner. It leaves in DIRECTORY
+what each rank trained on (`ReportingSink`). Lightning runs the program again for the second rank.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from echo_torch import EchoSink
 from echo_torch.callbacks.lightning import FabricSinkCallback, SinkCallback
 
 ODD = 13
-"""Samples for two ranks: one is given to both."""
+"""An odd number of samples for two ranks, so that both ranks get one of them."""
 OTHER_S = 30.0
-"""Seconds for which a rank that has failed waits for the other to fail."""
+"""Seconds that a rank that failed waits for the other one to fail."""
 
 
 class Model(LightningModule):
-    """Records the batches that it did a step on.
+    """Records the batches that it trained and evaluated on.
 
     Args:
-        at_step: is called at the beginning of each training step with its number, from 1 on.
+        at_step: called at the beginning of each training step with its number, from 1 on.
     """
 
     def __init__(self, at_step: Callable[[int], None] | None = None) -> None:
@@ -63,7 +63,7 @@ class Model(LightningModule):
 
 
 def trainer(path: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    """One that says little, for two epochs on the CPU."""
+    """Return a quiet trainer, for two epochs on the CPU by default."""
     return Trainer(
         callbacks=list(callbacks),
         default_root_dir=path,
@@ -79,7 +79,7 @@ def loader(count: int, first: int = 0, *, size: int = 64, workers: int = 0, **op
 
 
 class WaitsForWorkers(Callback):
-    """Has each rank wait at the end of an epoch, and look whether that covered what its loader's workers sent."""
+    """Waits at the end of an epoch, and checks that this covered what the loader's workers sent."""
 
     def __init__(self, sink: EchoSink) -> None:
         self._sink = sink
@@ -105,9 +105,9 @@ class Watch(Callback):
 
 
 class ReportingSink(SinkCallback):
-    """Leaves ``rank<rank>.json`` in a directory: the numbers trained on, how the fit ended, and after what time.
+    """Writes ``rank<rank>.json`` into a directory: the numbers trained on, how the fit ended, and its seconds.
 
-    A rank whose flush fails stays until the other has reported: its end would be that of both.
+    A rank whose flush fails stays until the other one has reported, because its exit would end both.
     """
 
     def __init__(self, directory: Path, sink: EchoSink, **options: Any) -> None:
@@ -156,7 +156,7 @@ def main(directory: Path, *ports: int) -> None:
     callback = ReportingSink(directory / "unpadded", unpadded, skip_padding=True)
     trainer(directory, callback, strategy="ddp", devices=2).fit(Model(), loader(ODD, size=2))
 
-    # Ranks whose own group has no CPU tensors, as with NCCL.
+    # Ranks whose own group takes no CPU tensors, as with NCCL.
     rank = dist.get_rank()
     dist.destroy_process_group()
     dist.init_process_group("cuda:gloo", f"file://{directory}/store", rank=rank, world_size=2)

@@ -1,11 +1,11 @@
 """A program for test_loaders: ``loading.py PORT FOLDER HOW`` sends from a loader's workers, and ends as HOW says.
 
-* "end": behind an epoch, with workers that are persistent, and so still there.
-* "error", "exit": in mid-epoch, by an exception, by ``sys.exit``.
-* "wait": in mid-epoch it waits for what comes from outside, a signal.
+* "end": after an epoch, with persistent workers that are still there.
+* "error", "exit": in the middle of an epoch, by an exception or by ``sys.exit``.
+* "wait": in the middle of an epoch it sleeps until a signal ends it.
 
-In FOLDER, ``sent-PID`` has the number of each sample that a worker was told to be sent, and ``pid-PID`` stands for a
-process. It prints "ready" in mid-epoch.
+In FOLDER, ``pid-PID`` marks a worker process, and ``sent-PID`` lists the numbers of the samples that a worker has sent.
+The program prints "ready" in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH = 8
 
 
 class Recorded:
-    """Notes what a collate function has sent, for the time after this process."""
+    """Records what a collate function has sent in files that outlive this process."""
 
     def __init__(self, collate: SinkCollate, folder: Path) -> None:
         self.collate = collate

@@ -1,4 +1,4 @@
-"""Samples that carry a number, and bytes that only this number has; nothing here needs torch."""
+"""Samples that carry a number, with bytes that depend on the number. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ FILLER = -1
 _NUMBER_BYTES = 8
 _NOISE = np.random.default_rng(0).integers(0, 256, 1 << 16, np.uint8)
 _STEP = 31
-"""How far apart in the noise the bytes of consecutive samples begin: a mixture of two is seen."""
+"""How far apart in the noise the bytes of consecutive samples begin, so that a mixture of two samples shows."""
 
 
 def example(size: int) -> Batch:
-    """A sample of ``size`` bytes."""
+    """Return a sample of ``size`` bytes."""
     return {"check": np.zeros(size - _NUMBER_BYTES, np.uint8), "id": np.zeros((), np.int64)}
 
 
 def samples(first: int, count: int, size: int) -> Batch:
-    """The samples of ``size`` bytes with the numbers from ``first`` on."""
+    """Return ``count`` samples of ``size`` bytes, numbered from ``first`` on."""
     ids = np.arange(first, first + count)
     return {"check": _checks(ids, size - _NUMBER_BYTES), "id": ids}
 
@@ -34,7 +34,7 @@ def fillers(count: int, size: int) -> Batch:
 
 
 def digest(batch: Batch) -> Batch:
-    """What a learner keeps: the numbers, and whether the bytes are theirs."""
+    """Return what a learner keeps: the numbers, and whether each sample has the bytes of its number."""
     check, ids = batch["check"], batch["id"]
     return {"id": ids.copy(), "right": (check == _checks(ids, check.shape[1])).all(axis=1)}
 

@@ -1,6 +1,6 @@
 """A program for test_ledger: ``orphan.py METHOD PORT`` has a daemonic child send more than a learner takes.
 
-The child says what that ends in.
+The child prints the error that this ends in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Scripted peers: servers that do what a real one cannot be made to do.
+"""Scripted peers: servers that do what you cannot make a real one do.
 
-A `Peer` listens on a port of its own and runs a script, a function of one accepted `PeerConnection`, on a thread for each
-connection. What the script raises is raised again when the peer is closed, unless it is only that the client left.
+A `Peer` listens on its own port. It runs a script, a function of one accepted `PeerConnection`, on a thread for each
+connection. When the peer closes, it raises what the script raised, unless that only says that the client left.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import optree
 from echo_torch.wire.protocol import ACK, WireLeaf, encode_handshake
 
 PATIENCE_S = 30.0
-"""Seconds after which a peer that hears nothing gives up."""
+"""Seconds without data after which a peer gives up."""
 
 LOST_ON_RESET = struct.pack("ii", 1, 0)
 
 
 TCP_REPAIR = 19
-"""Of linux/tcp.h: a socket in this mode closes without a word."""
+"""A socket option from linux/tcp.h. A socket in this mode closes without sending anything."""
 
 
 class PeerConnection:
@@ -57,7 +57,7 @@ class PeerConnection:
         return bytes(data)
 
     def receive_all(self, ack_every: int = 0) -> None:
-        """Read until the client leaves; with ``ack_every``, ack each further payload of that many bytes."""
+        """Read until the client leaves. With ``ack_every``, ack each further payload of that many bytes."""
         acked = len(self.received) // ack_every if ack_every else 0
         while piece := self.sock.recv(1 << 20):
             self.received += piece
@@ -67,18 +67,19 @@ class PeerConnection:
                 acked = whole
 
     def close(self) -> None:
-        """FIN."""
-        with contextlib.suppress(OSError):  # the client was faster
+        """End the connection with a FIN."""
+        # The client may have closed first.
+        with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
     def drop_silently(self) -> None:
-        """As if the connection had never been, which the client is not told; takes Linux, and root."""
+        """Close without sending anything, so that the client does not notice. Needs Linux and root."""
         self.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         self.sock.close()
 
     def reset(self) -> None:
-        """RST."""
+        """End the connection with a RST."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LOST_ON_RESET)
         self.sock.close()
 
@@ -87,7 +88,7 @@ Script = Callable[[PeerConnection], None]
 
 
 class Scripts:
-    """One script for each connection, and the last for all that follow."""
+    """Runs one script per connection, and the last one for all further connections."""
 
     def __init__(self, *scripts: Script) -> None:
         self._left = list(scripts)
@@ -98,12 +99,12 @@ class Scripts:
 
 
 class Peer:
-    """Listens on ``127.0.0.1`` (or ``::1``) and runs ``script`` for each client; a context manager.
+    """Listens on ``127.0.0.1`` (or ``::1``) and runs ``script`` for each client. A context manager.
 
     Args:
-        script: what it does, on a thread for each client.
-        host: where it listens.
-        receive_buffer: bytes that the system keeps for a script that does not read them; None for its default.
+        script: what to do with a client, on a thread for each.
+        host: where to listen.
+        receive_buffer: bytes that the system buffers for a script that does not read; None for its default.
     """
 
     def __init__(self, script: Script, host: str = "127.0.0.1", receive_buffer: int | None = None) -> None:
@@ -117,7 +118,7 @@ class Peer:
         self.listen()
 
     def listen(self) -> None:
-        """Accept clients, at the same port as before."""
+        """Accept clients, on the same port as before."""
         self._listener = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
         if self._receive_buffer is not None:
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
@@ -129,7 +130,7 @@ class Peer:
         self._threads[-1].start()
 
     def refuse(self) -> None:
-        """Accept nobody; those who are there stay."""
+        """Accept no more clients. Connected ones stay."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -149,7 +150,7 @@ class Peer:
         try:
             self._script(conn)
         except ConnectionError:
-            pass  # the client left: its test says whether it should have
+            pass  # the client left; the test checks whether it should have
         except OSError as error:
             if conn.sock.fileno() >= 0:
                 self._errors.append(error)
@@ -175,7 +176,7 @@ class Peer:
 
 @contextlib.contextmanager
 def full_queue() -> Iterator[socket.socket]:
-    """A listener that never accepts, and whose queue is full: nothing answers there."""
+    """Yield a listener that never accepts and whose queue is full, so that connecting gets no answer."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):

@@ -1,6 +1,6 @@
-"""Processes with many sinks each, as of actors that step many environments; for test_producers.
+"""Processes with many sinks each, like actors that step many environments; for test_producers.
 
-They import little: each is spawned, and that takes longer than what it does.
+They import little, because each process is spawned and imports take longer than the work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spawned import HelperProcess, answer_request
 from echo_torch import EchoSink
 
 SINKS = 50
-"""Of each process."""
+"""Sinks of each process."""
 BATCHES = 8
 BATCH = 32
 EXAMPLE = {"index": np.zeros((), np.int64), "obs": np.zeros(100, np.uint8), "sink": np.zeros((), np.int64)}
@@ -25,17 +25,17 @@ BUFFER_BYTES = 64 * 116
 
 
 class SinkProcess(HelperProcess):
-    """A process with sinks from number ``first`` on, none of which is connected; it may not be ready yet."""
+    """A process with sinks numbered from ``first`` on, none of them connected. It may not be ready yet."""
 
     def __init__(self, port: int, first: int) -> None:
         super().__init__(_run, port, first)
 
     def start_call(self, *request: Any) -> None:
-        """Ask, without waiting for the answer."""
+        """Send a request without waiting for the answer."""
         self._pipe.send(request)
 
     def result(self) -> Any:
-        """What was asked for has; the first answer is to nothing but that."""
+        """Return the answer to the latest request. The first answer belongs to no request: the process is ready."""
         return self._answer()
 
 
@@ -48,7 +48,7 @@ class _Sinks:
         }
 
     def connect(self) -> int:
-        """All at once; gives the number of threads that came of it."""
+        """Connect all sinks at once. Return how many threads that added."""
         errors: list[Exception] = []
 
         def connect(sink: EchoSink) -> None:
@@ -67,7 +67,7 @@ class _Sinks:
         return _threads_and_descriptors()[0] - self._before[0]
 
     def send(self) -> int:
-        """In turns; gives how many samples were acked."""
+        """Send from the sinks in turns. Return how many samples were acked."""
         for first in range(0, BATCHES * BATCH, BATCH):
             for number, sink in self._sinks.items():
                 obs = np.full((BATCH, 100), number, np.uint8)
@@ -77,7 +77,7 @@ class _Sinks:
         return sum(sink.stats().samples_acked for sink in self._sinks.values())
 
     def close(self) -> tuple[int, int]:
-        """Gives how many threads and descriptors there are that were not before."""
+        """Close the sinks. Return how many more threads and descriptors there are than at the start."""
         for sink in self._sinks.values():
             sink.close()
         threads, descriptors = _threads_and_descriptors()

@@ -1,7 +1,7 @@
-"""A helper of the tests in a process of its own, and how it is asked: by the name of a method, through a pipe.
+"""A helper of the tests in its own process, which the test calls by method name through a pipe.
 
-The process comes from the `nursery`, ends when the tests do (it reads from a pipe that then closes), and is ended by
-its pid.
+The process comes from the `nursery`. It ends when the tests do, because the pipe that it reads from then closes. Tests
+end it by its pid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from nursery import NURSERY
 
 ANSWER_S = 60.0
-"""Seconds that the process may take for any answer; only a broken one comes near it."""
+"""Seconds that the process may take for an answer. Only a broken one comes near it."""
 
 _Self = TypeVar("_Self", bound="HelperProcess")
 
@@ -25,8 +25,8 @@ class HelperProcess:
     """The process, as a context manager.
 
     Args:
-        main: a module-level function ``(pipe, *arguments)``. It sends one answer when it is ready, then one for each
-            request (`answer_request`), and ends with `end` when the pipe is closed.
+        main: a module-level function ``(pipe, *arguments)``. It sends one answer when it is ready, and then one for
+            each request, with `answer_request`. Reading from a closed pipe ends it.
     """
 
     def __init__(self, main: Callable[..., None], *arguments: Any) -> None:
@@ -36,7 +36,7 @@ class HelperProcess:
         self._ended = False
 
     def freeze(self) -> None:
-        """``kill -STOP``: the process does nothing any more, while its kernel still answers for it."""
+        """Send SIGSTOP and wait until the process stops. Its kernel still answers for it."""
         os.kill(self._pid, signal.SIGSTOP)
         NURSERY.wait_for_stop(self._pid)
 
@@ -44,7 +44,7 @@ class HelperProcess:
         os.kill(self._pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """``kill -9``."""
+        """Send SIGKILL and wait until the process ends."""
         os.kill(self._pid, signal.SIGKILL)
         NURSERY.collect(self._pid)
         self._ended = True
@@ -71,7 +71,8 @@ class HelperProcess:
 
 
 def _run(pipe: Pipe, main: Callable[..., None], *arguments: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at the terminal is for the tests
+    # Ctrl-C at the terminal is for the tests.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         main(pipe, *arguments)
     except (EOFError, BrokenPipeError):  # the parent is gone
@@ -79,7 +80,7 @@ def _run(pipe: Pipe, main: Callable[..., None], *arguments: Any) -> None:
 
 
 def answer_request(pipe: Pipe, who: Any) -> None:
-    """Wait for one request and call the method of ``who`` that it names."""
+    """Wait for one request, call the method of ``who`` that it names, and send the result or the error."""
     name, *arguments = pipe.recv()
     try:
         result = getattr(who, name)(*arguments)

@@ -1,4 +1,4 @@
-"""A proxy that terminates TLS in front of a learner, in a process of its own: Python's ``ssl``, on asyncio."""
+"""A proxy that terminates TLS in front of a learner, in its own process: Python's ``ssl``, on asyncio."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Terminator(HelperProcess):
 
     Args:
         backend: the learner's port.
-        cert_file: its certificate and key.
-        client_ca: issues the certificates that clients must have; None to ask for none.
-        most: its highest version of TLS, as ``ssl.TLSVersion`` has it.
-        port: where it listens; 0 to have the system choose.
+        cert_file: the proxy's certificate and key.
+        client_ca: the CA of the certificates that clients must have; None asks for none.
+        most: the highest TLS version, as a name of ``ssl.TLSVersion``.
+        port: where it listens; 0 lets the system choose.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Terminator(HelperProcess):
         self.port: int = self._answer()
 
     def cut(self, abort: bool = False) -> int:
-        """End all connections, by closing them in order or by RST; gives how many there were."""
+        """End all connections, by closing them in order or, with ``abort``, by RST. Return how many there were."""
         return self._ask("cut", abort)
 
     def stall(self) -> None:
-        """Move nothing any more that clients send, until `resume`."""
+        """Forward nothing that clients send, until `resume`."""
         self._ask("stall")
 
     def resume(self) -> None:
         self._ask("resume")
 
     def versions(self) -> list[str]:
-        """Of TLS, of all connections so far."""
+        """Return the TLS versions of all connections so far."""
         return self._ask("versions")
 
 
@@ -77,7 +77,8 @@ class _Proxy:
         writer.close()
 
     async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, gated: bool) -> None:
-        with contextlib.suppress(OSError):  # as an end by RST is
+        # Suppress the error of a connection that ends with a RST.
+        with contextlib.suppress(OSError):
             while data := await source.read(_PIECE):
                 if gated:
                     await self._forwarding.wait()
@@ -118,7 +119,7 @@ def _serve(pipe: Pipe, backend: int, port: int, cert_file: str, client_ca: str |
 
 
 def server_context(cert_file: str, client_ca: str | None = None, most: str = "MAXIMUM_SUPPORTED") -> ssl.SSLContext:
-    """A server's, with the arguments of a `Terminator`."""
+    """Return the ``ssl`` context of a server, for the arguments of a `Terminator`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.maximum_version = ssl.TLSVersion[most]
     context.load_cert_chain(cert_file)

@@ -1,4 +1,4 @@
-"""The cutting proxy, with plain sockets on both sides of it."""
+"""The cutting proxy, with plain sockets on both sides."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ def accept(listener: socket.socket) -> socket.socket:
 
 @contextlib.contextmanager
 def pair(cutter: Cutter, listener: socket.socket) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A client's and a server's socket, joined by the proxy."""
+    """Yield a client's and a server's socket, joined by the proxy."""
     with connect(cutter) as client, accept(listener) as server:
         yield client, server
 
 
 def rest(sock: socket.socket, say: bytes = b"") -> tuple[bytes, str]:
-    """All that still comes after saying something, and how it ends: as `KINDS` names it."""
+    """Send ``say``, if any, and read until the end. Return the data and how it ended, as `KINDS` names it."""
     data, end = bytearray(), "FIN"
     try:
         if say:
             sock.sendall(say)
-    except ConnectionResetError:  # is reported once
+    except ConnectionResetError:
+        # The system reports a reset only once, so note it here.
         end = "RST"
     try:
         while piece := sock.recv(1 << 20):
@@ -103,7 +104,7 @@ def test_cuts_as_told(listener: socket.socket, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuts_at_a_byte_offset(listener: socket.socket, kind: str) -> None:
-    """What arrives is what was sent, up to any offset; every other time that counts what the server said."""
+    """What arrives is a prefix of what was sent. About every other cut counts the server's bytes."""
     said = random.Random(3).randbytes(10_000)
     cuts, offsets = 8, set()
     with Cutter(port_of(listener), most_bytes=9_000, most_acks=9_000, kinds=(kind,)) as cutter:
@@ -117,7 +118,7 @@ def test_cuts_at_a_byte_offset(listener: socket.socket, kind: str) -> None:
                     assert said.startswith(data)
                     offsets.add(len(data))
             assert cutter.counts()["cuts"] == number + 1
-        with pair(cutter, listener) as (client, server):  # and then no more
+        with pair(cutter, listener) as (client, server):  # no more cuts are due
             client.sendall(said)
             client.shutdown(socket.SHUT_WR)
             assert rest(server) == (said, "FIN")
@@ -171,7 +172,8 @@ def test_is_cut_while_frozen(listener: socket.socket) -> None:
 def test_a_server_that_is_gone_looks_like_a_reset(listener: socket.socket) -> None:
     with Cutter(port_of(listener)) as cutter:
         listener.close()
-        with pytest.raises(ConnectionResetError):  # maybe while it connects
+        # The reset may come while it connects.
+        with pytest.raises(ConnectionResetError):
             knock(cutter)
 
 
@@ -189,7 +191,7 @@ def test_leads_to_another_server(listener: socket.socket) -> None:
 
 
 def test_gives_up_on_peers_that_do_not_end_their_side(listener: socket.socket) -> None:
-    """And does not keep its end for ever: what is written to it then is refused."""
+    """The proxy does not keep its end open forever: it then refuses what the client writes."""
     with Cutter(port_of(listener)) as cutter, pair(cutter, listener) as (client, _):
         cutter.cut("fin")
         assert rest(client) == (b"", "FIN")

@@ -1,4 +1,4 @@
-"""What the tests of the trainers share: handwritten digits that carry a number, a model, and what arrived of them."""
+"""What the tests of the trainers share: handwritten digits with numbers, a model, and a learner for them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ LABELS = torch.from_numpy(_DATA[:, -1]).long()
 
 
 TAKE_S = 30.0
-"""Seconds in which what was sent must arrive."""
+"""Seconds in which everything sent must arrive."""
 STALLING_COUNT = 160
-"""As many digits stall a learner that is paused; it acks some 70."""
+"""So many digits stall a paused learner. It acks about 70 of them."""
 _FILLER = {"id": np.array(-1), "image": np.zeros(64, np.float32), "labels": np.array(-1)}
 
 
 class Digits(Dataset[Item]):
-    """The digits with the numbers from ``first`` on: ``id`` int64 (), ``image`` float32 (64,), ``labels`` int64 ().
+    """The digits numbered from ``first`` on: ``id`` int64 (), ``image`` float32 (64,), ``labels`` int64 ().
 
-    The digits begin again after the last, the numbers do not.
+    After the last image, the images begin again. The numbers continue.
     """
 
     def __init__(self, count: int, first: int = 0) -> None:
@@ -58,7 +58,7 @@ def digit(number: int) -> Item:
 
 
 class Classifier(nn.Module):
-    """A linear one; gives ``loss`` and ``logits``, and takes the items of a batch by name."""
+    """A linear classifier. Takes the items of a batch by name, and returns ``loss`` and ``logits``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,10 +70,10 @@ class Classifier(nn.Module):
 
 
 class DigitLearner(Learner):
-    """A server for digits, of which any number can be taken.
+    """A server for digits, of which you can take any number.
 
-    A server hands out full batches only, and may hang if these are small: so they are filled up with samples that are
-    no digits, and those are left out again. While it is paused, it acks fewer than `STALLING_COUNT` samples.
+    A server hands out full batches only, and may hang if they are small. So this one fills batches up with samples that
+    are no digits, and leaves those out of the result. While it is paused, it acks fewer than `STALLING_COUNT` samples.
     """
 
     def __init__(self, **options: Any) -> None:

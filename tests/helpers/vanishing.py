@@ -1,8 +1,8 @@
-"""A program for test_keepalive, to be run in a network of its own: ``vanishing.py WHEN`` prints what a client says.
+"""A program for test_keepalive: ``vanishing.py WHEN`` makes the learner's host vanish and reports what a client does.
 
-The learner's host vanishes: nothing reaches it any more, and nobody says so. What `send` raises after the client
-has noticed is printed as JSON. WHEN is "idle", "busy", or "full" (the
-learner is paused, and what was sent to it fills its buffers).
+Run it in its own network namespace. Nothing reaches the host any more, and nothing tells the client. The program
+prints, as JSON, what `send` raises after the client has noticed. WHEN is "idle", "busy", or "full": then the learner is
+paused, and what was sent fills its buffers.
 """
 
 from __future__ import annotations

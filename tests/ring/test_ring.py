@@ -601,7 +601,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule()
     def settle(self) -> None:
-        """Let the senders come as far as they can: who still waits does so with reason, and nobody else is waiter_added."""
+        """Let the senders run as far as they can: those that still wait have a reason, and no other waiter is left."""
         self.ring.wake()
         waiting = [state.settle(self.ring.acked) for state in self.senders]
         assert self.ring.has_waiters == any(waiting)
