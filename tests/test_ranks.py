@@ -232,6 +232,7 @@ def _join(rank: int, size: int, directory: Path) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_ranks_end_a_wait_alike(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_join, (3, tmp_path), nprocs=3)
     done = {path.name for path in tmp_path.iterdir()} - {"store"}

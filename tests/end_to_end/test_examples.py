@@ -195,6 +195,7 @@ def test_workers_interrupted_ends_at_once(tmp_path_factory: pytest.TempPathFacto
         assert not ledgers(home)
 
 
+@pytest.mark.slow
 def test_the_learner_of_workers_misses_what_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample of 32 once instead of twice, and another three times; then it comes after all."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -322,18 +323,18 @@ def test_benchmark_trusts_only_what_arrives_as_it_was_sent(monkeypatch: pytest.M
     monkeypatch.syspath_prepend(str(EXAMPLES))
     others = importlib.import_module("benchmark_others")
     case = importlib.import_module("benchmark_senders").cases()["29B"]
-    taken = others.Taken()
+    counter = others.BatchCounter()
     for _ in range(2):
-        taken.add(others.arrays_of(case))
-    taken.wait_for(2)
-    others.check_taken("queue", taken.report(), 2, case)
+        counter.add(others.arrays_of(case))
+    counter.wait_for(2)
+    others.check_received("queue", counter.report(), 2, case)
     with pytest.raises(RuntimeError, match="queue: 2 batches arrived, 3 were sent"):
-        others.check_taken("queue", taken.report(), 3, case)
+        others.check_received("queue", counter.report(), 3, case)
     other = case._replace(batch={**case.batch, "done": ~case.batch["done"]})
     with pytest.raises(RuntimeError, match=r"queue: .* arrived, .* was sent"):
-        others.check_taken("queue", taken.report(), 2, other)
-    taken.end()
-    taken.wait_for(3)  # in vain, and so at once
+        others.check_received("queue", counter.report(), 2, other)
+    counter.end()
+    counter.wait_for(3)  # in vain, and so at once
 
 
 @pytest.mark.parametrize(

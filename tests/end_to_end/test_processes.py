@@ -331,7 +331,7 @@ def test_forks_among_large_samples_tear_none() -> None:
     assert received[2:] == [[100, 101, 102], [200, 201, 202], [300, 301, 302]]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def test_a_sink_sends_from_child_processes(method: str) -> None:
     """The sink travels as configuration, although connected; each process opens a connection of its own."""
     check_children(method, "close")

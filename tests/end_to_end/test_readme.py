@@ -253,6 +253,7 @@ def answer(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_command_in_the_text_is_there(folder: Path) -> None:
     """What takes longer than a test may is only asked whether it knows its options, and finds its tests."""
     commands = set(re.findall(r"`(python [^`\n]*)`", README))
