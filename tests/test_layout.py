@@ -101,6 +101,7 @@ def test_public_names_are_imported_from_where_users_do(module: str) -> None:
         assert sorted(imported.__all__) == sorted(PUBLIC[module].split())
 
 
+@pytest.mark.slow
 def test_a_wheel_has_the_modules_that_are_there_and_no_others(tmp_path: Path) -> None:
     """Built of a copy. Fails if an earlier build left modules in ``build/`` that moved since: delete that folder."""
     source = tmp_path / "source"

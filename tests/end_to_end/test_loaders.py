@@ -163,8 +163,10 @@ def chosen(case: Case) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = CASES if metafunc.config.getoption("loaders") else list(filter(chosen, CASES))
-        metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
+        every = metafunc.config.getoption("loaders")
+        cases = CASES if every else list(filter(chosen, CASES))
+        marked = [pytest.param(case, marks=pytest.mark.slow if case[0] == "spawn" and not every else ()) for case in cases]
+        metafunc.parametrize("case", marked, ids=lambda case: "-".join(map(str, case)))
 
 
 def test_every_sample_of_every_epoch_arrives(
@@ -765,6 +767,7 @@ def test_main_is_interrupted_with_live_workers(home: Path, whole_group: bool) ->
         check_arrived(server, program)
 
 
+@pytest.mark.slow
 def test_main_is_killed_and_the_next_run_removes_what_it_left(home: Path) -> None:
     """Its workers notice within 5 seconds, and deliver."""
     with learner() as server:

@@ -108,6 +108,7 @@ def test_interpreter_exit_is_bounded_and_says_what_is_left() -> None:
     assert f"127.0.0.1:{peer.port}: ended with 1 samples un-acked" in out
 
 
+@pytest.mark.slow
 def test_interpreter_exit_with_one_peer_that_stalls_delivers_to_all_others() -> None:
     """And their tails: none has to wait for the time that another takes in vain."""
 
@@ -340,9 +341,9 @@ def test_a_sink_sends_from_child_processes(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "how"),
     [
-        ("fork", "end"),
+        pytest.param("fork", "end", marks=pytest.mark.slow),
         ("fork", "drop"),
-        ("forkserver", "end"),
+        pytest.param("forkserver", "end", marks=pytest.mark.slow),
         pytest.param("forkserver", "drop", marks=pytest.mark.slow),
         pytest.param("spawn", "end", marks=pytest.mark.slow),
     ],

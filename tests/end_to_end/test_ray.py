@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from echo_torch import DeliveryTimeoutError, EchoSink, SpecMismatchError
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
 
 EXAMPLE = {"id": np.zeros((), np.int64)}
 BATCH = 32

@@ -208,23 +208,32 @@ def check(block: str, folder: Path, at: str, code: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "code"), [(WELL, 0), (DIFFERS, 1), (BENCH, 0), (EXAMPLE, 0)], ids=["well", "differs", "bench", "example"]
+    ("block", "code"),
+    [
+        pytest.param(WELL, 0, id="well"),
+        pytest.param(DIFFERS, 1, id="differs", marks=pytest.mark.slow),
+        pytest.param(BENCH, 0, id="bench"),
+        pytest.param(EXAMPLE, 0, id="example", marks=pytest.mark.slow),
+    ],
 )
 def test_commands_that_reach_a_learner(folder: Path, port: str, block: str, code: int) -> None:
     check(block, folder, port, code)
 
 
+@pytest.mark.slow
 def test_the_doctor_of_a_web_server(folder: Path) -> None:
     with started(*HTTP, "0", folder=folder) as (_, wait_for_output):
         check(NO_ECHO, folder, wait_for_output(r"port (\d+)"), 1)
 
 
+@pytest.mark.slow
 def test_the_doctor_of_a_closed_port(folder: Path) -> None:
     with Peer(lambda conn: None) as peer:
         peer.refuse()
         check(NOBODY, folder, str(peer.port), 1)
 
 
+@pytest.mark.slow
 def test_the_doctor_of_a_learner_that_is_stopped(folder: Path) -> None:
     with started(*SERVE, "--port", "0", folder=folder) as (process, wait_for_output):
         at = wait_for_output(r"port (\d+)")

@@ -29,7 +29,10 @@ def can_unshare_network() -> bool:
     return bool(shutil.which("unshare")) and not subprocess.call([*UNSHARE_NETWORK, "true"])
 
 
-pytestmark = pytest.mark.skipif(not can_unshare_network(), reason="no network namespaces here")
+pytestmark = [
+    pytest.mark.skipif(not can_unshare_network(), reason="no network namespaces here"),
+    pytest.mark.slow,  # each case waits for as long as the kernel takes
+]
 
 
 def run_vanishing_host(when: str) -> dict[str, Any]:
