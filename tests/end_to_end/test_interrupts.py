@@ -414,8 +414,17 @@ print("ended")
 """
 
 
-@pytest.mark.parametrize("handler", ["close", "wait"])
-@pytest.mark.parametrize("what", ["send", "wait", "close"])
+@pytest.mark.parametrize(
+    ("what", "handler"),
+    [
+        ("send", "close"),
+        ("wait", "wait"),
+        ("close", "close"),
+        pytest.param("send", "wait", marks=pytest.mark.slow),
+        pytest.param("wait", "close", marks=pytest.mark.slow),
+        pytest.param("close", "wait", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_handler_that_calls_us_hangs_nothing(what: str, handler: str) -> None:
     """Whatever it interrupts. In an interpreter of its own, which can be ended if it hangs."""
     checker = Checker(4)

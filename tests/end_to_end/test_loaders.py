@@ -165,7 +165,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         every = metafunc.config.getoption("loaders")
         cases = CASES if every else list(filter(chosen, CASES))
-        marked = [pytest.param(case, marks=pytest.mark.slow if case[0] == "spawn" and not every else ()) for case in cases]
+        fast = ("fork", "forkserver", "spawn") if every else ("fork", "forkserver")
+        marked = [pytest.param(case, marks=() if case[0] in fast else pytest.mark.slow) for case in cases]
         metafunc.parametrize("case", marked, ids=lambda case: "-".join(map(str, case)))
 
 
@@ -748,7 +749,11 @@ def check_arrived(server: DigitLearner, program: Program) -> None:
 
 @pytest.mark.parametrize(
     ("how", "code", "last"),
-    [("end", 0, ""), ("error", 1, "LookupError: the user's own"), ("exit", 3, "")],
+    [
+        ("end", 0, ""),
+        pytest.param("error", 1, "LookupError: the user's own", marks=pytest.mark.slow),
+        pytest.param("exit", 3, "", marks=pytest.mark.slow),
+    ],
 )
 def test_main_ends_with_live_workers(home: Path, how: str, code: int, last: str) -> None:
     with learner() as server, Program(server.port, home, how) as program:
