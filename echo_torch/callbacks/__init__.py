@@ -1,7 +1,8 @@
 """Callbacks that put an `EchoSink` into the training loops people use.
 
-`loop.SinkCallback` holds the policy and serves hand-written loops. Every other module translates one trainer's events
-into its methods and needs that trainer's package, except `fabric`. ``import echo_torch`` imports none of them.
+`loop.SinkCallback` holds the policy and serves hand-written loops. An adapter translates one trainer's events into its
+methods and needs that trainer's package, except `fabric`; `lightning_stats`, `transformers_stats` and `sb3_samples` are
+parts of adapters. ``import echo_torch`` imports none of them.
 
 What holds for every trainer:
 

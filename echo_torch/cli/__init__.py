@@ -2,7 +2,8 @@
 
 Each command is a module. Its `add_command` describes the arguments, and another function runs the command and returns
 the exit code: 0, or 1 after one line on stderr that names the problem and the remedy. Wrong arguments exit with 2, as
-usual with argparse.
+usual with argparse, and Ctrl-C with 130. What commands share: `arguments`, `errors`, `reach` (the way to a server, step
+by step) and `table`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 * `connection`: what callers and the I/O thread share: the current pump, the I/O lock, and why the connection failed.
 * `io_thread`: the thread. Writes what callers leave, reads acks, reconnects, and ends the connection.
 * `pump`, `tls_pump`: one socket each. Move bytes and the counters ``written`` and ``acked``. No lock, no waiting.
-* `reconnect`: when to try again, and when to give up. `resend`: the rows that are sent once more.
+* `reconnect`: when to try again, and for how long. `resend`: the rows that are sent once more.
 * `flow`: how far callers run ahead of the acks, and how long acks may stay unread.
 * `wakeup`: the threads that sleep in ``poll``, and how other threads wake them.
 

@@ -8,6 +8,7 @@ Rules:
 
 * One thread per dataset calls ``server.sample()``. Each call returns the previous batch's slot to the server. So the
   batch must be copied, or you must be done with it, before the next call.
-* One lock guards the prefetcher's state. No thread holds it while waiting, and finalizers do not need it.
+* One lock guards the prefetcher's state. No thread holds it while waiting, and finalizers do not need it. Another one,
+  for each server, is held around ``server.sample()``.
 * Nothing here imports the sending side.
 """

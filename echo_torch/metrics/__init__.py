@@ -6,6 +6,7 @@
 Rules:
 
 * Always on, so each update must cost well under a microsecond.
-* Each number has one writer at a time: the caller that is packing, or the holder of the I/O lock. Readers take no lock
-  and may see a value that is a moment old.
+* Counts of samples have one writer at a time: the holder of the packing lock or of the I/O lock. Seconds are added up
+  without a lock, so several threads that send at once may lose a little of them. Readers take no lock and may see a
+  value that is a moment old.
 """

@@ -7,7 +7,8 @@
 
 Rules:
 
-* A sample is one row, and its bytes exist once on the host. The counters only grow::
+* A sample is one row, and its bytes exist once on the host. The counters only grow, except that a
+  reconnect moves ``written`` back to ``released``. On one connection::
 
       released <= acked <= written <= ready <= packed <= reserved <= released + capacity
       released = max(0, acked - keep_acked)

@@ -10,6 +10,6 @@
 Rules:
 
 * Each learner has its own client, with that client's guarantees.
-* Locks, outermost first: prefix, failover, then those of `client`. Never wait while you hold the first two.
+* Locks, outermost first: prefix, failover, then those of `client`. Hold the first two for moments only.
 * With failover, the rows of a lost learner go out before any new rows.
 """

@@ -523,7 +523,8 @@ def test_connections_that_come_and_go_without_an_ack_are_a_stall(monkeypatch: py
             ):
                 client.wait()
         assert client.counts().reconnects >= 1
-        with pytest.raises(DeliveryTimeoutError):
+        # Which one it is depends on whether the connection is open at this moment.
+        with pytest.raises((DeliveryTimeoutError, ConnectionClosedError), match="1 samples un-acked"):
             client.close(0)
 
 
