@@ -1,23 +1,24 @@
 """Flow control: how far callers run ahead of the acks, and how long acks may stay unread.
 
-`SoftLimit`: callers may fill the whole ring, or less of it while a full ring would only be slower.
+`SoftLimit`: callers may fill the whole ring. While a full ring is slower, they may fill only a part of it.
 
-* A ring that is always full is filled faster than it drains, so using all of it gains nothing. Worse, copies that go
-  round through 64 MiB miss the caches. Measured side by side in one run, with samples of 28 KB and of 602 KB and a null
-  peer: 0.82 and 0.87 of what a raw ``sendall`` reaches with a full ring, 0.95 and 1.04 with 8 MiB.
-* The limit is set when a full ring drains fast. If it drains slowly, memory is not the bottleneck.
+* If a ring is always full, callers fill it faster than it drains, so using all of it gains nothing. Worse, copies that
+  cycle through 64 MiB miss the caches. One run measured both side by side, with samples of 28 KB and of 602 KB and a
+  null peer. A full ring reached 0.82 and 0.87 of the speed of a raw ``sendall``. With 8 MiB it was 0.95 and 1.04.
+* The limit is set when a full ring drains fast. If the ring drains slowly, memory is not the bottleneck.
 * The limit is lifted as soon as the ring is empty, because bursts need the room. It is also lifted when a wait takes
   twice as long as it should, and at least `MIN_SLOW_WAIT_S`: the waiting caller then gets the room at once.
-* A ring that is no larger than the window does not let callers run ahead. Leaving rows to the I/O thread gains them
-  nothing, so they write more themselves, while their own caches hold the rows. That moved 1.3 times as many samples of
-  602 KB through `TcpClient`, and 1.1 times as many of 28 KB.
+* If the ring is no larger than the window, callers cannot run ahead. They gain nothing from leaving rows to the I/O
+  thread. So they write more rows themselves, while their own caches still hold them. That moved 1.3 times as many
+  samples of 602 KB through `TcpClient`, and 1.1 times as many of 28 KB.
 
-`AckBatching`: waking the I/O thread for every few acks costs more than the samples did.
+`AckBatching`: the I/O thread sleeps so that many acks arrive together. A wake-up for every few acks costs more than the
+samples themselves.
 
 * The kernel can batch only about ten acks: the server has no more in flight until we read or send (see `pump`). As soon
   as we do, it sends what it held back.
-* So while rows wait for nothing but the window, the I/O thread sleeps before it polls. The sleep is so short that, at
-  the rate of the latest acks, only a share of the window is acked meanwhile.
+* So while only the window holds rows back, the I/O thread sleeps before it polls. The sleep is short: at the rate of
+  the latest acks, the server acks only a share of the window meanwhile.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ import time
 from echo_torch.ring.ring import Ring
 from echo_torch.support.deadline import Deadline
 
-# Bytes per second from which draining counts as fast: a share of what memory does, and more than most networks do.
+# Bytes per second from which draining counts as fast. Memory is faster than this, and most networks are slower.
 FAST_BYTES_PER_S = 1e9
-# Bytes by which callers run ahead while the limit is set; a larger window takes precedence.
+# Bytes by which callers run ahead while the limit is set. If the window is larger, they run ahead by the window.
 SOFT_LIMIT_BYTES = 8 * 1024 * 1024
-# Bytes that a caller writes itself if it can run ahead: they cost about as much as the system call itself, so that
-# `send` costs one copy and not two. And if it cannot run ahead: a good part of what the socket takes.
+# Bytes that a caller writes itself if it can run ahead. They cost about as much as the system call itself, so `send`
+# costs one copy and not two.
 RUN_AHEAD_WRITE_BYTES = 64 * 1024
+# Bytes that a caller writes itself if it cannot run ahead: a good part of what the socket takes.
 LOCKSTEP_WRITE_BYTES = 1024 * 1024
 # Seconds below which no wait counts as slow: the system does not always wake threads at once.
 MIN_SLOW_WAIT_S = 0.02
 # At most this share of the window may be acked while the I/O thread sleeps, so that the server does not run dry.
 WINDOW_DIVISOR = 4
-# Seconds. Below the first, sleeping costs more than it saves. Above the second, it saves hardly more.
+# Seconds to sleep. Below the first, a sleep costs more than it saves. Above the second, it saves hardly more.
 MIN_POLL_INTERVAL_S = 0.0001
 MAX_POLL_INTERVAL_S = 0.002
 
@@ -59,7 +61,8 @@ class SoftLimit:
     def disable(self) -> None:
         """Set no limit from now on.
 
-        For rows that a device copies: a caller that waits keeps the device waiting, and no cache gains from a limit.
+        Call this if a device copies the rows. A caller that waits keeps the device waiting, and no cache gains from a
+        limit.
         """
         self._limit_rows = self._ring.max_unacked
         self._ring.soft_limit = self._ring.max_unacked
@@ -71,7 +74,7 @@ class SoftLimit:
             ring.soft_limit = ring.max_unacked
 
     def deadline_for(self, threshold: int) -> Deadline | None:
-        """Return until when ``acked`` must reach ``threshold``, or else the limit is lifted; None without a limit."""
+        """Return when to lift the limit if ``acked`` has not reached ``threshold`` by then; None without a limit."""
         ring = self._ring
         if ring.soft_limit == ring.max_unacked:
             return None
@@ -88,7 +91,7 @@ class SoftLimit:
         """
         ring = self._ring
         if ring.soft_limit < ring.max_unacked:
-            # The wait ended at `deadline_for`, so the ring was fast if it got there.
+            # The wait lasted until `deadline_for` at most, so the ring was fast if ``acked`` reached the threshold.
             fast = ring.acked >= threshold
         else:
             fast = (ring.acked - acked) * ring.row_bytes >= FAST_BYTES_PER_S * (time.monotonic() - began)
@@ -103,14 +106,15 @@ class AckBatching:
         self._window = window
         # The ``acked`` of the last call that saw new acks.
         self._acked = 0
-        # When that call was, by ``time.monotonic``.
+        # When that call came, by ``time.monotonic``.
         self._measured_at = time.monotonic()
 
     def poll_interval(self, acked: int) -> float:
-        """Return for how many seconds to sleep before polling again, if only acks matter; call this after each pump."""
+        """Return how many seconds to sleep before the next poll, if only acks matter. Call this after each pump."""
         now = time.monotonic()
         new_acks, elapsed = acked - self._acked, now - self._measured_at
-        # No new acks: too early to know the rate, or nothing to save. The next ack shall wake the thread.
+        # Without new acks, it is too early to know the rate, or a sleep saves nothing. Let the next ack wake the
+        # thread.
         if not new_acks:
             return 0.0
         self._acked, self._measured_at = acked, now

@@ -2,8 +2,8 @@
 
 * Hold the connection's I/O lock for everything here but `Pump.has_writable_rows` and `Pump.awaits_acks`. Nothing
   blocks.
-* A socket that replaces a lost one begins with rows that were acked before. Their acks count in `Pump.acked`, for the
-  window, and leave ``ring.acked`` as it is.
+* A socket that replaces a lost one first gets rows that were acked on the old one. Their new acks count in
+  `Pump.acked`, because the window depends on it. They do not change ``ring.acked``.
 * The holder of the lock may be the main thread, which Ctrl-C can interrupt after any call. So the C code that makes a
   system call also records its result (`call_and_append`). Plain assignments, with no call between them, then add the
   result to the counters. If an interrupt strikes before them, the next `Pump.run` applies the recorded result.
@@ -22,17 +22,18 @@ from echo_torch.ring.ring import Ring
 from echo_torch.support.interrupts import call_and_append
 from echo_torch.wire.protocol import check_acks
 
-# Most bytes read by one system call; an ack is one byte. A smaller window needs less: the window, and one byte more to
-# notice an ack too many. The buffer is small because a machine may have hundreds of connections.
+# Most bytes read by one system call; an ack is one byte. If the window is smaller, the buffer holds the window and one
+# byte more, to notice an ack too many. The buffer is small because a machine may have hundreds of connections.
 ACK_BUFFER_BYTES = 64 * 1024
 # How many acks the kernel collects before it wakes a thread that polls for them. Each ack comes in a segment of its
-# own, and a wake-up for each costs more than the sample did. The server can have about ten segments in flight before
-# TCP acknowledges them. TCP does so at once when we read or send, and otherwise after up to 40 ms. So: few while a
-# caller waits and nothing is sent, more while there are rows to send, and never more than this share of the window.
+# own, and a wake-up for each costs more than the sample itself. The server can have about ten segments in flight before
+# TCP acknowledges them. TCP does so at once when we read or send, and otherwise after up to 40 ms. So the kernel
+# collects few acks while a caller waits and nothing is sent, and more while there are rows to send. It never collects
+# more than one part in `LOW_WATER_WINDOW_DIVISOR` of the window.
 LOW_WATER_ACKS = 8
 LOW_WATER_ACKS_SENDING = 16
 LOW_WATER_WINDOW_DIVISOR = 4
-# Callers read acks, too, when this share of the window is un-acked.
+# Callers read acks, too, when at least one part in this many of the window is un-acked.
 CALLER_READ_WINDOW_DIVISOR = 2
 
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
@@ -45,15 +46,15 @@ class Pump:
         sock: connected and non-blocking, after the handshake.
         ring: rows of the size that the server expects.
         window: most rows written and un-acked on this socket.
-        latencies: histogram to go on with; None for a new one.
+        latencies: histogram of the socket before, to add to; None for a new one.
     """
 
     def __init__(self, sock: socket.socket, ring: Ring, window: int, latencies: LatencyHistogram | None = None) -> None:
         # The socket; this object does not close it.
         self.sock = sock
-        # Times from writing a row to its ack; goes on across sockets.
+        # Times from writing a row to its ack. The next socket's pump adds to the same histogram.
         self.latencies = LatencyHistogram() if latencies is None else latencies
-        # The rows to write, and the counters that say how far that is.
+        # The rows to write, and the counters of the rows that are written and acked.
         self.ring = ring
         # Most rows written and un-acked on this socket.
         self.window = window
@@ -67,7 +68,7 @@ class Pump:
         self.written_at = 0.0
         # How many bytes of the row ``ring.written`` are written.
         self._partial_bytes = 0
-        # What ``send`` returned and the counters do not contain yet: at most one number.
+        # The result of ``send`` that is not in the counters yet; at most one number.
         self._send_results: deque[int] = deque()
         # The same for ``recv_into``.
         self._recv_results: deque[int] = deque()
@@ -95,14 +96,14 @@ class Pump:
         """Read the acks that have arrived, write rows, and tell the kernel how many acks are worth a wake-up.
 
         Args:
-            read_acks: whether to read acks even if few can be there.
+            read_acks: whether to read acks even if few are outstanding.
             write_bytes: most bytes to write, approximately.
 
         Raises:
             OSError: the connection is lost, or the peer broke the protocol.
         """
-        # A caller was interrupted between a system call and the counters: apply its results before the buffer and the
-        # view are used again.
+        # If there are results, an interrupt struck a caller between a system call and the counters. Apply them before
+        # the buffer and the view are used again.
         if self._recv_results or self._send_results:
             self._apply_received()
             self._apply_sent()
@@ -159,7 +160,7 @@ class Pump:
                 self.socket_full = True
                 return
             except OSError:
-                # The peer may have sent acks before it closed the connection. They save rows from being sent again.
+                # The peer may have sent acks before it closed the connection. Rows that they cover need no resending.
                 self._read_acks()
                 raise
             max_bytes -= self._apply_sent()

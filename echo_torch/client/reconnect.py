@@ -1,11 +1,12 @@
 """When and how often to reconnect after a loss, and when to give up.
 
-* The allowed time starts when a useful connection is lost: one that got a new ack, or had nothing to send. The loss of
-  another one does not start it again. Otherwise a server that accepts every connection and serves none would be called
-  forever.
-* The first try comes at once, the next ones after growing pauses. The pauses keep growing across connections that are
-  lost soon without a new ack.
-* Only errors that may pass are tried again. A peer that is no echo server, or that expects other samples, ends it.
+* A connection is useful if it gets a new ack, or has nothing to send. The allowed time starts when a useful connection
+  is lost. The loss of any other connection does not start it again. Otherwise the client would try forever if a server
+  accepts every connection and serves none.
+* The first try comes at once, the next ones after growing pauses. If a new connection is lost soon, and without a new
+  ack, the pauses keep growing.
+* Only an error that may pass leads to another try. A peer that is no echo server, or that expects other samples, ends
+  the tries.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from collections.abc import Callable
 from echo_torch.support.backoff import Backoff
 from echo_torch.support.deadline import POLL_INTERVAL_S, Deadline, RevocableDeadline
 
-# Seconds between tries, first and longest: nobody notices the first after a hiccup, and a learner's host that starts
-# again after it lost a thousand actors can bear the longest.
+# Seconds between tries: the first pause and the longest. After a hiccup, nobody notices the first. With the longest, a
+# learner's host that starts again after it lost a thousand actors can bear all their tries.
 BACKOFF_S = (0.05, 5.0)
 # How many tries must at least fit into the allowed time.
 MIN_TRIES = 4
@@ -49,7 +50,8 @@ class Reconnector:
         self._lost_at = 0.0
         # When the current connection was opened.
         self._opened_at = time.monotonic()
-        # Seconds between tries, first and longest: BACKOFF_S, or less so that MIN_TRIES fit into a short allowed time.
+        # Seconds between tries, the first pause and the longest: BACKOFF_S, or less if the allowed time is short, so
+        # that MIN_TRIES fit into it.
         self._backoff_range = (
             min(BACKOFF_S[0], give_up_after_s / MIN_TRIES),
             min(BACKOFF_S[1], give_up_after_s / MIN_TRIES),
@@ -66,7 +68,7 @@ class Reconnector:
         """
         self.tries = 0
         now = time.monotonic()
-        # A connection that made progress, or lasted for longer than the longest pause, was good: begin without a pause.
+        # A good connection made progress, or lasted longer than the longest pause. After one, begin without a pause.
         if made_progress or now - self._opened_at > self._backoff_range[1]:
             self._backoff = None
         if was_useful or self._backoff is None:
@@ -86,7 +88,7 @@ class Reconnector:
             OSError: the error of the last try.
             HandshakeError, SpecMismatchError: another peer is there now.
         """
-        # Another thread may have found the loss some time ago. The time until this thread noticed does not count.
+        # Another thread may have found the loss some time ago. The time until now does not count.
         if self._backoff is None:
             self._lost_at = time.monotonic()
         deadline = RevocableDeadline(max(0.0, self._lost_at + self.give_up_after_s - time.monotonic()), should_give_up)
@@ -103,11 +105,12 @@ class Reconnector:
         try:
             raise last_error
         finally:
-            # The error's traceback refers to this frame. Without this, the frame and all that it refers to stay alive.
+            # The error's traceback refers to this frame, and this frame to the error. Break the cycle, because it would
+            # keep the frame and all that it refers to alive.
             del last_error
 
     def _wait_for_next_try(self, deadline: Deadline) -> bool:
-        """Pause before the next try; return False if the deadline passes first, as a try could then only time out."""
+        """Pause before the next try. Return False if the deadline passes first: a try could then only time out."""
         pause = Deadline(0.0 if self._backoff is None else self._backoff.next_delay())
         self._backoff = self._backoff or Backoff(*self._backoff_range)
         while not pause.expired and not deadline.expired:

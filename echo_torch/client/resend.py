@@ -1,8 +1,8 @@
 """Rows that are sent once more: at the end of a connection, and to another server after it is lost.
 
 A server may discard rows that it acked but still has in its queue when the connection ends. So the rows that were sent
-last are not safe. Sending as many more rows as its queue holds pushes them out of the queue. `ResendTail` repeats the
-last rows for that, so the server can then lose only repetitions.
+last are not safe. They leave the queue once the server gets as many more rows as the queue holds. So `ResendTail` sends
+the last rows a second time. After that, the server can lose only repetitions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ResendTail:
     def pack(self) -> int:
         """Pack as many tail rows as there is room for; return how many are left.
 
-        Call this only when all rows before the tail are acked. Then there is always room for one more row soon.
+        Call this only when all rows before the tail are acked. Then room for one more row always comes soon.
 
         Raises:
             RuntimeError: a device failed to copy rows (`Ring.clear_uncommitted_copy`).
@@ -50,7 +50,7 @@ class ResendTail:
         with ring.packing_lock:
             # If callers sent fewer rows than the tail has, the tail repeats them several times.
             period = min(ring.keep_acked, self.start_row or 0)
-            # An interrupted caller may have left a copy that still writes into the next free rows: pack nothing then.
+            # An interrupted caller may have left a copy that still writes into the next free rows. Pack nothing then.
             while ring.packed < self.end_row and ring.clear_uncommitted_copy():
                 slot, rows = ring.next_free_run(self.end_row - ring.packed)
                 if rows:
@@ -61,12 +61,12 @@ class ResendTail:
 
 
 class UndeliveredRows:
-    """Rows of ``ring`` to hand over to another server: the un-acked ones, and those kept after their acks.
+    """Rows of ``ring`` to hand over to another server: the un-acked ones, and the acked ones that the ring keeps.
 
     Args:
         ring: ring of a connection that has ended.
         sent: end (exclusive) of the rows that callers sent.
-        copied_end: end (exclusive) of the rows whose bytes are in host memory; a device had not copied those after it.
+        copied_end: end (exclusive) of the rows whose bytes are in host memory. A device did not copy the rows after it.
     """
 
     def __init__(self, ring: Ring, sent: int, copied_end: int) -> None:
@@ -76,7 +76,7 @@ class UndeliveredRows:
         self._sent = sent
         # End of the rows that the lost server acked.
         self._acked = min(ring.acked, sent)
-        # The first row to hand over, and the next one: those before it are handed over already.
+        # ``_first``: the first row to hand over. ``_next``: the next one; the rows before it are handed over already.
         self._first = self._next = min(ring.released, sent)
         # End of the rows that can be handed over.
         self._end = max(self._first, copied_end)
@@ -98,7 +98,7 @@ class UndeliveredRows:
 
     @property
     def unrecoverable(self) -> int:
-        """Number of un-acked rows that cannot be handed over, because no device copied their bytes in time."""
+        """Number of un-acked rows that cannot be handed over, because a device did not copy their bytes in time."""
         return self._sent - max(self._end, self._acked)
 
     def view(self) -> memoryview:

@@ -24,18 +24,19 @@ class WakeUp:
     * Any thread may call any method, also after `close`. The lock keeps `wake` from writing to a descriptor that was
       just closed and may belong to somebody else by now.
     * Before you call `wake`, make your change visible.
-    * An interrupt inside `wake` may lose that wake-up and those after it, until the sleeper wakes by itself.
+    * If an interrupt strikes inside `wake`, that wake-up may be lost. Later ones are lost too, until the sleeper wakes
+      by itself.
     """
 
     def __init__(self) -> None:
-        # Held only inside `wake` and `close`. A caller that already owns it is a signal handler that interrupted one of
-        # them.
+        # Held only inside `wake` and `close`. If a caller finds that its own thread holds it already, the caller is a
+        # signal handler that interrupted one of them.
         self.lock = threading.RLock()
         # Whether `wake` was called since the last `clear`; then another byte is not needed.
         self._is_woken = False
         # The end that `wake` writes to; None before `open`.
         self._writer: socket.socket | None = None
-        # The end to poll; exists since `open`.
+        # The end to poll; not set before `open`.
         self.reader: socket.socket
 
     def open(self) -> None:
@@ -59,14 +60,14 @@ class WakeUp:
         The sleeper calls this whenever it wakes, before it looks at anything.
 
         Args:
-            readable: whether ``poll`` reported the reader as readable. It may not be although a wake-up is pending, if
-                an interrupt hit `wake` before it wrote.
+            readable: whether ``poll`` reported the reader as readable. If an interrupt hit `wake` before it wrote, a
+                wake-up is pending and the reader is not readable.
         """
         if readable:
             with contextlib.suppress(OSError):
                 self.reader.recv(64)
-        # Only now. If this came first, `recv` could take the byte of a newer wake-up together with the old one, and
-        # `_is_woken` would stay set: nobody would wake the sleeper again.
+        # Do this after `recv`. Otherwise `recv` could take the byte of a newer wake-up together with the old one. Then
+        # `_is_woken` would stay set, and nobody would wake the sleeper again.
         self._is_woken = False
 
     def close(self) -> None:
@@ -98,7 +99,7 @@ class AckPoller:
         self._poller = select.poll()
         # Ends the poll early.
         self._wake_up = WakeUp()
-        # The wake-up's lock, to check for calls from signal handlers.
+        # The wake-up's lock. If a caller finds that its own thread holds it already, the caller is a signal handler.
         self.lock = self._wake_up.lock
 
     def open(self) -> None:
@@ -118,7 +119,7 @@ class AckPoller:
         """Block until acks arrive, `wake` is called, or ``seconds`` have passed; reads nothing.
 
         Args:
-            waiter: the caller's own.
+            waiter: the caller's own wait, as `Ring.add_waiter` returned it.
             seconds: most seconds to block.
 
         Returns:
@@ -126,10 +127,11 @@ class AckPoller:
         """
         lock = self._lock
         try:
-            # A signal handler that interrupted the ack poller does not poll: the RLock would let it in.
+            # A signal handler must not poll if it interrupted the ack poller. The RLock alone would let it in.
             if owned_by_this_thread(lock) or not lock.acquire(False):
                 return False
-            # From here on, `wake` knows whom to wake. Before, a thread that acked our rows could only wake the waiter.
+            # From here on, `wake` knows whom to wake. A thread that acked our rows before could only wake the waiter.
+            # So check the waiter next.
             self._thread_id = threading.get_ident()
             if not waiter.is_woken:
                 self._poll(seconds)
@@ -137,8 +139,8 @@ class AckPoller:
             lock.release()
             return True
         except BaseException:
-            # An interrupt may come before or after the lock was acquired: only the lock knows. Inline, with no call
-            # before the release, since a second interrupt can strike where a Python function begins.
+            # An interrupt may come before or after the lock was acquired. Only the lock knows, so try to release it. Do
+            # so inline, with no call before it, because a second interrupt can strike where a Python function begins.
             try:  # noqa: SIM105
                 lock.release()
             except RuntimeError:

@@ -1,10 +1,10 @@
 """The child's half of the ledger: a thread that reports to the parent what this process sent for a sink.
 
-* Ctrl-C and signal handlers may interrupt any line of a sender. So a plain lock wakes the thread, because C code waits
-  for it and releases it, and an RLock guards the file, because a handler may enter it again.
+* Ctrl-C and signal handlers may interrupt any line of a sender. So the lock that wakes the thread is a plain one: C
+  code waits for it and releases it. The lock that guards the file is an RLock: a handler may take it a second time.
 * Nobody waits for the thread without a limit.
-* Three events wake nobody, so the thread polls for them: the parent asks this child to finish, the parent dies, or the
-  session is dropped.
+* Three events cannot wake the thread, so it polls for them: the parent asks this child to finish, the parent dies, or
+  the session is dropped.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from .file_locks import is_alive
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two polls while acks are outstanding. Acks come soon after the last write, or the learner is busy. So
-# the first pause is `FIRST_POLL_S`, and each later one is twice as long, up to `BUSY_POLL_S`.
+# Seconds between two polls while acks are outstanding. If acks do not come soon after the last write, the learner is
+# busy. So the first pause is `FIRST_POLL_S`, and each later one is twice as long, up to `BUSY_POLL_S`.
 FIRST_POLL_S = 0.001
 BUSY_POLL_S = 0.02
-# Seconds between two polls while nothing is outstanding. A request of the parent, or its death, is noticed this late.
+# Seconds between two polls while nothing is outstanding. It may take the thread this long to notice the parent's
+# request, or the parent's death.
 IDLE_POLL_S = 0.1
-# Seconds in which a child delivers what is left when it ends. A DataLoader kills workers that take longer than 5.
+# Seconds that a child takes at most to deliver what is left when it ends. A DataLoader kills workers that take longer
+# than 5.
 CHILD_CLOSE_S = 4.0
 # Seconds to wait for the thread to end once it has nothing left to do.
 JOIN_S = 1.0
@@ -72,9 +74,9 @@ def make_death_check(parent: int) -> Callable[[], bool]:
 class FlagFiles:
     """News for children that start later: "the sink is closed" and "the learner is gone".
 
-    Each flag is an empty file in the ledger's folder, with the parent's pid in its name. The parent sets the first.
-    Daemonic children, such as DataLoader workers, set the second for each other and read both. In any other process
-    every flag reads as not set.
+    Each flag is an empty file in the ledger's folder, with the parent's pid in its name. The parent sets "the sink is
+    closed". Daemonic children, such as DataLoader workers, set "the learner is gone" for each other, and read both
+    flags. In any other process every flag reads as not set.
 
     Args:
         token: names the ledger's folder; the same in all copies of a sink.
@@ -111,7 +113,7 @@ class FlagFiles:
 
 
 class ReportedTotals(Protocol):
-    """The counts that a session keeps itself; its connection has all others."""
+    """The counts that the session keeps. Its connection keeps all others."""
 
     # Samples given to `send` and not sent.
     dropped: int
@@ -151,7 +153,7 @@ class Reporter:
         self._entry = ledger.create_entry(token, parent, multiprocessing.current_process().daemon, learners)
         # Returns whether the parent has died.
         self._parent_died = make_death_check(parent)
-        # The session, weakly: a session that nobody else holds counts as dropped, and is closed here.
+        # The session, by a weak reference. If nobody else holds the session, it is dropped, and the thread closes it.
         self._session = weakref.ref(session)
         # The session's connection; None until it is open.
         self.route: Route | None = None
@@ -162,7 +164,7 @@ class Reporter:
         self._ended = False
         # Whether a client other than `TcpClient` failed with an unknown error; then its acks are no longer polled.
         self._client_failed = False
-        # When to look next whether the parent has died.
+        # When to check next whether the parent has died.
         self._next_parent_check = Deadline(0.0)
         # The thread that closes the connection; None until it starts.
         self._close_thread: threading.Thread | None = None
@@ -229,10 +231,11 @@ class Reporter:
     def _run(self) -> None:
         busy, pause, sent = False, FIRST_POLL_S, 0
         while not self._ended:
-            # With no acks outstanding, sleep until `_wake`. The limit is for what wakes nobody: see the module's rules.
+            # With no acks outstanding, sleep until `_wake`. The timeout is for the three events that cannot wake this
+            # thread: see the module's rules.
             if not busy:
                 self._wake_lock.acquire(timeout=IDLE_POLL_S)
-            # Poll soon after new samples, and less and less often while none come.
+            # Poll soon after new samples, and ever less often while none come.
             pause = min(2 * pause, BUSY_POLL_S) if sent == self._entry["sent"] else FIRST_POLL_S
             sent = self._entry["sent"]
             busy = self._poll()
@@ -244,7 +247,7 @@ class Reporter:
 
     def _poll(self) -> bool:
         """Write the current counts; return whether acks are outstanding that may still come."""
-        # Check without the lock: with a client other than `TcpClient` it may block until everything is acked.
+        # Check without the lock, because a client other than `TcpClient` may block here until everything is acked.
         failure = None if self._client_failed else self._check_route()
         with self._lock:
             if self._ended:
@@ -254,15 +257,15 @@ class Reporter:
             return self._write_counts() and not self._client_failed
 
     def _pending_close(self) -> Callable[[], None] | None:
-        """Return the function that shall close the connection now, or None to leave it open."""
+        """Return the function to close the connection with, or None if it stays open."""
         session = self._session()
         if session is None:  # dropped
             return self._close_route
         return session.close_for_parent if self._entry["finish"] or self._is_orphaned() else None
 
     def _is_orphaned(self) -> bool:
-        """Whether this child is daemonic and its parent has died, without asking it to finish."""
-        # The check costs system calls: at most one in `IDLE_POLL_S`, however often the thread polls.
+        """Whether this child is daemonic, and its parent has died without a request to finish."""
+        # The check costs system calls. So make at most one in `IDLE_POLL_S`, however often the thread polls.
         if not self._entry["daemon"] or not self._next_parent_check.expired:
             return False
         self._next_parent_check = Deadline(IDLE_POLL_S)
@@ -295,7 +298,7 @@ class Reporter:
         self.report_end(error)
 
     def _check_route(self) -> Exception | None:
-        """Return what ended the connection with samples un-acked, or None."""
+        """Return the error that ended the connection while samples were un-acked, or None."""
         try:
             if self.route is not None:
                 self.route.check()
@@ -325,8 +328,8 @@ class Reporter:
         for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
             entry[field] = getattr(counts, field)
         # The parent waits for the first n samples and does not know which learner got them. So while the connection
-        # lives, report how many of the first samples are all acked. Once it has ended, or its error is written, report
-        # how many are acked in all: the parent then compares that with everything sent.
+        # lives, count the acked samples from the first on, up to the first gap. Once it has ended, or its error is
+        # written, count all acked samples: the parent then compares that count with everything sent.
         if ended or entry["error_kind"] or self.route is None:
             entry["acked"] = counts.sent - counts.unacked
         else:

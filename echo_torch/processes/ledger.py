@@ -1,20 +1,21 @@
 """The ledger: one small memory-mapped file per child, by which a parent learns what the child sent for a sink.
 
-The files of a sink lie in a folder of its own, inside the temporary folder that the sink was made with::
+Each sink has a folder for its files. It lies in the temporary folder of the process that made the sink::
 
     echo_torch-<random token>-<user id>/<pid of the parent>.<pid of the child>.<random>
 
-* A file holds `FIELDS`, numbers of 8 bytes that are each stored atomically. Behind them come the times, an error's
-  text, and the counts of each learner. Those are not atomic: a reader may see them half written.
+* A file begins with `FIELDS`, numbers of 8 bytes that are each stored atomically. Behind them come the times, an
+  error's text, and the counts of each learner. Those are not atomic: a reader may see them half written.
 * The child writes everything but ``finish``. With ``finish`` the parent asks a daemonic child, such as a DataLoader
-  worker, to deliver and close. Such a child ends with its parent, and not by itself.
+  worker, to deliver and close. Such a child does not end by itself: it ends with its parent.
 * A child locks its file for life, see `file_locks`. So its parent learns of its death, and every file has one writer.
 * A file gets its name once it is locked. Until then the name begins with a dot.
-* The parent removes a file when it has counted it. If parent and child are dead, the next sink that makes a folder
-  removes it. A sink makes its folder for its first child, or when it closes.
+* The parent removes a file once it has counted what the file says. If parent and child are dead, the next sink that
+  makes a folder removes the file. A sink makes its folder for its first child, or when it closes.
 * ``<pid of the parent>.0.<flag>`` is an empty file, a flag for children that start later. The parent removes it, with
   the folder, when it drops the sink or ends.
-* Ctrl-C may interrupt a parent anywhere here. Its descriptors belong to objects that C code closes, so none leaks.
+* Ctrl-C may interrupt a parent anywhere in this module. Its descriptors do not leak, because they belong to objects
+  that C code closes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .file_locks import call_if_unlocked, has_ended, is_alive, try_lock
 # The numbers of a file, in their order there.
 FIELDS = (
     "sent",  # samples that `send` accepted
-    "acked",  # of the first samples, how many are all acked; once the connection has ended: how many in all
+    "acked",  # acked samples from the first on, up to the first gap; all of them once the connection has ended
     "dropped",  # samples given to `send` and not sent
     "reconnects",  # the next four are as in `metrics.stats.Counts`
     "resent",
@@ -55,7 +56,7 @@ FIELDS = (
 )
 # The fields that add up over children.
 SUMMED_FIELDS = FIELDS[:7]
-# The exceptions that ``error_kind`` stands for. If several children fail, the parent raises the highest one.
+# The exceptions that ``error_kind`` stands for. If several children fail, the parent raises the one that comes last.
 ERROR_KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 # A file takes whole pages, of this many bytes.
 _PAGE = 4096
@@ -81,7 +82,7 @@ class LedgerEntry:
 
     Args:
         path: the file.
-        descriptor: in the child: the open, locked file, which the entry owns from now on. None in the parent.
+        descriptor: in the child, the open and locked file; the entry closes it. None in the parent.
     """
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
@@ -145,20 +146,20 @@ class LedgerEntry:
         """Whether the child has ended, in whatever way, or closed its file. For the parent only: see `file_locks`."""
         try:
             return self._closed or call_if_unlocked(self.path, lambda: None)
-        except FileNotFoundError:  # a cleaner of old files has removed it, say; its numbers are still mapped
+        except FileNotFoundError:  # a cleaner of old files, say, has removed it; its numbers are still mapped
             return has_ended(self.child_pid)
 
     def close(self) -> None:
         """Release the file and the lock; idempotent. The numbers stay readable, as they are now."""
         if not self._closed:
             self._closed = True
-            # Another thread may be reading the map. So drop the references: the last one frees it.
+            # Another thread may be reading the map. So only drop the references: the last one to go frees the map.
             self._numbers, self._bytes = list(self._numbers), bytearray(self._bytes)
             if self._descriptor is not None:
                 os.close(self._descriptor)
 
 
-# Where each field stands in a file.
+# The position of each field among the numbers of a file.
 _INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 
@@ -179,7 +180,7 @@ def folder_path(token: str) -> Path:
 
     All processes of one user on one host must get the same folder, whatever ``TMPDIR`` each of them has.
     """
-    # The token holds the temporary folder of the process that made the sink. Another host may not have that one.
+    # The token contains the temporary folder of the process that made the sink. Another host may not have that folder.
     folder = Path(f"{token}-{os.getuid()}")
     if os.access(folder.parent, os.W_OK | os.X_OK):
         return folder
@@ -212,7 +213,8 @@ def create_entry(token: str, parent: int, daemon: bool = False, learners: int = 
             if not folder.parent.is_dir():
                 raise
     try:
-        # Write all bytes now. If the disk is full, a write through the map into a hole would kill the process.
+        # Write all bytes now, so that the file has no holes. If the disk is full, a write through the map into a hole
+        # kills the process.
         size = -(-(_PEER_COUNTS_AT + learners * _PEER_COUNTS.size) // _PAGE) * _PAGE
         if os.write(descriptor, bytes(size)) < size:
             raise OSError(errno.ENOSPC, f"no room for {size} bytes in {folder}")
@@ -224,14 +226,14 @@ def create_entry(token: str, parent: int, daemon: bool = False, learners: int = 
         entry = LedgerEntry(path, descriptor)
         entry["daemon"] = int(daemon)
         entry["learners"] = learners
-        # The parent lists the file from here on: it is locked and filled in.
+        # The file is locked and filled in. With its final name, the parent sees it.
         entry.path = path.rename(folder / name)
     except BaseException:
         os.close(descriptor)
         path.unlink(missing_ok=True)
         raise
-    # Look at the flag only now. The parent sets it before it lists the files: so either it sees this file, or this
-    # process sees the flag.
+    # Check the flag only now. The parent sets it before it lists the files. So either the parent sees this file, or
+    # this process sees the flag.
     if daemon and has_flag(token, parent, SINK_CLOSED):
         entry["closed"] = 1
         entry.path.unlink(missing_ok=True)
@@ -283,9 +285,9 @@ def remove_files(token: str, parent: int) -> None:
         for path in folder.iterdir():
             if path.name.startswith(f"{parent}."):
                 path.unlink(missing_ok=True)
-            elif path.name.startswith(f".{parent}."):  # its child died while it made the file, or is making it now
+            elif path.name.startswith(f".{parent}."):  # its child is making the file, or died at it
                 call_if_unlocked(path, path.unlink)
-            else:  # another process is its parent: a child with children of its own, for instance
+            else:  # it reports to another process, such as a child with children of its own
                 _remove_if_dead(path)
         folder.rmdir()
 
@@ -321,7 +323,7 @@ def _make_folder(folder: Path) -> None:
 def _check_owner(folder: Path) -> None:
     """Raise PermissionError unless the folder is this user's alone.
 
-    Its name is secret until it exists. The check makes sure that nobody else made it all the same.
+    Its name is secret until it exists. Still, the check makes sure that nobody else made it.
     """
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -1,20 +1,21 @@
 """A fixed number of rows, five counters that say how far each stage is, and the callers that wait for acks.
 
-The docstring of `echo_torch.ring` has the order of the counters, and which lock moves which. The counters count rows
-since the ring was made. `Ring.slot` maps row ``i`` to its place in the buffer.
+The docstring of `echo_torch.ring` gives the order of the counters, and the lock that you hold to move each. The
+counters count rows since the ring was made. `Ring.slot` maps row ``i`` to its place in the buffer.
 
 * The buffer is cut into chunks. A new chunk of rows takes the memory that was released last, because the caches still
-  hold it. This also touches no more of the buffer than is in use. Going round a large buffer made every copy into it
-  and out of it miss the caches.
+  hold it. So the ring touches no more of the buffer than is in use. If it cycled through a large buffer instead, every
+  copy into the buffer and out of it would miss the caches.
 * Ctrl-C can interrupt the main thread after any call. So a packer first fills rows that are not counted yet. Then it
   counts them with plain assignments, which no interrupt can divide. An interrupted packer leaves no trace and no hole.
-* One caller packs at a time: writing, acks and resending would have to skip a hole between two runs of rows. A packer
-  holds the lock for one memcpy into the ring, and never while it waits.
-* A row may count as packed while a device still copies it. ``ready`` says up to where all copies are done, and nothing
-  after it is written. A linked list of runs tracks the copies: callers append a run when they count its rows, and the
+* One caller packs at a time. Two at once could leave a hole between their rows, and writing, acks and resending would
+  have to skip it. A packer holds the lock for one memcpy into the ring, and never while it waits.
+* A row may count as packed while a device still copies it. Copies of all rows before ``ready`` are done, and only those
+  rows are written. A linked list of runs tracks the copies. Callers append a run when they count its rows, and the
   holder of the I/O lock moves past runs whose copies are done.
-* A caller waits in C code, on a lock of its own, for ``acked`` to reach a number. A wake-up compares counters and not
-  what changed. So if an interrupt cuts a wake-up short, the next one wakes the same callers.
+* A caller waits in C code, on a lock of its own, for ``acked`` to reach a number. A wake-up compares ``acked`` with
+  each caller's number, whatever has changed. So if an interrupt cuts a wake-up short, the next one wakes the same
+  callers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from typing import Any, NamedTuple, Protocol
 from echo_torch.support.deadline import clamp_timeout
 from echo_torch.support.validation import check_count
 
-# Bytes: small enough that the chunks in use stay in the caches, and large enough that few runs of rows are cut.
+# Bytes of a chunk: few enough that the chunks in use stay in the caches, and so many that few runs of rows cross a
+# chunk's end.
 CHUNK_BYTES = 2 * 1024 * 1024
 # The server's default ``producer_queue_size``. The server may discard this many acked samples when a connection ends.
 SERVER_QUEUE_SAMPLES = 8
@@ -55,7 +57,7 @@ class PendingCopy(Protocol):
         """
 
     def abandon(self) -> None:
-        """Keep the memory of the copy until it has ended. Nobody asks about this copy again."""
+        """Keep the memory of the copy until it has ended. Nobody calls `done` or `has_stopped` after this."""
 
 
 Filler = Callable[[int, int, int], "PendingCopy | None"]
@@ -67,7 +69,7 @@ pending copy to `Ring.uncommitted_copy` before the copy begins, so an interrupt 
 
 
 class _Run:
-    """The rows from ``first`` up to the next run: rows that ``copy`` fills, then rows that were filled at once.
+    """The rows from ``first`` up to the next run. ``copy`` fills the first of them; the rest are filled already.
 
     Args:
         first: the run's first row.
@@ -131,7 +133,7 @@ class Ring:
         self.row_bytes = row_bytes
         # Number of rows in the buffer.
         self.capacity = buffer.nbytes // row_bytes
-        # Number of acked rows that stay in the buffer, to be sent again.
+        # Number of acked rows that stay in the buffer, so that they can be sent again.
         self.keep_acked = keep_acked
         if self.capacity < keep_acked + 1:
             raise ValueError(f"a ring of {buffer.nbytes} bytes has {self.capacity} rows, fewer than {keep_acked + 1}")
@@ -139,9 +141,9 @@ class Ring:
         self.chunk_rows = max(1, min(self.capacity, chunk_bytes // row_bytes))
         # Number of chunks of full length. The rows that are left form a shorter chunk at the end.
         self._whole_chunks = self.capacity // self.chunk_rows
-        # Maps the n-th chunk of rows of a round to the chunk of memory that holds it.
+        # Maps a chunk of rows, numbered from the start of each round, to the chunk of memory that holds it.
         self._chunk_map = list(range(self._whole_chunks + 1))
-        # First row of the chunk that was given memory last.
+        # First row of the last chunk for which `next_free_run` chose memory; -1 before the first.
         self._last_placed = -1
         # ``_released_end``: the row after the newest chunk that is fully released.
         # ``_next_swap``: the row after the released chunk whose memory the next new chunk takes.
@@ -154,13 +156,13 @@ class Ring:
         self.pinned_rows: Any = None
         # Orders the callers that pack. Its holder moves ``reserved`` and ``packed``.
         self.packing_lock = threading.RLock()
-        # Upper limit for un-acked rows. The other rows are for those that are kept after their acks.
+        # Upper limit for un-acked rows. The rest of the ring holds the acked rows that it keeps.
         self.max_unacked = self.capacity - keep_acked
-        # The present limit for un-acked rows: lower than ``max_unacked`` while more would only be slower.
+        # The present limit for un-acked rows. It is below ``max_unacked`` while more rows would only be slower.
         self.soft_limit = self.max_unacked
-        # The counters, from the last stage to the first. Rows that the peer acknowledged.
+        # The counters start here, from the last stage to the first. This one: rows that the peer acknowledged.
         self.acked = 0
-        # Rows whose bytes were all given to the socket.
+        # Rows that the socket has taken in full.
         self.written = 0
         # Rows that callers packed. A device may still copy the last ones.
         self.packed = 0
@@ -175,14 +177,15 @@ class Ring:
         self.uncommitted_copy: PendingCopy | None = None
         # The value of ``ready`` when the copies were abandoned; None before that.
         self.ready_when_abandoned: int | None = None
-        # Ends of the list of runs. ``_last_done_run``: the last run whose copy is done. ``_last_run``: the newest run.
+        # The two ends of the list of runs.
+        # ``_last_done_run``: the last run whose copy is done, where the list begins. ``_last_run``: the newest run.
         self._last_done_run = self._last_run = _Run(0, None)
         # The callers that wait for acks, in the order in which they came.
         self._waiters: deque[Waiter] = deque()
 
     @property
     def ready(self) -> int:
-        """The number of rows, from the first on, whose bytes are there as of the last `poll_copies`."""
+        """The number of rows, from the first on, whose bytes are in the ring, as the last `poll_copies` found."""
         # Read ``packed`` before the list. Otherwise rows that a caller adds in between, with a copy under way, would
         # count as ready.
         packed = self.packed
@@ -243,11 +246,11 @@ class Ring:
         The choice only matters for speed, because both chunks of memory hold only free rows.
         """
         released = self.released
-        # Start from the newest released chunk again whenever another chunk has been released.
+        # If more chunks were released since the last call, begin with the newest of them.
         newest = released - released % self.capacity % self.chunk_rows
         if newest > self._released_end:
             self._released_end = self._next_swap = newest
-        # Find that chunk (``start`` is its first row) and the places of both chunks in the map.
+        # Find the released chunk to swap with (``start`` is its first row), and the places of both chunks in the map.
         last_row = self._next_swap - 1
         there, rest = divmod(last_row % self.capacity, self.chunk_rows)
         here, start = self.reserved % self.capacity // self.chunk_rows, last_row - rest
@@ -269,8 +272,8 @@ class Ring:
         """
         # Make the run first: a call lets an interrupt in.
         run = None if copy is None else _Run(self.packed, copy)
-        # Nothing comes between this check and the counting below that would do harm: once the ring has stopped, no row
-        # may count.
+        # Once the ring has stopped, no row may count. Nothing comes between this check and the counting below that
+        # would do harm.
         if self.stopped or (self.refuses_new_rows and not resent):
             return False
         end = self.packed + rows
@@ -346,7 +349,7 @@ class Ring:
 
     def abandon_copies(self) -> None:
         """Abandon all pending copies, because nothing is written any more."""
-        # Note ``ready`` first: emptying the list makes every packed row look ready.
+        # Record ``ready`` first: once the list is empty, every packed row looks ready.
         self.ready_when_abandoned = self.ready
         copies, run = [self.uncommitted_copy], self._last_done_run.next
         while run is not None:
@@ -400,7 +403,7 @@ class Ring:
         return waiter
 
     def remove_waiter(self, waiter: Waiter) -> None:
-        """Remove a waiter. If an interrupt prevents this, the cost is a needless wake-up, and never a missed one."""
+        """Remove a waiter. If an interrupt prevents this, a needless wake-up follows, and never a missed one."""
         with suppress(ValueError):  # `wake` has removed it
             self._waiters.remove(waiter)
 

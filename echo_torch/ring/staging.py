@@ -1,20 +1,20 @@
-"""Packs batches on an accelerator there, and copies them into rows of the ring while nobody waits.
+"""Packs a batch on the accelerator that holds it, and copies it into rows of the ring while the caller goes on.
 
 Each run of rows takes three steps, in this order:
 
 1. On the caller's current stream, one kernel packs all leaves into rows. Before that, each leaf that is not contiguous
-   takes a kernel of its own. Whatever you do to the batch after `send` comes later in the same stream. So you may
+   takes a kernel of its own. Anything you do to the batch after `send` comes later in the same stream. So you may
    overwrite or free the batch at once, and it needs no ``record_stream``.
 2. A separate stream waits for that kernel, on the device, and copies the rows into pinned memory, which is the ring.
    The caller's stream goes on meanwhile.
 3. An event after the copy shows when the rows may be written to the socket. Query it, and never wait for it.
 
-`DeviceCopy` holds a reference to the packed rows until the event has passed, and only then frees them.
-``record_stream`` would do the same with an event of the allocator's own, and would free them later.
+`DeviceCopy` holds a reference to the packed rows until the event has passed, and only then frees them. With
+``record_stream``, the allocator would record an event itself, and would free the rows later.
 
-Rows that are packed and not copied yet already have their place in the ring. So on the device they take no more memory
-than the ring does here (``buffer_bytes``), plus what making leaves contiguous takes for a moment. If the device has no
-room for that, or memory cannot be pinned, the stager raises `StagingError`, and the batch must go through the host.
+Packed rows have a place in the ring before they are copied. So on the device they take no more memory than the ring
+does on the host (``buffer_bytes``). Making leaves contiguous takes some more for a moment. If the device has no room
+for that, or memory cannot be pinned, the stager raises `StagingError`, and the batch must go through the host.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Stager:
         # Why memory cannot be pinned; None if it can. This is text because an exception would keep its frames alive,
         # and with them the batch.
         self._pinning_error: str | None = None
-        # Until when nothing is staged, in seconds of the monotonic clock, and the error that says why.
+        # Two values: the time, by ``time.monotonic``, before which nothing is staged, and the text of the error.
         self._out_of_memory = (0.0, "")
 
     def make_filler(self, arrays: Sequence[Any], batched: bool) -> Filler:
@@ -247,7 +247,8 @@ def pack_rows(arrays: Sequence[Any], uploaded: Sequence[torch.Tensor], unit: tor
     """Enqueue the kernels that pack arrays ``(rows, *shape)``, in order, into ``packed``.
 
     Args:
-        arrays: tensors on any device of this type, and numpy arrays. The bytes of the latter come from ``uploaded``.
+        arrays: tensors on devices of the same type as that of ``packed``, and numpy arrays. The bytes of numpy arrays
+            come from ``uploaded``.
         uploaded: one `pinned_copy` of all numpy arrays, or empty if there are none.
         unit: dtype whose size divides the bytes per row of every array.
         packed: uint8 ``(rows, bytes)``, on the device that packs.
@@ -272,7 +273,7 @@ def pack_rows(arrays: Sequence[Any], uploaded: Sequence[torch.Tensor], unit: tor
 
 def as_units(tensor: torch.Tensor, unit: torch.dtype) -> torch.Tensor:
     """View the bytes of a tensor ``(rows, *shape)`` as ``(rows, bytes // unit.itemsize)``; copies only if it must."""
-    # Lazy conjugates and negatives hold other bytes than their values. The view of bytes also needs no gradient.
+    # A lazy conjugate or negative keeps the bytes of the original, so compute its values. The view needs no gradient.
     if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
         tensor = tensor.detach().resolve_conj().resolve_neg()
     plain = tensor.contiguous()

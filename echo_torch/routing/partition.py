@@ -49,7 +49,7 @@ def check_shards(given: Any, rows: int, learners: int) -> int | Array:
         ValueError: the shape is wrong, or a value is no learner's index.
     """
     shards = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
-    # NumPy makes an empty list a float array, so the dtype says nothing then.
+    # NumPy turns an empty list into a float array, so check the dtype only if there are values.
     if shards.size and shards.dtype.kind not in "iu":
         raise TypeError(f"route: the function gave {shards.dtype}, expected whole numbers, the index of a learner")
     if shards.shape not in ((), (rows,)):
