@@ -88,7 +88,7 @@ def staged(batch: Batch, count: int, device: torch.device) -> Callable[[], float
     """
     spec = SampleSpec(example_of(batch))
     ring = Ring(np.empty(RING_BYTES // spec.payload_size * spec.payload_size, np.uint8).data, spec.payload_size)
-    stager = Stager(ring, spec.leaves, ring.move_to)
+    stager = Stager(ring, spec.leaves, ring.move_to_buffer)
     ends: deque[int] = deque()
 
     def settle(until: int) -> None:

@@ -30,7 +30,7 @@ from echo_torch.support.interrupts import owned_by_this_thread
 
 from .flow import SoftLimit
 from .reconnect import Reconnector
-from .resend import ResendTail
+from .resend import ClosingTail
 from .tls_pump import make_pump
 from .wakeup import AckPoller, WakeUp
 
@@ -58,14 +58,20 @@ class Connection:
     """
 
     def __init__(
-        self, sock: socket.socket, peer: str, ring: Ring, window: int, tail: ResendTail, reconnector: Reconnector | None
+        self,
+        sock: socket.socket,
+        peer: str,
+        ring: Ring,
+        window: int,
+        tail: ClosingTail,
+        reconnector: Reconnector | None,
     ) -> None:
         # The other side's name in messages.
         self.peer = peer
         # The rows, and the counters of how far each stage is.
         self.ring = ring
         # The rows to resend at the end.
-        self.resend_tail = tail
+        self.closing_tail = tail
         # Opens another socket when one is lost; None if reconnecting is off.
         self.reconnector = reconnector
         # Moves bytes over the current socket. The I/O lock guards it.
@@ -109,10 +115,10 @@ class Connection:
 
     @property
     def sent(self) -> int:
-        """The number of accepted rows, without the resend tail."""
+        """The number of accepted rows, without the closing tail."""
         # Read ``packed`` first. If the tail starts after that, ``packed`` holds no row of it.
         packed = self.ring.packed
-        start_row = self.resend_tail.start_row
+        start_row = self.closing_tail.start_row
         return packed if start_row is None else start_row
 
     @property
@@ -128,8 +134,8 @@ class Connection:
     @property
     def at_risk(self) -> int:
         """The number of rows to report as possibly lost."""
-        # With the resend tail, acked rows count too once the connection has failed. Without it, only un-acked rows do.
-        return self.counts().maybe_lost if self.resend_tail.enabled else self.unacked
+        # With the closing tail, acked rows count too once the connection has failed. Without it, only un-acked rows do.
+        return self.counts().maybe_lost if self.closing_tail.enabled else self.unacked
 
     def counts(self) -> Counts:
         # Read ``acked`` before ``sent``, so that it is never the larger one.
@@ -140,7 +146,7 @@ class Connection:
             unacked=max(0, sent - acked),
             reconnects=self._reconnects,
             resent=self._resent,
-            maybe_duplicated=self._resent + self.resend_tail.packed,
+            maybe_duplicated=self._resent + self.closing_tail.packed,
             maybe_lost=max(0, sent - self.ring.released) if self.failure is not None else 0,
         )
 
@@ -190,7 +196,7 @@ class Connection:
         elif pending > self.soft_limit.caller_write_bytes and ring.written - pump.acked < pump.window:
             self.wake_up.wake()
         else:
-            self.pump_now(read_acks=False)
+            self.pump_or_wake(read_acks=False)
 
     def _may_coalesce(self, pending: int) -> bool:
         """Return whether ``pending`` bytes may wait for more rows."""
@@ -198,7 +204,7 @@ class Connection:
         few = pending < COALESCE_BYTES and (ring.packed - ring.written) * COALESCE_WINDOW_DIVISOR < pump.window
         return few and pump.awaits_acks and time.monotonic() - pump.written_at < COALESCE_S
 
-    def pump_now(self, read_acks: bool = True) -> None:
+    def pump_or_wake(self, read_acks: bool = True) -> None:
         """Pump on this thread if the I/O lock is free, and wake the I/O thread if work is left for it."""
         ring, pump = self.ring, self.pump
         if not self._try_pump(read_acks) or pump.socket_full:
@@ -215,7 +221,7 @@ class Connection:
         with self.io_lock:
             self.run_pump(True, self.soft_limit.caller_write_bytes)
 
-    def poll_for_acks(self, waiter: Waiter, seconds: float) -> bool:
+    def try_poll_socket(self, waiter: Waiter, seconds: float) -> bool:
         """Poll for acks for at most ``seconds``. Returns False at once if another caller or the I/O thread polls.
 
         Args:
@@ -223,12 +229,14 @@ class Connection:
             seconds: how long; may be infinite.
         """
         return (
-            not self.io_thread_polls_acks and self.lost_error is None and self.ack_poller.poll_for_acks(waiter, seconds)
+            not self.io_thread_polls_acks
+            and self.lost_error is None
+            and self.ack_poller.try_poll_socket(waiter, seconds)
         )
 
     def stop_accepting(self) -> None:
-        """Accept no more rows, except those of the resend tail."""
-        self.resend_tail.start()
+        """Accept no more rows, except those of the closing tail."""
+        self.closing_tail.start()
         self.ack_poller.wake()
 
     def seconds_until_stall(self, stall_timeout: float) -> float:
@@ -301,13 +309,13 @@ class Connection:
             self.ack_poller.wake()
             self.wake_up.wake()
 
-    def pack_tail(self) -> int:
-        """Pack rows of the resend tail, as `ResendTail.pack`. Returns how many are left.
+    def pack_closing_tail(self) -> int:
+        """Pack rows of the closing tail, as `ClosingTail.pack`. Returns how many are left.
 
         If a copy fails, this ends the connection and returns 0.
         """
         try:
-            return self.resend_tail.pack()
+            return self.closing_tail.pack()
         except RuntimeError as error:
             self.fail_on_copy_error(error)
             return 0

@@ -41,7 +41,7 @@ COPY_POLL_SHARE = 0.5
 COPY_POLL_S = (0.001, 0.01)
 # Seconds without an ack after which the log says that a caller waits, and between two such warnings.
 STALL_WARNING_S = 30.0
-# Seconds to try to reconnect if only the replay tail is left to send. A hiccup of the network takes less, and a server
+# Seconds to try to reconnect if only the closing tail is left to send. A hiccup of the network takes less, and a server
 # that restarts has lost its queue anyway.
 TAIL_RECONNECT_S = 5.0
 # Seconds to wait in `Thread.join` for a thread that has done everything. Bounded, because a signal handler may have
@@ -69,7 +69,7 @@ class IoThread:
         # How messages name the other side.
         self.peer = connection.peer
         # Whether the client is gone and the thread must deliver what is packed and end by itself. Set by the client's
-        # finalizer and by `deliver_at_exit`.
+        # finalizer and by `deliver_and_end`.
         self.abandoned = False
         # What callers and the thread share.
         self._connection = connection
@@ -134,7 +134,7 @@ class IoThread:
         # Not by the thread's identifier, which the system gives to another thread after this one has ended.
         return threading.current_thread() is self._thread
 
-    def linger(self, deadline: Deadline) -> None:
+    def sleep_after_last_ack(self, deadline: Deadline) -> None:
         """Sleep, so that the server can take what it acked out of its queue."""
         if self._linger_s and self._connection.sent:
             time.sleep(min(self._linger_s, deadline.remaining()))
@@ -149,8 +149,8 @@ class IoThread:
             pass
         self._thread.join(JOIN_TIMEOUT_S)
 
-    def deliver_at_exit(self) -> None:
-        """Let the thread deliver what is packed and the replay tail, and then end; returns at once."""
+    def deliver_and_end(self) -> None:
+        """Let the thread deliver what is packed and the closing tail, and then end; returns at once."""
         self._connection.stop_accepting()
         self.abandoned = True
         self._connection.wake_up.wake()
@@ -265,7 +265,7 @@ class IoThread:
             connection.is_coalescing = was_coalescing and connection.ring.written > written
             self._check_host()
         self._warn_of_stall()
-        if self._exit_is_due():
+        if self._deliver_if_abandoned():
             self._stopping = True
         return not self._should_stop() and connection.lost_error is None
 
@@ -309,16 +309,16 @@ class IoThread:
                 what,
             )
 
-    def _exit_is_due(self) -> bool:
+    def _deliver_if_abandoned(self) -> bool:
         """Whether the client was dropped, and nothing or no time is left to deliver."""
         if not self.abandoned:
             return False
         connection, deadline = self._connection, self._get_exit_deadline()
-        if connection.resend_tail.start_row is None:
+        if connection.closing_tail.start_row is None:
             connection.stop_accepting()
         # The tail may be packed only when all rows before it are acked.
-        if not connection.unacked and connection.pack_tail() == 0 and not connection.ring.unacked:
-            self.linger(deadline)
+        if not connection.unacked and connection.pack_closing_tail() == 0 and not connection.ring.unacked:
+            self.sleep_after_last_ack(deadline)
             return True
         return deadline.expired
 

@@ -1,8 +1,8 @@
 """Rows that are sent once more: at the end of a connection, and to another server after it is lost.
 
 A server may discard rows that it acked but still has in its queue when the connection ends. So the rows that were sent
-last are not safe. They leave the queue once the server gets as many more rows as the queue holds. So `ResendTail` sends
-the last rows a second time. After that, the server can lose only repetitions.
+last are not safe. They leave the queue once the server gets as many more rows as the queue holds. So `ClosingTail`
+sends the last rows a second time. After that, the server can lose only repetitions.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from echo_torch.ring.ring import Ring
 
 
-class ResendTail:
-    """The replay tail: repeats the ring's last ``ring.keep_acked`` rows at close, if ``enabled``."""
+class ClosingTail:
+    """The closing tail: repeats the ring's last ``ring.keep_acked`` rows at close, if ``enabled``."""
 
     def __init__(self, ring: Ring, enabled: bool) -> None:
         # The ring whose last rows are repeated.
@@ -44,14 +44,14 @@ class ResendTail:
         Call this only when all rows before the tail are acked. Then room for one more row always comes soon.
 
         Raises:
-            RuntimeError: a device failed to copy rows (`Ring.clear_uncommitted_copy`).
+            RuntimeError: a device failed to copy rows (`Ring.try_clear_uncommitted_copy`).
         """
         ring = self._ring
         with ring.packing_lock:
             # If callers sent fewer rows than the tail has, the tail repeats them several times.
             period = min(ring.keep_acked, self.start_row or 0)
             # An interrupted caller may have left a copy that still writes into the next free rows. Pack nothing then.
-            while ring.packed < self.end_row and ring.clear_uncommitted_copy():
+            while ring.packed < self.end_row and ring.try_clear_uncommitted_copy():
                 slot, rows = ring.next_free_run(self.end_row - ring.packed)
                 if rows:
                     ring.repeat_rows(slot, rows, period)

@@ -26,7 +26,7 @@ from echo_torch.support.deadline import NEVER, Deadline
 from .connection import Connection
 from .io_thread import IoThread
 from .reconnect import Reconnector
-from .resend import ResendTail, UndeliveredRows
+from .resend import ClosingTail, UndeliveredRows
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Sender:
         # The process that made this sender. A forked child must not use it.
         self._pid = os.getpid()
         # What callers share with the I/O thread.
-        self._connection = Connection(sock, peer, ring, window, ResendTail(ring, resend_at_close), reconnector)
+        self._connection = Connection(sock, peer, ring, window, ClosingTail(ring, resend_at_close), reconnector)
         # The thread that writes what callers leave, and reconnects. The owner starts it.
         self.io_thread = IoThread(self._connection, linger)
 
@@ -211,14 +211,14 @@ class Sender:
     def refresh(self) -> None:
         """Read acks that have arrived, if no other thread holds the I/O lock."""
         if self._pid == os.getpid() and self._connection.failure is None:
-            self._connection.pump_now()
+            self._connection.pump_or_wake()
 
     def abandon(self) -> None:
         """Return at once. The I/O thread delivers what is packed, and then ends."""
-        self.io_thread.deliver_at_exit()
+        self.io_thread.deliver_and_end()
 
     def close(self, deadline: Deadline) -> None:
-        """Deliver the packed rows and the resend tail, then end the I/O thread and close the socket.
+        """Deliver the packed rows and the closing tail, then end the I/O thread and close the socket.
 
         After an interrupt, or if you call this on the I/O thread, the thread does the rest by itself, as for a client
         that was dropped.
@@ -233,7 +233,7 @@ class Sender:
             self.io_thread.detach_after_fork()
             return
         if self.io_thread.is_current:
-            self.io_thread.deliver_at_exit()
+            self.io_thread.deliver_and_end()
             return
         self.check_caller("close")
         # Read this before `_check_open` below marks the failure as reported.
@@ -252,7 +252,7 @@ class Sender:
             raise
         except BaseException:
             # Ctrl-C: do not make the user wait. The I/O thread delivers the rest, for a bounded time.
-            self.io_thread.deliver_at_exit()
+            self.io_thread.deliver_and_end()
             raise
         else:
             self.io_thread.stop()
@@ -260,20 +260,20 @@ class Sender:
             self.ring.free_buffer()
 
     def _deliver_all(self, deadline: Deadline) -> None:
-        """Block until all rows are acked, and then until the resend tail is."""
-        tail = self._connection.resend_tail
+        """Block until all rows are acked, and then until the closing tail is."""
+        tail = self._connection.closing_tail
         self._check_open("close")
         self._wait_until_acked("close", self._connection.sent, deadline)
         # The tail comes last, so that it pushes the acked rows out of the server's queue. It may be larger than the
         # room in the ring, so pack it piece by piece.
-        while left := self._connection.pack_tail():
+        while left := self._connection.pack_closing_tail():
             self._check_open("close")
             self._connection.write_or_wake()
             self._wait_until_acked("close", self._threshold_for_room(left), deadline)
             self._wait_for_interrupted_copy("close", deadline)
         self._connection.write_or_wake()
         self._wait_until_acked("close", tail.end_row, deadline)
-        self.io_thread.linger(deadline)
+        self.io_thread.sleep_after_last_ack(deadline)
 
     # Packing.
 
@@ -291,7 +291,7 @@ class Sender:
                     self._check_open("send")
             return rows
 
-    def move_rows(self, buffer: memoryview, pinned_rows: Any) -> None:
+    def move_ring(self, buffer: memoryview, pinned_rows: Any) -> None:
         """Move the ring's rows to other memory of the same size, to which a device can copy.
 
         Args:
@@ -300,7 +300,7 @@ class Sender:
         """
         connection = self._connection
         with self.ring.packing_lock, connection.io_lock:
-            self.ring.move_to(buffer, pinned_rows)
+            self.ring.move_to_buffer(buffer, pinned_rows)
         # The soft limit keeps rows in the caches, which a device's copies bypass.
         connection.soft_limit.disable()
 
@@ -341,7 +341,7 @@ class Sender:
     def _interrupted_copy_is_done(self) -> bool:
         """Return whether the interrupted copy has ended well. If it failed, end the connection."""
         try:
-            return self.ring.clear_uncommitted_copy()
+            return self.ring.try_clear_uncommitted_copy()
         except RuntimeError as error:
             self._connection.fail_on_copy_error(error)
             return False
@@ -373,12 +373,12 @@ class Sender:
             # removes the waiter.
             waiter = ring.add_waiter(threshold)
             try:
-                connection.pump_now()
+                connection.pump_or_wake()
                 if ring.acked >= threshold:
                     break
                 self._check_open(call)
-                # Time is up. `pump_now` reads nothing if another thread holds the lock, so read the acks that are there
-                # before you raise.
+                # Time is up. `pump_or_wake` reads nothing if another thread holds the lock, so read the acks that are
+                # there before you raise.
                 if deadline.expired or self._seconds_until_stall() <= 0:
                     connection.read_acks()
                     if ring.acked >= threshold:
@@ -396,7 +396,7 @@ class Sender:
                 # Poll for all callers if nobody else does, or else block until someone wakes this caller.
                 pause = min(deadline.remaining(), self._seconds_until_stall(), WAITER_HEARTBEAT_S)
                 pause = min(pause, until.remaining()) if until else pause
-                if not connection.poll_for_acks(waiter, pause):
+                if not connection.try_poll_socket(waiter, pause):
                     waiter.wait(pause)
             finally:
                 ring.remove_waiter(waiter)

@@ -160,7 +160,7 @@ class TcpClient:
                 reconnector=Reconnector(dial_server, reconnect, connect_timeout) if reconnect else None,
             )
             # Packs samples on a device into rows.
-            self._stager = Stager(ring, self._spec.leaves, self._sender.move_rows)
+            self._stager = Stager(ring, self._spec.leaves, self._sender.move_ring)
             # Whether the log has the warning that batches go through the host.
             self._unstaged_reported = False
             # When the client is dropped, the thread delivers the rest. At exit, `shutdown` sees to that instead.

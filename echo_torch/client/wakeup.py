@@ -115,7 +115,7 @@ class AckPoller:
         if sock is not None:
             self._poller.register(sock, select.POLLIN)
 
-    def poll_for_acks(self, waiter: Waiter, seconds: float) -> bool:
+    def try_poll_socket(self, waiter: Waiter, seconds: float) -> bool:
         """Block until acks arrive, `wake` is called, or ``seconds`` have passed; reads nothing.
 
         Args:

@@ -24,7 +24,7 @@ class Counts(NamedTuple):
     resent: int = 0
     """Samples that were sent again after reconnecting."""
     maybe_duplicated: int = 0
-    """Upper bound of the extra copies that the server stored: ``resent``, and the replay tail that ``close`` sends."""
+    """Upper bound of the extra copies that the server stored: ``resent``, and the closing tail that ``close`` sends."""
     maybe_lost: int = 0
     """Upper bound of the samples that the server did not store. 0 while the connection is open or may reopen."""
 

@@ -45,7 +45,7 @@ CHILD_CLOSE_S = 4.0
 JOIN_S = 1.0
 
 
-def find_parent(origin: int) -> int | None:
+def find_parent_pid(origin: int) -> int | None:
     """Return the pid of the process to report to, or None if there is none.
 
     Args:
@@ -87,7 +87,7 @@ class FlagFiles:
         # Names the ledger's folder.
         self._token = token
         # Pid of the parent whose flags this process shares; None unless this process is a daemonic child.
-        self._parent = find_parent(origin) if multiprocessing.current_process().daemon else None
+        self._parent = find_parent_pid(origin) if multiprocessing.current_process().daemon else None
 
     def set_closed(self) -> None:
         """Tell this process's daemonic children, later ones included, that the sink is closed."""
@@ -301,7 +301,7 @@ class Reporter:
         """Return the error that ended the connection while samples were un-acked, or None."""
         try:
             if self.route is not None:
-                self.route.check()
+                self.route.poll_or_raise()
         except ConnectionError as error:
             return error
         except Exception as problem:  # a client other than `TcpClient` may raise anything

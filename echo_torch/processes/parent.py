@@ -68,11 +68,11 @@ class ChildProcesses:
         self._state: _State = {}, dict.fromkeys(SUMMED_FIELDS, 0), Times(), []
         # File names of the open entries whose failure was raised.
         self._reported: set[str] = set()
-        # Not at exit, where children may still deliver: `get_shared` sees to that.
+        # Not at exit, where children may still deliver: `get_or_create` sees to that.
         weakref.finalize(self, ledger.remove_files, token, self._parent).atexit = False
 
     @classmethod
-    def get_shared(cls, peer: str, token: str, acked_at_risk: int) -> ChildProcesses:
+    def get_or_create(cls, peer: str, token: str, acked_at_risk: int) -> ChildProcesses:
         """Return the one object for all copies of a sink in this process, so that each child is counted once."""
         key = os.getpid(), token
         # You may hand a sink to a child and drop it here before the child makes its file. So the files are removed once

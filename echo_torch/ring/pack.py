@@ -50,12 +50,12 @@ class Packer:
             return self._make_batch_filler(arrays)
         if self._joins_leaves:
             try:
-                return self._make_row_filler(b"".join(arrays))  # type: ignore[arg-type]  # arrays are buffers
+                return self._make_joined_filler(b"".join(arrays))  # type: ignore[arg-type]  # arrays are buffers
             except TypeError:  # join() takes contiguous arrays only
                 pass
         return self._make_sample_filler(arrays)
 
-    def _make_row_filler(self, row: bytes) -> Filler:
+    def _make_joined_filler(self, row: bytes) -> Filler:
         ring, size = self._ring, self._ring.row_bytes
 
         def fill(slot: int, first: int, rows: int) -> None:

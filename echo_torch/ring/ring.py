@@ -68,7 +68,7 @@ pending copy to `Ring.uncommitted_copy` before the copy begins, so an interrupt 
 """
 
 
-class _Run:
+class _CopyRun:
     """The rows from ``first`` up to the next run. ``copy`` fills the first of them; the rest are filled already.
 
     Args:
@@ -86,7 +86,7 @@ class _Run:
         # When the run was made, in seconds of the monotonic clock.
         self.started_at = time.monotonic()
         # The run after this one; None for the last run.
-        self.next: _Run | None = None
+        self.next: _CopyRun | None = None
 
 
 class Waiter(NamedTuple):
@@ -168,7 +168,7 @@ class Ring:
         self.packed = 0
         # Rows that are no longer free. `commit` moves it just before ``packed``.
         self.reserved = 0
-        # Whether the ring takes only rows of the resend tail.
+        # Whether the ring takes only rows of the closing tail.
         self.refuses_new_rows = False
         # Whether the ring takes no rows at all, because the connection has ended.
         self.stopped = False
@@ -179,7 +179,7 @@ class Ring:
         self.ready_when_abandoned: int | None = None
         # The two ends of the list of runs.
         # ``_last_done_run``: the last run whose copy is done, where the list begins. ``_last_run``: the newest run.
-        self._last_done_run = self._last_run = _Run(0, None)
+        self._last_done_run = self._last_run = _CopyRun(0, None)
         # The callers that wait for acks, in the order in which they came.
         self._waiters: deque[Waiter] = deque()
 
@@ -236,11 +236,11 @@ class Ring:
         # interrupted packing must get the same memory.
         if free and not rest and self._last_placed < self.reserved:
             self._last_placed = self.reserved
-            self._swap_chunk()
+            self._reuse_released_chunk()
         left = self.chunk_rows - rest if chunk < self._whole_chunks else self.capacity - place
         return self._chunk_map[chunk] * self.chunk_rows + rest, min(want, free, left)
 
-    def _swap_chunk(self) -> None:
+    def _reuse_released_chunk(self) -> None:
         """Let the new chunk at ``reserved`` swap memory with the chunk that was released last and has not swapped yet.
 
         The choice only matters for speed, because both chunks of memory hold only free rows.
@@ -267,11 +267,11 @@ class Ring:
 
         Args:
             rows: how many.
-            resent: whether they belong to the resend tail. A ring that refuses new rows still takes these.
+            resent: whether they belong to the closing tail. A ring that refuses new rows still takes these.
             copy: what fills them. The rows become ready when it is done.
         """
         # Make the run first: a call lets an interrupt in.
-        run = None if copy is None else _Run(self.packed, copy)
+        run = None if copy is None else _CopyRun(self.packed, copy)
         # Once the ring has stopped, no row may count. Nothing comes between this check and the counting below that
         # would do harm.
         if self.stopped or (self.refuses_new_rows and not resent):
@@ -300,7 +300,7 @@ class Ring:
             target, source = slot + number, self.slot(self.reserved + number - period)
             self.buffer[target * size : (target + 1) * size] = self.buffer[source * size : (source + 1) * size]
 
-    def clear_uncommitted_copy(self) -> bool:
+    def try_clear_uncommitted_copy(self) -> bool:
         """Return whether the next free rows are safe to fill: no interrupted caller's copy still goes there.
 
         Raises:
@@ -312,7 +312,7 @@ class Ring:
             self.uncommitted_copy = None
         return True
 
-    def move_to(self, buffer: memoryview, pinned_rows: Any) -> None:
+    def move_to_buffer(self, buffer: memoryview, pinned_rows: Any) -> None:
         """Move all rows to other memory of the same size, in order.
 
         Call this with the packing lock and the I/O lock held, and only while no copies are under way. Afterwards, one

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 # Seconds that a send waits for one learner before it looks for another with room. A learner that drains frees room for
 # a batch in less.
 SEND_SLICE_S = 0.01
-# The share of its timeout that `close` reserves for the replay tails of the learners that have acked everything, and
+# The share of its timeout that `close` reserves for the closing tails of the learners that have acked everything, and
 # the most seconds for that.
 RESEND_SHARE = 0.1
 MAX_RESEND_S = 1.0
@@ -126,13 +126,13 @@ class Balancer:
         waiting: Any = tuple(seconds / len(each) for seconds in total.waiting)
         return total._replace(connected=max(times.connected for times in each), waiting=waiting)
 
-    def check(self) -> None:
+    def poll_or_raise(self) -> None:
         if not self._failover_enabled:
             for learner in self._learners:
-                learner.route.check()
+                learner.route.poll_or_raise()
             return
         try:
-            while self._failover.count_pending() and self._failover.pass_on_some():
+            while self._failover.take_over_and_count() and self._failover.pass_on_some():
                 pass
             self._failover.raise_if_uncopied()
         except _ROUTING_ERRORS as error:
@@ -301,7 +301,7 @@ class Balancer:
         raise_first(problems)
 
     def _deliver_all(self, deadline: Deadline, problems: list[Exception]) -> None:
-        """Wait for all acks; keep some time for the replay tails, and add errors to ``problems``."""
+        """Wait for all acks; keep some time for the closing tails, and add errors to ``problems``."""
         timeout = deadline.timeout
         reserved = 0.0 if timeout is None else min(MAX_RESEND_S, RESEND_SHARE * timeout)
         try:
@@ -332,7 +332,7 @@ class Balancer:
         for learner in self._learners:
             if learner.client is not None:
                 learner.client.abandon()
-        left = self._failover.count_pending()
+        left = self._failover.take_over_and_count()
         if left:
             # Only callers hand over samples, so nobody will do that now.
             text = "%s: close() was interrupted; %d samples of a lost learner were not passed on to the others"

@@ -40,7 +40,7 @@ WINDOW_BYTES = 8 * 1024 * 1024
 # Bytes of host memory for samples by default, and in each DataLoader worker, of which there may be many.
 BUFFER_BYTES = 64 * 1024 * 1024
 WORKER_BUFFER_BYTES = 16 * 1024 * 1024
-# Seconds that `close` waits for the server to empty its queue if it does not send the replay tail: five times as long
+# Seconds that `close` waits for the server to empty its queue if it does not send the closing tail: five times as long
 # as a server took that was not busy.
 CLOSE_LINGER_S = 0.1
 # Most seconds that a DataLoader worker tries to reconnect: the loader waits only 5 s for a worker to end.

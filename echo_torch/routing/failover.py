@@ -91,7 +91,7 @@ class Failover:
             NoRoomError: no learner had room in time.
         """
         some, stall = False, deadline.within(stall_timeout)
-        while self.count_pending():
+        while self.take_over_and_count():
             some = True
             if self.pass_on_some():
                 stall = deadline.within(stall_timeout)
@@ -106,7 +106,7 @@ class Failover:
         """Whether the caller is a signal handler or finalizer that interrupted a step on its own thread."""
         return owned_by_this_thread(self._lock)
 
-    def count_pending(self) -> int:
+    def take_over_and_count(self) -> int:
         """Take over the rows of learners that were lost meanwhile; return how many rows are still to hand over.
 
         Raises:

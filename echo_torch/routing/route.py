@@ -30,7 +30,7 @@ class Route(Protocol):
     def progress(self) -> tuple[int, int]:
         """Return how many samples were sent, and how many of them are known to be acked; cheaper than `counts`."""
 
-    def check(self) -> None:
+    def poll_or_raise(self) -> None:
         """Look for acks; raise ConnectionClosedError if the connection has ended with samples un-acked."""
 
     def times(self) -> Times:
@@ -88,7 +88,7 @@ class TcpClientRoute:
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
             return error.rows_accepted
 
-    def check(self) -> None:
+    def poll_or_raise(self) -> None:
         if self.client.closed:
             with contextlib.suppress(DeliveryTimeoutError):  # another thread is in `close`
                 self.client.wait(0.0)
@@ -172,7 +172,7 @@ class OtherClientRoute:
     def progress(self) -> tuple[int, int]:
         return self._sent, self._acked
 
-    def check(self) -> None:
+    def poll_or_raise(self) -> None:
         """Wait for all acks: there is no other way to learn of them from such a client."""
         if self._sent > self._acked and not self._closed:
             self.wait(None)
@@ -256,7 +256,7 @@ class UnreachableRoute:
     def times(self) -> Times:
         return Times()
 
-    def check(self) -> None:
+    def poll_or_raise(self) -> None:
         """Do nothing: nothing was sent."""
 
     def send(self, match: Match, timeout: float | None) -> None:

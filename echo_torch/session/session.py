@@ -17,7 +17,7 @@ from typing import Any
 
 from echo_torch.errors import ConnectionClosedError, raise_first
 from echo_torch.metrics.stats import SinkStats
-from echo_torch.processes.child import CHILD_CLOSE_S, FlagFiles, Reporter, find_parent
+from echo_torch.processes.child import CHILD_CLOSE_S, FlagFiles, Reporter, find_parent_pid
 from echo_torch.processes.parent import ChildProcesses
 from echo_torch.routing.route import Route
 from echo_torch.samples.spec import Match, SampleSpec
@@ -70,7 +70,7 @@ class Session:
         # The highest step up to which everything is acked.
         self.watermark = Watermark()
         # The children that send for the same sink.
-        self.children = ChildProcesses.get_shared(peer, token, acked_at_risk)
+        self.children = ChildProcesses.get_or_create(peer, token, acked_at_risk)
         # The counters of this process, its children and earlier runs.
         self.totals = Totals(learner_names, payload_size, self.children)
         # Names the ledger's folder.
@@ -299,7 +299,7 @@ class Session:
 
     def _start_reporter(self) -> None:
         """Start reporting to the parent, if this process has one and does not report yet."""
-        parent = find_parent(self._origin)
+        parent = find_parent_pid(self._origin)
         if parent is None or self._reporter is not None:
             return
         try:

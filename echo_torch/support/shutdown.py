@@ -46,7 +46,7 @@ class ExitingConnection(Protocol):
     # The peer's name, for messages.
     peer: str
 
-    def deliver_at_exit(self) -> None:
+    def deliver_and_end(self) -> None:
         """Start to deliver what is un-acked, and to end after `DELIVER_AT_EXIT_S` at the latest. Does not block."""
 
     def join(self, deadline: Deadline) -> bool:
@@ -99,7 +99,7 @@ def _run_at_exit() -> None:
         # Also after an interrupt: it ends the wait for a handler, not the delivery of samples.
         deadline = Deadline(DELIVER_AT_EXIT_S + _JOIN_GRACE_S)
         connections = list(_open_connections)
-        deliveries = [connection.deliver_at_exit for connection in connections]
+        deliveries = [connection.deliver_and_end for connection in connections]
         _run_all(deliveries + [functools.partial(_join_or_warn, connection, deadline) for connection in connections])
 
 

@@ -32,7 +32,7 @@ from echo_torch import (
 )
 from echo_torch.client import io_thread, reconnect
 from echo_torch.client.connection import Connection
-from echo_torch.client.resend import ResendTail
+from echo_torch.client.resend import ClosingTail
 from echo_torch.ring.ring import Ring
 
 SAMPLE = {"id": np.zeros((), np.int64)}
@@ -333,7 +333,7 @@ def test_a_loss_that_is_kept_keeps_no_memory() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ring = Ring(memoryview(bytearray(8)), 8)
-        connection = Connection(ours, "peer", ring, 1, ResendTail(ring, False), None)
+        connection = Connection(ours, "peer", ring, 1, ClosingTail(ring, False), None)
         with connection.io_lock:
             connection.mark_lost(error_while_another_is_handled())
         error: BaseException | None = connection.failure

@@ -1,4 +1,4 @@
-"""`ResendTail`: which rows are repeated, and in what portions."""
+"""`ClosingTail`: which rows are repeated, and in what portions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from echo_torch.client.connection import Connection
-from echo_torch.client.resend import ResendTail
+from echo_torch.client.resend import ClosingTail
 from echo_torch.ring.ring import Ring
 
 ROW = 8
@@ -41,7 +41,7 @@ def settle(ring: Ring) -> None:
 )
 def test_the_last_rows_or_all_of_them_in_cycles(sent: int, keep_acked: int, expected: list[int]) -> None:
     ring = ring_of(32, keep_acked)
-    tail = ResendTail(ring, enabled=True)
+    tail = ClosingTail(ring, enabled=True)
     pack(ring, *range(sent))
     settle(ring)
     assert tail.packed == 0
@@ -56,7 +56,7 @@ def test_the_last_rows_or_all_of_them_in_cycles(sent: int, keep_acked: int, expe
 
 def test_in_a_small_ring_it_is_packed_in_portions() -> None:
     ring = ring_of(7, keep_acked=5)
-    tail = ResendTail(ring, enabled=True)
+    tail = ClosingTail(ring, enabled=True)
     for number in range(20):
         pack(ring, number)
         settle(ring)
@@ -76,7 +76,7 @@ def test_in_a_small_ring_it_is_packed_in_portions() -> None:
 
 def test_a_tail_that_is_not_enabled_is_not_packed() -> None:
     ring = ring_of(16, keep_acked=4)
-    tail = ResendTail(ring, enabled=False)
+    tail = ClosingTail(ring, enabled=False)
     pack(ring, 1, 2, 3)
     settle(ring)
     tail.start()
@@ -86,7 +86,7 @@ def test_a_tail_that_is_not_enabled_is_not_packed() -> None:
 
 def test_once_it_is_started_no_other_row_is_accepted() -> None:
     ring = ring_of(16, keep_acked=4)
-    tail = ResendTail(ring, enabled=True)
+    tail = ClosingTail(ring, enabled=True)
     pack(ring, 1, 2, 3)
     tail.start()
     assert tail.start_row == 3
@@ -98,7 +98,7 @@ def test_once_it_is_started_no_other_row_is_accepted() -> None:
 
 def test_a_ring_that_was_stopped_gets_no_more_of_it() -> None:
     ring = ring_of(16, keep_acked=4)
-    tail = ResendTail(ring, enabled=True)
+    tail = ClosingTail(ring, enabled=True)
     pack(ring, 1, 2, 3)
     settle(ring)
     tail.start()
@@ -107,7 +107,7 @@ def test_a_ring_that_was_stopped_gets_no_more_of_it() -> None:
     assert ring.packed == 3
 
 
-class BegunMeanwhile(ResendTail):
+class BegunMeanwhile(ClosingTail):
     """Another thread begins and packs it just after somebody saw that it has not begun."""
 
     def __init__(self, ring: Ring) -> None:

@@ -26,7 +26,7 @@ from echo_torch import (
     SpecMismatchError,
     TcpClient,
 )
-from echo_torch.client.resend import ResendTail
+from echo_torch.client.resend import ClosingTail
 
 SAMPLE = {"id": np.zeros((), np.int64), "x": np.zeros(3, np.float32)}
 SIZE = 20
@@ -740,14 +740,14 @@ def test_close_ends_when_the_peer_leaves_just_before_the_tail_is_packed(
 ) -> None:
     """With everything acked: nothing is left to wait for, and no row is packed any more."""
     closing = Gate()
-    pack = ResendTail.pack
+    pack = ClosingTail.pack
 
     def leave(conn: PeerConnection) -> None:
         acks_all_but_the_tail(conn)
         closing.wait()
         conn.close()
 
-    def pack_late(tail: ResendTail) -> int:
+    def pack_late(tail: ClosingTail) -> int:
         closing.open()
         assert_threads_end()
         return pack(tail)
@@ -757,7 +757,7 @@ def test_close_ends_when_the_peer_leaves_just_before_the_tail_is_packed(
         for number in range(3):
             client.send(sample(number))
         client.wait(HANG_TIMEOUT_S)
-        monkeypatch.setattr(ResendTail, "pack", pack_late)
+        monkeypatch.setattr(ClosingTail, "pack", pack_late)
         client.close()
         assert client.counts().maybe_lost == 2
     assert "up to 2 that were acked last may be lost" in caplog.text

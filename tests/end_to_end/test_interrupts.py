@@ -25,7 +25,7 @@ from peers import Peer, PeerConnection, Script
 from terminator import server_context
 
 from echo_torch import TLS, ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
-from echo_torch.client.resend import ResendTail
+from echo_torch.client.resend import ClosingTail
 from echo_torch.wire.tls_socket import GREETING_WAIT_S
 
 HANG_TIMEOUT_S = 30.0
@@ -316,9 +316,9 @@ def test_interrupted_close_ends_soon_all_the_same(interrupts: Interrupts, descri
 
 def test_close_that_is_interrupted_leaves_the_rest_to_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here before the tail; a second `close` waits for it."""
-    pack = ResendTail.pack
+    pack = ClosingTail.pack
 
-    def strike(tail: ResendTail) -> int:
+    def strike(tail: ClosingTail) -> int:
         if threading.current_thread() is threading.main_thread():
             raise KeyboardInterrupt
         return pack(tail)
@@ -330,7 +330,7 @@ def test_close_that_is_interrupted_leaves_the_rest_to_the_thread(monkeypatch: py
             client.send({"x": np.full(4, number, np.int64)})
         client.wait(HANG_TIMEOUT_S)
         with monkeypatch.context() as patch:
-            patch.setattr(ResendTail, "pack", strike)
+            patch.setattr(ClosingTail, "pack", strike)
             with pytest.raises(KeyboardInterrupt):
                 client.close()
         client.close(HANG_TIMEOUT_S)

@@ -126,7 +126,7 @@ def token() -> Iterator[str]:
 
 @pytest.fixture
 def children(token: str) -> Iterator[ChildProcesses]:
-    made = ChildProcesses.get_shared(PEER, token, ACKED_AT_RISK)
+    made = ChildProcesses.get_or_create(PEER, token, ACKED_AT_RISK)
     yield made
     made.count_and_remove_all()
 
@@ -569,8 +569,8 @@ def test_more_children_than_files_can_be_open(token: str, children: ChildProcess
 
 def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(token: str) -> None:
     first, second = (
-        ChildProcesses.get_shared(PEER, token, ACKED_AT_RISK),
-        ChildProcesses.get_shared(PEER, token, ACKED_AT_RISK),
+        ChildProcesses.get_or_create(PEER, token, ACKED_AT_RISK),
+        ChildProcesses.get_or_create(PEER, token, ACKED_AT_RISK),
     )
     with Child(token) as one, Child(token) as two:
         one.set(sent=3, acked=3, closed=1)
@@ -583,7 +583,7 @@ def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(t
 
 
 def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
-    children = ChildProcesses.get_shared(PEER, token, ACKED_AT_RISK)
+    children = ChildProcesses.get_or_create(PEER, token, ACKED_AT_RISK)
     with Child(token) as child:
         child.set(sent=1)
         assert children.counts()["sent"] == 1

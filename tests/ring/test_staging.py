@@ -219,7 +219,7 @@ def test_a_send_that_is_interrupted_leaves_nothing(device: FakeDevice, monkeypat
     assert all(send_after_an_interrupt(device, monkeypatch))
 
 
-def test_the_resend_tail_is_not_what_an_interrupted_send_left(
+def test_the_closing_tail_is_not_what_an_interrupted_send_left(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a block is left by Ctrl-C: `close` repeats the last samples in the rows that the copy goes to."""
@@ -304,7 +304,7 @@ def test_rows_used_again_too_soon_would_be_seen(device: FakeDevice, monkeypatch:
 
 
 def test_what_an_interrupted_send_left_would_be_seen(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ring, "clear_uncommitted_copy", lambda ring: True)
+    monkeypatch.setattr(Ring, "try_clear_uncommitted_copy", lambda ring: True)
     assert not all(send_after_an_interrupt(device, monkeypatch))
 
 
