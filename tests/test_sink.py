@@ -721,6 +721,33 @@ def test_warn_covers_a_learner_that_cannot_be_connected_to_until_it_can(
         assert bytes(learner.connections[0].received)[:16] == np.array([8, 9]).tobytes()
 
 
+def test_warn_holds_the_timeout_while_another_thread_connects() -> None:
+    """The late call drops its samples. The learner is not gone, though: what comes after the connect arrives."""
+    accepted, greet = threading.Event(), threading.Event()
+
+    class LateScript(Script):
+        def __call__(self, conn: PeerConnection) -> None:
+            accepted.set()
+            assert greet.wait(PATIENCE_S)
+            super().__call__(conn)
+
+    with Peer(LateScript()) as learner:
+        sink = sink_for(learner, on_error="warn", connect_timeout=PATIENCE_S)
+        connecting = threading.Thread(target=sink.send, args=(batch(1),))
+        connecting.start()
+        assert accepted.wait(PATIENCE_S)
+        began = time.monotonic()
+        sink.send(batch(2, 3), timeout=SHORT_S)
+        assert time.monotonic() - began < PATIENCE_S / 3
+        assert (sink.stats().samples_sent, sink.stats().dropped) == (0, 2)
+        greet.set()
+        connecting.join()
+        sink.send(batch(4))
+        sink.wait()
+        assert (sink.stats().samples_acked, sink.stats().dropped) == (2, 2)
+        sink.close()
+
+
 def test_warn_does_not_outlive_close_where_nothing_could_be_connected(directory: FakeResolver) -> None:
     sink = EchoSink("learner", 7, EXAMPLE, on_error="warn", connect_timeout=SHORT_S)
     sink.send(batch(1))

@@ -32,6 +32,10 @@ from .watermark import Watermark
 _log = logging.getLogger(__name__)
 
 
+class _StillConnectingError(TimeoutError):
+    """Time is up, and another thread is still connecting."""
+
+
 class Session:
     """The connection, children, watermark and totals of one sink in one process; no other process uses it.
 
@@ -85,8 +89,10 @@ class Session:
         self._raise_on_loss = raise_on_loss
         # Reports to the parent; None in a process without one, and before the first use.
         self._reporter: Reporter | None = None
-        # Hold it to connect, to start the reporter, or to count dropped samples.
+        # Hold it to connect.
         self._lock = threading.RLock()
+        # Hold it to start the reporter or to count dropped samples; never while connecting, which may take long.
+        self._count_lock = threading.RLock()
         shutdown.register_exit_handler(self)
 
     @property
@@ -243,14 +249,16 @@ class Session:
     def drop(self, rows: int, error: OSError | None = None) -> None:
         """Count ``rows`` samples as dropped, and log ``error``.
 
-        An error also marks the learner as gone, unless the route is still open: another learner may have taken over.
+        An error also marks the learner as gone, unless the route is still open, because another learner may have taken
+        over, or another thread is still connecting.
         """
-        with self._lock:
+        with self._count_lock:
             self._start_reporter()
             self.totals.dropped += rows
             if error is None or self.learner_gone:
                 return
-            self.learner_gone = self.route is None or self.route.closed
+            if not isinstance(error, _StillConnectingError):
+                self.learner_gone = self.route is None or self.route.closed
         if not self.learner_gone:
             _log.warning("%s", error)
             return
@@ -265,7 +273,9 @@ class Session:
             raise RuntimeError("called by a signal handler or finalizer that interrupted connecting in the same thread")
         try:
             if not lock.acquire(timeout=clamp_timeout(deadline.remaining())):
-                raise TimeoutError(f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s")
+                raise _StillConnectingError(
+                    f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s"
+                )
             if self.route is None and not self.closed:
                 if self._flag_files.closed_by_parent:
                     raise self._close_by_parent()
@@ -300,22 +310,26 @@ class Session:
     def _start_reporter(self) -> None:
         """Start reporting to the parent, if this process has one and does not report yet."""
         parent = find_parent_pid(self._origin)
-        if parent is None or self._reporter is not None:
+        if parent is None:
             return
-        try:
-            reporter = Reporter(self._token, parent, self, self._learner_count)
-        except ConnectionClosedError:
-            raise self._close_by_parent() from None
-        except OSError as error:
-            me = f"process {os.getpid()}"
-            raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error
-        # An interrupt here must not leave the file open: the parent would take this process for one that still sends.
-        try:
-            reporter.start()
-        except BaseException:
-            reporter.report_end()
-            raise
-        self._reporter = reporter
+        with self._count_lock:
+            if self._reporter is not None:
+                return
+            try:
+                reporter = Reporter(self._token, parent, self, self._learner_count)
+            except ConnectionClosedError:
+                raise self._close_by_parent() from None
+            except OSError as error:
+                me = f"process {os.getpid()}"
+                raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error
+            # An interrupt here must not leave the file open: the parent would take this process for one that still
+            # sends.
+            try:
+                reporter.start()
+            except BaseException:
+                reporter.report_end()
+                raise
+            self._reporter = reporter
 
     # Reading and saving the state.
 
