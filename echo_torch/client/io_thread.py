@@ -69,7 +69,7 @@ class IoThread:
         # How messages name the other side.
         self.peer = connection.peer
         # Whether the client is gone and the thread must deliver what is packed and end by itself. Set by the client's
-        # finalizer and by `deliver_and_end`.
+        # finalizer and by `begin_exit`.
         self.abandoned = False
         # What callers and the thread share.
         self._connection = connection
@@ -149,7 +149,7 @@ class IoThread:
             pass
         self._thread.join(JOIN_TIMEOUT_S)
 
-    def deliver_and_end(self) -> None:
+    def begin_exit(self) -> None:
         """Let the thread deliver what is packed and the closing tail, and then end; returns at once."""
         self._connection.stop_accepting()
         self.abandoned = True
@@ -163,6 +163,11 @@ class IoThread:
                 return False
             time.sleep(min(JOIN_POLL_S, deadline.remaining()))
         return True
+
+    def finish_exit(self, deadline: Deadline) -> None:
+        """Wait at the process's exit for the thread to end, and log if it has not."""
+        if not self.join(deadline):
+            _log.warning("%s: the connection has not ended within %g s", self.peer, deadline.timeout)
 
     def detach_after_fork(self) -> None:
         """In a forked child: close its copies of the descriptors; takes no lock."""

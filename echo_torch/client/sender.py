@@ -215,7 +215,7 @@ class Sender:
 
     def abandon(self) -> None:
         """Return at once. The I/O thread delivers what is packed, and then ends."""
-        self.io_thread.deliver_and_end()
+        self.io_thread.begin_exit()
 
     def close(self, deadline: Deadline) -> None:
         """Deliver the packed rows and the closing tail, then end the I/O thread and close the socket.
@@ -233,7 +233,7 @@ class Sender:
             self.io_thread.detach_after_fork()
             return
         if self.io_thread.is_current:
-            self.io_thread.deliver_and_end()
+            self.io_thread.begin_exit()
             return
         self.check_caller("close")
         # Read this before `_check_open` below marks the failure as reported.
@@ -252,7 +252,7 @@ class Sender:
             raise
         except BaseException:
             # Ctrl-C: do not make the user wait. The I/O thread delivers the rest, for a bounded time.
-            self.io_thread.deliver_and_end()
+            self.io_thread.begin_exit()
             raise
         else:
             self.io_thread.stop()

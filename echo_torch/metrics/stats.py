@@ -29,6 +29,10 @@ class Counts(NamedTuple):
     """Upper bound of the samples that the server did not store. 0 while the connection is open or may reopen."""
 
 
+# The counters of `Counts` that move only when connections are lost or closed.
+LOSS_FIELDS = Counts._fields[2:]
+
+
 class PeerCounts(NamedTuple):
     """What happened to the samples for one learner. The first four fields mean what they do in `Counts`."""
 

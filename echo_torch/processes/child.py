@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
-from echo_torch.metrics.stats import Counts
+from echo_torch.metrics.stats import LOSS_FIELDS, Counts
 from echo_torch.metrics.timing import Times
 from echo_torch.routing.connector import WORKER_RECONNECT_S
 from echo_torch.routing.route import Route
@@ -191,9 +191,9 @@ class Reporter:
         self._entry["finish"] = 1
         self._wake()
 
-    def finish_exit(self) -> None:
+    def finish_exit(self, deadline: Deadline) -> None:
         """Wait for what `begin_exit` asked for."""
-        deadline = Deadline(CHILD_CLOSE_S + JOIN_S / 2)
+        deadline = deadline.within(CHILD_CLOSE_S + JOIN_S / 2)
         # Join twice: one Ctrl-C breaks off the first join, and the second still waits for the last report.
         try:
             self._join_thread(deadline)
@@ -325,7 +325,7 @@ class Reporter:
         if self.route is not None:
             entry.write_peer_counts(self.route.peer_counts())
         entry["sent"] = max(entry["sent"], counts.sent)
-        for field in ("reconnects", "resent", "maybe_duplicated", "maybe_lost"):
+        for field in LOSS_FIELDS:
             entry[field] = getattr(counts, field)
         # The parent waits for the first n samples and does not know which learner got them. So while the connection
         # lives, count the acked samples from the first on, up to the first gap. Once it has ended, or its error is

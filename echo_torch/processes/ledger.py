@@ -33,7 +33,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
-from echo_torch.metrics.stats import PeerCounts
+from echo_torch.metrics.stats import LOSS_FIELDS, PeerCounts
 from echo_torch.metrics.timing import TIMES_BYTES, Times
 
 from .file_locks import call_if_unlocked, has_ended, is_alive, try_lock
@@ -43,10 +43,7 @@ FIELDS = (
     "sent",  # samples that `send` accepted
     "acked",  # acked samples from the first on, up to the first gap; all of them once the connection has ended
     "dropped",  # samples given to `send` and not sent
-    "reconnects",  # the next four are as in `metrics.stats.Counts`
-    "resent",
-    "maybe_duplicated",
-    "maybe_lost",
+    *LOSS_FIELDS,
     "daemon",  # 1 if the child is daemonic
     "closed",  # 1 once the child has written its last report
     "finish",  # set to 1 by the parent: deliver everything and close
@@ -55,7 +52,7 @@ FIELDS = (
     "learners",  # how many learners the child sends to
 )
 # The fields that add up over children.
-SUMMED_FIELDS = FIELDS[:7]
+SUMMED_FIELDS = ("sent", "acked", "dropped", *LOSS_FIELDS)
 # The exceptions that ``error_kind`` stands for. If several children fail, the parent raises the one that comes last.
 ERROR_KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 # A file takes whole pages, of this many bytes.

@@ -223,9 +223,9 @@ class Session:
         """Ask the children to deliver, because this process ends. Its own connection registers its own exit step."""
         self.children.request_close()
 
-    def finish_exit(self) -> None:
+    def finish_exit(self, deadline: Deadline) -> None:
         """Wait for the children."""
-        self._close_children(Deadline(shutdown.DELIVER_AT_EXIT_S))
+        self._close_children(deadline)
 
     def close_for_parent(self) -> None:
         """Close because the parent asks for it; logs what goes wrong, since nobody here can catch it."""

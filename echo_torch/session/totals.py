@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from echo_torch.metrics.stats import SAVED_FIELDS, Counts, PeerCounts, PeerStats, SinkStats
+from echo_torch.metrics.stats import LOSS_FIELDS, SAVED_FIELDS, Counts, PeerCounts, PeerStats, SinkStats
 from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
 from echo_torch.processes.parent import ChildProcesses
 from echo_torch.routing.route import Route
@@ -132,10 +132,7 @@ class Totals:
             in_flight=unacked,
             dropped=self.dropped + theirs["dropped"],
             blocked_seconds=sum(times.blocked),
-            reconnects=counts.reconnects + theirs["reconnects"],
-            resent=counts.resent + theirs["resent"],
-            maybe_duplicated=counts.maybe_duplicated + theirs["maybe_duplicated"],
-            maybe_lost=counts.maybe_lost + theirs["maybe_lost"],
+            **{field: getattr(counts, field) + theirs[field] for field in LOSS_FIELDS},
             elapsed_seconds=time.monotonic() - self._started_at,
             connected_seconds=times.connected,
             check_seconds=times.checking,

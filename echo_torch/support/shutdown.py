@@ -31,45 +31,36 @@ _JOIN_GRACE_S = 1.0
 
 
 class ExitHandler(Protocol):
-    """Something that uses connections and has work to do before they end."""
+    """Something that has work to do before the process exits."""
 
     def begin_exit(self) -> None:
         """Start what takes time, without waiting for it. Called first, on all handlers."""
 
-    def finish_exit(self) -> None:
+    def finish_exit(self, deadline: Deadline) -> None:
         """Wait for what `begin_exit` started."""
 
 
-class ExitingConnection(Protocol):
-    """What this module needs of a connection."""
-
-    # The peer's name, for messages.
-    peer: str
-
-    def deliver_and_end(self) -> None:
-        """Start to deliver what is un-acked, and to end after `DELIVER_AT_EXIT_S` at the latest. Does not block."""
-
-    def join(self, deadline: Deadline) -> bool:
-        """Block until the connection has ended; return whether it did before the deadline."""
+class Connection(ExitHandler, Protocol):
+    """A connection, which must end by itself `DELIVER_AT_EXIT_S` after `begin_exit` at the latest."""
 
     def detach_after_fork(self) -> None:
         """In a forked child: close its copies of the descriptors, without taking a lock."""
 
 
 # All connections whose threads run. Strong references: a connection must deliver even if its client is gone.
-_open_connections: set[ExitingConnection] = set()
-# All handlers that still exist.
+_open_connections: set[Connection] = set()
+# What uses connections and has work to do before they end, as long as it exists.
 _exit_handlers: weakref.WeakSet[ExitHandler] = weakref.WeakSet()
 # The multiprocessing child that has our finalizer. Compared with the current pid, because a fork copies the variable.
 _finalizer_pid = 0
 
 
-def register_connection(connection: ExitingConnection) -> None:
+def register_connection(connection: Connection) -> None:
     """Deliver ``connection`` at exit. Its thread calls this first, and `unregister_connection` last."""
     _open_connections.add(connection)
 
 
-def unregister_connection(connection: ExitingConnection) -> None:
+def unregister_connection(connection: Connection) -> None:
     _open_connections.discard(connection)
 
 
@@ -91,25 +82,21 @@ def register_child_finalizer() -> None:
 
 
 def _run_at_exit() -> None:
-    handlers = list(_exit_handlers)
     try:
-        # All begin before the first is waited for, so their waits overlap.
-        _run_all([handler.begin_exit for handler in handlers] + [handler.finish_exit for handler in handlers])
+        _run_all(list(_exit_handlers), Deadline(DELIVER_AT_EXIT_S))
     finally:
         # Also after an interrupt: it ends the wait for a handler, not the delivery of samples.
-        deadline = Deadline(DELIVER_AT_EXIT_S + _JOIN_GRACE_S)
-        connections = list(_open_connections)
-        deliveries = [connection.deliver_and_end for connection in connections]
-        _run_all(deliveries + [functools.partial(_join_or_warn, connection, deadline) for connection in connections])
+        _run_all(list(_open_connections), Deadline(DELIVER_AT_EXIT_S + _JOIN_GRACE_S))
 
 
-def _run_all(steps: Sequence[Callable[[], None]]) -> None:
-    """Run all steps, even if some raise.
+def _run_all(handlers: Sequence[ExitHandler], deadline: Deadline) -> None:
+    """Run both steps of all handlers, even if some raise. All begin before the first is waited for.
 
     Logs errors. An interrupt such as Ctrl-C ends only the step that it strikes, and is raised after the last step.
     """
     interrupt: BaseException | None = None
-    for step in steps:
+    steps: list[Callable[[], None]] = [handler.begin_exit for handler in handlers]
+    for step in steps + [functools.partial(handler.finish_exit, deadline) for handler in handlers]:
         try:
             step()
         except Exception as error:
@@ -118,11 +105,6 @@ def _run_all(steps: Sequence[Callable[[], None]]) -> None:
             interrupt = error
     if interrupt is not None:
         raise interrupt
-
-
-def _join_or_warn(connection: ExitingConnection, deadline: Deadline) -> None:
-    if not connection.join(deadline):
-        _log.warning("%s: the connection has not ended within %g s", connection.peer, DELIVER_AT_EXIT_S + _JOIN_GRACE_S)
 
 
 def _detach_all_after_fork() -> None:
