@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import multiprocessing.util
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -25,10 +24,8 @@ from .ranks import wait_together
 from .ring.ring import SERVER_QUEUE_SAMPLES
 from .routing.connector import Connector
 from .routing.partition import Routing, check_routing, check_shards
-from .routing.route import Route
 from .samples.spec import Match, SampleSpec, example_from_batch
 from .session.session import Session
-from .support.interrupts import owned_by_this_thread
 from .support.tracing import disable_compile, is_profiling, profiler_range
 from .support.validation import check_count, check_seconds, check_timeout
 from .tee import Tee
@@ -184,10 +181,7 @@ class EchoSink(LoaderSender):
             OSError, TimeoutError, HandshakeError, SpecMismatchError: as `TcpClient` raises them.
             ConnectionClosedError: the sink was closed, or the connection was lost.
         """
-        session = self._session()
-        if session.connect(self._open_route, None).closed:
-            raise session.closed_error("the connection was lost")
-        session.learner_gone = False
+        self._session().connect(None)
         return self
 
     @disable_compile
@@ -224,42 +218,15 @@ class EchoSink(LoaderSender):
         that is there and acks nothing still raises DeliveryTimeoutError.
         """
         check_timeout("timeout", timeout)
+        if step is not None:
+            check_count("step", step, least=0)
+        # The session calls this once the step has begun.
+        make_match = functools.partial(self._match, batch, batched, skip_last)
         if not is_profiling():
-            self._send(batch, batched, timeout, step, skip_last)
+            self._session().send(make_match, step, timeout)
             return
         with profiler_range("echo_torch.send"):
-            self._send(batch, batched, timeout, step, skip_last)
-
-    def _send(self, batch: Any, batched: bool | None, timeout: float | None, step: int | None, skip_last: int) -> None:
-        session = self._session()
-        # Keep this watermark to the end: another thread may load a state, which replaces the session's.
-        watermark = session.watermark
-        # The lock is reentrant: without this check a signal handler would enter a half-changed watermark.
-        if owned_by_this_thread(watermark.lock):
-            raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
-        # A step of yours begins before the check, so that a refused batch holds the watermark down.
-        if step is not None:
-            step = watermark.begin_step(check_count("step", step, least=0))
-        began = time.monotonic()
-        try:
-            match = self._match(batch, batched, skip_last)
-            session.totals.check_seconds += time.monotonic() - began
-            if not session.first_batch_logged:
-                session.log_first_batch(match, self._spec)
-            # Count only now, so that a refused batch uses up no number.
-            if step is None:
-                step = watermark.begin_step(None)
-            accepted = session.deliver(self._open_route, match, timeout)
-        except BaseException:
-            # Ctrl-C as well: part of the batch may be sent, so hold the watermark down and report what was accepted.
-            if step is not None:
-                watermark.fail_step(step)
-            session.report_sent()
-            raise
-        if accepted is None:
-            watermark.fail_step(step)
-        else:
-            session.note_accepted(watermark, step, accepted)
+            self._session().send(make_match, step, timeout)
 
     def _send_from_loader(self, batch: Any) -> None:
         self.send(batch)
@@ -416,15 +383,8 @@ class EchoSink(LoaderSender):
         pid = os.getpid()
         session = self._sessions.get(pid)
         if session is None:
-            new = Session(
-                self._connector.learner_names,
-                self._spec.payload_size,
-                self._token,
-                self._creator_pid,
-                self._connector.acked_at_risk,
-                self._stall_timeout,
-                self._on_error == "raise",
-            )
+            raise_on_loss = self._on_error == "raise"
+            new = Session(self._connector, self._spec, self._token, self._creator_pid, raise_on_loss)
             session = self._sessions.setdefault(pid, new)
         return session
 
@@ -436,6 +396,3 @@ class EchoSink(LoaderSender):
         """
         self._session()
         multiprocessing.util.register_after_fork(self, EchoSink._session)
-
-    def _open_route(self, timeout: float | None) -> Route:
-        return self._connector.open_route(self._spec, timeout)

@@ -19,10 +19,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
-from echo_torch.metrics.stats import LOSS_FIELDS, Counts
-from echo_torch.metrics.timing import Times
+from echo_torch.metrics.stats import LOSS_FIELDS
 from echo_torch.routing.connector import WORKER_RECONNECT_S
-from echo_torch.routing.route import Route
+from echo_torch.routing.route import NOT_CONNECTED, Route
 from echo_torch.support import shutdown
 from echo_torch.support.deadline import Deadline
 
@@ -155,8 +154,8 @@ class Reporter:
         self._parent_died = make_death_check(parent)
         # The session, by a weak reference. If nobody else holds the session, it is dropped, and the thread closes it.
         self._session = weakref.ref(session)
-        # The session's connection; None until it is open.
-        self.route: Route | None = None
+        # The session's connection; NOT_CONNECTED until it is open.
+        self.route: Route = NOT_CONNECTED
         # The idle thread waits for this lock; releasing it wakes the thread.
         self._wake_lock = threading.Lock()
         self._wake_lock.acquire()
@@ -290,8 +289,7 @@ class Reporter:
         """Close the connection of a session that was dropped."""
         error = None
         try:
-            if self.route is not None:
-                self.route.close(CHILD_CLOSE_S)
+            self.route.close(CHILD_CLOSE_S)
         except Exception as problem:
             error = problem
             _log.warning("%s", problem)
@@ -300,8 +298,7 @@ class Reporter:
     def _check_route(self) -> Exception | None:
         """Return the error that ended the connection while samples were un-acked, or None."""
         try:
-            if self.route is not None:
-                self.route.poll_or_raise()
+            self.route.poll_or_raise()
         except ConnectionError as error:
             return error
         except Exception as problem:  # a client other than `TcpClient` may raise anything
@@ -317,20 +314,18 @@ class Reporter:
             ended: whether the connection has ended.
         """
         entry, session = self._entry, self._session()
-        counts = Counts() if self.route is None else self.route.counts()
+        counts = self.route.counts()
         if session is not None:
-            times = Times() if self.route is None else self.route.times()
             entry["dropped"] = session.totals.dropped
-            entry.write_times(times._replace(checking=session.totals.check_seconds))
-        if self.route is not None:
-            entry.write_peer_counts(self.route.peer_counts())
+            entry.write_times(self.route.times()._replace(checking=session.totals.check_seconds))
+        entry.write_peer_counts(self.route.peer_counts())
         entry["sent"] = max(entry["sent"], counts.sent)
         for field in LOSS_FIELDS:
             entry[field] = getattr(counts, field)
         # The parent waits for the first n samples and does not know which learner got them. So while the connection
         # lives, count the acked samples from the first on, up to the first gap. Once it has ended, or its error is
         # written, count all acked samples: the parent then compares that count with everything sent.
-        if ended or entry["error_kind"] or self.route is None:
+        if ended or entry["error_kind"]:
             entry["acked"] = counts.sent - counts.unacked
         else:
             entry["acked"] = self.route.progress()[1]

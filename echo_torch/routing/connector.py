@@ -1,8 +1,8 @@
 """Opens a sink's connections, in the training process and in DataLoader workers.
 
 * One learner gets a plain route, several get a `Balancer` over one route each.
-* Without failover, every learner must be reachable. With failover one is enough, and each unreachable learner gets an
-  `UnreachableRoute`, so that indices stay valid.
+* Without failover, every learner must be reachable. With failover one is enough, and each unreachable learner gets a
+  `NoRoute`, so that indices stay valid.
 * A worker gets less memory and less time to reconnect than the training process, because there may be many workers and
   the loader waits for them.
 """
@@ -26,7 +26,7 @@ from echo_torch.wire.tls import TLS
 
 from .balancer import Balancer
 from .failover import Learner
-from .route import OtherClientRoute, Route, TcpClientRoute, UnreachableRoute
+from .route import NoRoute, OtherClientRoute, Route, TcpClientRoute
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Connector:
         for address in self.addresses:
             if address not in routes:
                 _log.warning("%s: could not be connected to; the others get its share", peer_name(*address))
-                routes[address] = UnreachableRoute(peer_name(*address))
+                routes[address] = NoRoute(peer_name(*address), lost=True)
 
     def _open_one(self, spec: SampleSpec, address: Address, timeout: float | None) -> Route:
         """Connect to one learner and wrap the client in the route that fits it."""

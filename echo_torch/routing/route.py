@@ -2,7 +2,7 @@
 
 * `TcpClientRoute` passes blocks of rows to a `TcpClient`.
 * `OtherClientRoute` passes one sample at a time to any other client.
-* `UnreachableRoute` stands for a learner that could not be reached.
+* `NoRoute` stands for a connection that is not open yet, or to a learner that could not be reached.
 """
 
 from __future__ import annotations
@@ -234,18 +234,25 @@ class OtherClientRoute:
         return ours
 
 
-class UnreachableRoute:
-    """A route to a learner that could not be reached, whose share goes to the others."""
+class NoRoute:
+    """A route to nowhere: that of a sink before it connects, or of a learner that could not be reached.
 
-    # Nothing can ever be sent.
+    Args:
+        peer: how messages name the learner.
+        lost: whether it counts as a lost connection.
+    """
+
+    # Nothing can be sent.
     closed = True
 
-    def __init__(self, peer: str) -> None:
+    def __init__(self, peer: str = "", lost: bool = False) -> None:
         # How messages name the learner.
         self._peer = peer
+        # Whether it counts as a lost connection.
+        self._lost = lost
 
     def peer_counts(self) -> list[PeerCounts]:
-        return [PeerCounts(lost=1)]
+        return [PeerCounts(lost=int(self._lost))]
 
     def counts(self) -> Counts:
         return Counts()
@@ -267,3 +274,7 @@ class UnreachableRoute:
 
     def close(self, timeout: float | None) -> None:
         """Do nothing: no connection is open."""
+
+
+NOT_CONNECTED: Route = NoRoute()
+"""The route of a sink that has not connected yet."""

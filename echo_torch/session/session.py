@@ -1,4 +1,4 @@
-"""`Session`: a sink's state in one process, and every step of its life: connect, deliver, wait, close, exit.
+"""`Session`: a sink's state in one process, and every step of its life: connect, send, wait, close, exit.
 
 * Connecting happens once, under the session's lock. Everything else reads ``route`` without it.
 * ``closed`` is set before anything is closed. A thread that is still connecting sees it and closes its new connection.
@@ -12,14 +12,16 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from echo_torch.errors import ConnectionClosedError, raise_first
 from echo_torch.metrics.stats import SinkStats
 from echo_torch.processes.child import CHILD_CLOSE_S, FlagFiles, Reporter, find_parent_pid
 from echo_torch.processes.parent import ChildProcesses
-from echo_torch.routing.route import Route
+from echo_torch.routing.connector import Connector
+from echo_torch.routing.route import NOT_CONNECTED, Route
 from echo_torch.samples.spec import Match, SampleSpec
 from echo_torch.support import shutdown
 from echo_torch.support.deadline import Deadline, clamp_timeout
@@ -40,51 +42,40 @@ class Session:
     """The connection, children, watermark and totals of one sink in one process; no other process uses it.
 
     Args:
-        learner_names: the learners' names in messages.
-        payload_size: bytes of one sample.
+        connector: opens the connections.
+        spec: what a sample is.
         token: names the ledger's folder, where parents and children find each other.
         origin: pid of the process that made the sink.
-        acked_at_risk: how many acked samples a server may discard if a connection breaks off.
-        stall_timeout: seconds without any ack of a child after which `wait` and `close` give up; None for never.
         raise_on_loss: True to raise when the learner is lost; False to log it, and drop all later samples.
     """
 
-    def __init__(
-        self,
-        learner_names: Sequence[str],
-        payload_size: int,
-        token: str,
-        origin: int,
-        acked_at_risk: int,
-        stall_timeout: float | None,
-        raise_on_loss: bool,
-    ) -> None:
+    def __init__(self, connector: Connector, spec: SampleSpec, token: str, origin: int, raise_on_loss: bool) -> None:
         # All learners' names, for messages.
-        self.peer = peer = ", ".join(learner_names)
-        # How many learners there are.
-        self._learner_count = len(learner_names)
-        # The connection, or connections to several learners; None until the first use.
-        self.route: Route | None = None
+        self.peer = peer = ", ".join(connector.learner_names)
+        # The connection, or connections to several learners; NOT_CONNECTED until the first use.
+        self.route: Route = NOT_CONNECTED
         # Whether `close` was called, here or in the parent.
         self.closed = False
+        # Opens the connections.
+        self._connector = connector
+        # What a sample is.
+        self._spec = spec
         # Whether the log says how the first batch was read.
-        self.first_batch_logged = False
+        self._first_batch_logged = False
         # Whether the learner is lost and the log says so; stays False if the loss is raised instead.
-        self.learner_gone = False
+        self._learner_gone = False
         # The highest step up to which everything is acked.
-        self.watermark = Watermark()
+        self._watermark = Watermark()
         # The children that send for the same sink.
-        self.children = ChildProcesses.get_or_create(peer, token, acked_at_risk)
+        self._children = ChildProcesses.get_or_create(peer, token, connector.acked_at_risk)
         # The counters of this process, its children and earlier runs.
-        self.totals = Totals(learner_names, payload_size, self.children)
+        self.totals = Totals(connector.learner_names, spec.payload_size, self._children)
         # Names the ledger's folder.
         self._token = token
         # Pid of the process that made the sink.
         self._origin = origin
         # News from the parent and its other children: the sink is closed, the learner is gone.
         self._flag_files = FlagFiles(token, origin)
-        # Seconds without any ack of a child after which `wait` gives up; None for never.
-        self._stall_timeout = stall_timeout
         # Whether the loss of the learner raises.
         self._raise_on_loss = raise_on_loss
         # Reports to the parent; None in a process without one, and before the first use.
@@ -95,35 +86,62 @@ class Session:
         self._count_lock = threading.RLock()
         shutdown.register_exit_handler(self)
 
-    @property
-    def unacked(self) -> int:
-        return 0 if self.route is None else self.route.counts().unacked
-
-    def connect(self, open_route: Callable[[float | None], Route], timeout: float | None) -> Route:
-        """Return the route; if there is none yet, open it with ``open_route(timeout)``.
+    def connect(self, timeout: float | None) -> None:
+        """Connect now if there is no connection yet.
 
         Raises:
-            ConnectionClosedError: the sink was closed.
-            OSError: as ``open_route`` raises it.
+            ConnectionClosedError: the sink was closed, or the connection was lost.
+            OSError: as `Connector.open_route` raises it.
         """
-        route = self.route
-        if route is None and not self.closed:
-            route = self._connect_once(open_route, Deadline(timeout))
-        if route is None or self.closed:
-            raise self.closed_error("this sink was closed")
-        return route
+        if self._get_route(timeout).closed:
+            raise self._closed_error("the connection was lost")
+        self._learner_gone = False
 
-    def deliver(self, open_route: Callable[[float | None], Route], match: Match, timeout: float | None) -> Route | None:
-        """Send a batch, after connecting if need be.
+    def send(self, make_match: Callable[[], Match], step: int | None, timeout: float | None) -> None:
+        """Check a batch and send it, after connecting if need be; raises as `EchoSink.send`.
 
-        Returns:
-            The route that accepted the whole batch, or None if samples of it were dropped.
+        Args:
+            make_match: checks the batch.
+            step: the number of the batch; None for the next.
+            timeout: most seconds to wait for room, and as many to connect.
         """
-        if self.learner_gone and not self.closed:
+        # Keep this watermark to the end: `load_state_dict` may put another in its place.
+        watermark = self._watermark
+        # The lock is reentrant: without this check a signal handler would enter a half-changed watermark.
+        if owned_by_this_thread(watermark.lock):
+            raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
+        # A step of the caller's begins before the check, so that a refused batch holds the watermark down.
+        if step is not None:
+            step = watermark.begin_step(step)
+        began = time.monotonic()
+        try:
+            match = make_match()
+            self.totals.check_seconds += time.monotonic() - began
+            if not self._first_batch_logged:
+                self._log_first_batch(match)
+            # Count only now, so that a refused batch uses up no number.
+            if step is None:
+                step = watermark.begin_step(None)
+            route = self._deliver(match, timeout)
+        except BaseException:
+            # Ctrl-C as well: part of the batch may be sent, so hold the watermark down and report what was accepted.
+            if step is not None:
+                watermark.fail_step(step)
+            self._report_sent()
+            raise
+        if route is None:
+            watermark.fail_step(step)
+            return
+        watermark.finish_step(step, *route.progress())
+        self._report_sent()
+
+    def _deliver(self, match: Match, timeout: float | None) -> Route | None:
+        """Send a batch; return the route that accepted it whole, or None if samples of it were dropped."""
+        if self._learner_gone and not self.closed:
             self.drop(match.rows)
             return None
         try:
-            route = self.connect(open_route, timeout)
+            route = self._get_route(timeout)
         except OSError as error:  # refused, unreachable, no such name, timed out: anything that prevents a connection
             if self._raise_on_loss or self.closed:
                 raise
@@ -138,29 +156,19 @@ class Session:
             self.drop(match.rows - error.rows_accepted, error)
             return None
 
-    def log_first_batch(self, match: Match, spec: SampleSpec) -> None:
-        """Log how the first batch was read, so that you notice a batch that is taken for one sample."""
-        self.first_batch_logged = True
-        what = f"{match.rows} samples" if match.batched else "one sample"
-        _log.info("%s: the first batch is %s of %s", self.peer, what, spec.describe())
-
-    def note_accepted(self, watermark: Watermark, step: int, route: Route) -> None:
-        """Note that ``route`` accepted the whole batch of ``step``.
-
-        ``watermark`` is the one in which the step began; `load_state_dict` may have put another in its place.
-        """
-        sent, acked = route.progress()
-        watermark.finish_step(step, sent, acked)
-        self.report_sent()
-
-    def report_sent(self) -> None:
+    def _report_sent(self) -> None:
         """Report the number of samples sent to the parent, if there is one.
 
         `send` calls it before it returns, so that a later `wait` in the parent includes these samples.
         """
-        reporter, route = self._reporter, self.route
-        if reporter is not None and route is not None:
-            reporter.report_sent(route.progress()[0])
+        if self._reporter is not None:
+            self._reporter.report_sent(self.route.progress()[0])
+
+    def _log_first_batch(self, match: Match) -> None:
+        """Log how the first batch was read, so that you notice a batch that is taken for one sample."""
+        self._first_batch_logged = True
+        what = f"{match.rows} samples" if match.batched else "one sample"
+        _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
 
     def wait(self, timeout: float | None) -> None:
         """Block until everything sent so far is acked, by children too; raises as `EchoSink.wait`."""
@@ -171,14 +179,13 @@ class Session:
 
     def _wait(self, deadline: Deadline) -> None:
         try:
-            if self.route is not None:
-                self.route.wait(deadline.timeout)
+            self.route.wait(deadline.timeout)
         except ConnectionError as error:
             if self._raise_on_loss:
                 raise
             self.drop(0, error)
         try:
-            self.children.wait(deadline, self._stall_timeout)
+            self._children.wait(deadline, self._connector.stall_timeout)
         except ConnectionError as error:
             if self._raise_on_loss:
                 raise
@@ -199,33 +206,26 @@ class Session:
         problems: list[Exception] = []
         # The flag before the request: it stops the children that start too late to be asked.
         self._flag_files.set_closed()
-        self.children.request_close()
+        self._children.request_close()
         # The children close while this process does. Take every step, even if an earlier one fails.
-        for step in (functools.partial(self._close_route, timeout), functools.partial(self._close_children, deadline)):
+        for step in (functools.partial(self.route.close, timeout), functools.partial(self.finish_exit, deadline)):
             try:
                 step()
             except Exception as error:
                 problems.append(error)
         if self._reporter is not None:
             self._reporter.report_end(problems[0] if problems else None)
-        self.children.count_and_remove_all()
+        self._children.count_and_remove_all()
         raise_first(problems)
-
-    def _close_route(self, timeout: float | None) -> None:
-        if self.route is not None:
-            self.route.close(timeout)
-
-    def _close_children(self, deadline: Deadline) -> None:
-        self.children.wait_for_close(deadline.within(self._stall_timeout))
-        self.children.wait(deadline, self._stall_timeout)
 
     def begin_exit(self) -> None:
         """Ask the children to deliver, because this process ends. Its own connection registers its own exit step."""
-        self.children.request_close()
+        self._children.request_close()
 
     def finish_exit(self, deadline: Deadline) -> None:
-        """Wait for the children."""
-        self._close_children(deadline)
+        """Wait for the children, which were asked to close."""
+        self._children.wait_for_close(deadline.within(self._connector.stall_timeout))
+        self._children.wait(deadline, self._connector.stall_timeout)
 
     def close_for_parent(self) -> None:
         """Close because the parent asks for it; logs what goes wrong, since nobody here can catch it."""
@@ -234,9 +234,9 @@ class Session:
         except Exception as error:
             _log.warning("%s", error)
 
-    def closed_error(self, how: str) -> ConnectionClosedError:
+    def _closed_error(self, how: str) -> ConnectionClosedError:
         """Make the error for a call on a closed sink or connection; it names the number of un-acked samples."""
-        unacked = self.unacked
+        unacked = self.route.counts().unacked
         error = ConnectionClosedError(f"{self.peer}: {how}; {unacked} samples un-acked")
         error.unacked = unacked
         return error
@@ -244,7 +244,7 @@ class Session:
     def _close_by_parent(self) -> ConnectionClosedError:
         """Mark the sink as closed, because the parent has closed it, and return the error to raise."""
         self.closed = True
-        return self.closed_error("this sink was closed")
+        return self._closed_error("this sink was closed")
 
     def drop(self, rows: int, error: OSError | None = None) -> None:
         """Count ``rows`` samples as dropped, and log ``error``.
@@ -255,57 +255,63 @@ class Session:
         with self._count_lock:
             self._start_reporter()
             self.totals.dropped += rows
-            if error is None or self.learner_gone:
+            if error is None or self._learner_gone:
                 return
             if not isinstance(error, _StillConnectingError):
-                self.learner_gone = self.route is None or self.route.closed
-        if not self.learner_gone:
+                self._learner_gone = self.route.closed
+        if not self._learner_gone:
             _log.warning("%s", error)
             return
         self._flag_files.set_learner_gone(True)
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
 
-    def _connect_once(self, open_route: Callable[[float | None], Route], deadline: Deadline) -> Route | None:
-        """Connect under the lock, unless another thread did so meanwhile or the sink was closed."""
-        lock = self._lock
-        # The lock is reentrant: without this check a signal handler would connect a second time.
-        if owned_by_this_thread(lock):
-            raise RuntimeError("called by a signal handler or finalizer that interrupted connecting in the same thread")
-        try:
-            if not lock.acquire(timeout=clamp_timeout(deadline.remaining())):
-                raise _StillConnectingError(
-                    f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s"
-                )
-            if self.route is None and not self.closed:
-                if self._flag_files.closed_by_parent:
-                    raise self._close_by_parent()
-                route = open_route(
-                    self._flag_files.limit_connect_timeout(None if deadline.timeout is None else deadline.remaining())
-                )
-                # Start the reporter before `route` is set: otherwise another thread could send samples that the parent
-                # does not learn of.
-                try:
-                    self._start_reporter()
-                except BaseException:
-                    route.close(0)
-                    raise
-                if self._reporter is not None:
-                    self._reporter.route = route
-                self.route = route
-                self._flag_files.set_learner_gone(False)
-            lock.release()
-        except BaseException:
-            # Only the lock knows whether it was acquired, and whether the line above released it. Release it inline: an
-            # interrupt can strike at the beginning of any helper.
-            try:  # noqa: SIM105
+    def _get_route(self, timeout: float | None) -> Route:
+        """Return the route; open it under the lock if there is none yet. Raises as `connect`."""
+        if self.route is NOT_CONNECTED and not self.closed:
+            lock, deadline = self._lock, Deadline(timeout)
+            # The lock is reentrant: without this check a signal handler would connect a second time.
+            if owned_by_this_thread(lock):
+                what = "called by a signal handler or finalizer that interrupted connecting in the same thread"
+                raise RuntimeError(what)
+            try:
+                if not lock.acquire(timeout=clamp_timeout(deadline.remaining())):
+                    what = f"{self.peer}: another thread is still connecting after {deadline.timeout:g} s"
+                    raise _StillConnectingError(what)
+                # Another thread may have connected meanwhile.
+                if self.route is NOT_CONNECTED and not self.closed:
+                    self._open_route(deadline)
                 lock.release()
-            except RuntimeError:
-                pass
-            raise
-        # `close` may have run while this thread was connecting, and found no route to close.
-        if self.closed and self.route is not None:
-            self.route.close(0)
+            except BaseException:
+                # Only the lock knows whether it was acquired, and whether the line above released it. Release it
+                # inline: an interrupt can strike at the beginning of any helper.
+                try:  # noqa: SIM105
+                    lock.release()
+                except RuntimeError:
+                    pass
+                raise
+            # `close` may have run while this thread was connecting, and found no route to close.
+            if self.closed:
+                self.route.close(0)
+        if self.closed:
+            raise self._closed_error("this sink was closed")
         return self.route
+
+    def _open_route(self, deadline: Deadline) -> None:
+        if self._flag_files.closed_by_parent:
+            raise self._close_by_parent()
+        timeout = None if deadline.timeout is None else deadline.remaining()
+        route = self._connector.open_route(self._spec, self._flag_files.limit_connect_timeout(timeout))
+        # Start the reporter before `route` is set: otherwise another thread could send samples that the parent does not
+        # learn of.
+        try:
+            self._start_reporter()
+        except BaseException:
+            route.close(0)
+            raise
+        if self._reporter is not None:
+            self._reporter.route = route
+        self.route = route
+        self._flag_files.set_learner_gone(False)
 
     def _start_reporter(self) -> None:
         """Start reporting to the parent, if this process has one and does not report yet."""
@@ -316,7 +322,7 @@ class Session:
             if self._reporter is not None:
                 return
             try:
-                reporter = Reporter(self._token, parent, self, self._learner_count)
+                reporter = Reporter(self._token, parent, self, len(self._connector.addresses))
             except ConnectionClosedError:
                 raise self._close_by_parent() from None
             except OSError as error:
@@ -337,9 +343,8 @@ class Session:
         return self.totals.stats(self.route)
 
     def acked_through(self) -> int:
-        if self.route is not None:
-            self.route.counts()  # reads the acks that have arrived
-        return self.watermark.acked_through(0 if self.route is None else self.route.progress()[1])
+        self.route.counts()  # reads the acks that have arrived
+        return self._watermark.acked_through(self.route.progress()[1])
 
     def state_dict(self) -> dict[str, Any]:
         through = self.acked_through()  # first, so that the counts are never behind it
@@ -352,4 +357,4 @@ class Session:
         # Check everything before the last line, which changes the watermark.
         through = check_count("state['acked_through']", state.get("acked_through"), least=-1)  # type: ignore[arg-type]
         self.totals.load_state_dict(state, self.route)
-        self.watermark = Watermark(through)
+        self._watermark = Watermark(through)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from echo_torch.metrics.stats import LOSS_FIELDS, SAVED_FIELDS, Counts, PeerCounts, PeerStats, SinkStats
+from echo_torch.metrics.stats import LOSS_FIELDS, SAVED_FIELDS, PeerCounts, PeerStats, SinkStats
 from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
 from echo_torch.processes.parent import ChildProcesses
 from echo_torch.routing.route import Route
@@ -56,27 +56,27 @@ class Totals:
         # What a loaded state adds to the counters of this process and its children.
         self._earlier: dict[str, Any] = dict.fromkeys(_PERSISTENT, 0)
 
-    def stats(self, route: Route | None) -> SinkStats:
-        """Return everything that `EchoSink.stats` returns; ``route`` is the session's connection, if there is one."""
+    def stats(self, route: Route) -> SinkStats:
+        """Return everything that `EchoSink.stats` returns; ``route`` is the session's connection."""
         counted = self._current_stats(route)
         total = {name: getattr(counted, name) + self._earlier[name] for name in _PERSISTENT}
         loaded = {"loaded_sent": self._earlier["samples_sent"], "loaded_acked": self._earlier["samples_acked"]}
         return dataclasses.replace(counted, **total, **loaded, **self._rates(counted), peers=self._peer_stats(route))
 
-    def _peer_stats(self, route: Route | None) -> tuple[PeerStats, ...]:
+    def _peer_stats(self, route: Route) -> tuple[PeerStats, ...]:
         """Return what this process and its children sent to each learner."""
-        mine, theirs = [] if route is None else route.peer_counts(), self._children.peer_counts()
+        mine, theirs = route.peer_counts(), self._children.peer_counts()
         peer_stats = []
         for name, one, other in zip_longest(self._learner_names, mine, theirs, fillvalue=PeerCounts()):
             sent, unacked, *rest = one.plus(other)
             peer_stats.append(PeerStats(str(name), sent, sent - unacked, unacked, *rest))
         return tuple(peer_stats)
 
-    def times(self, route: Route | None) -> Times:
+    def times(self, route: Route) -> Times:
         """Return where the time went in this process."""
-        return (Times() if route is None else route.times())._replace(checking=self.check_seconds)
+        return route.times()._replace(checking=self.check_seconds)
 
-    def log_verdict(self, route: Route | None) -> None:
+    def log_verdict(self, route: Route) -> None:
         """Log what limits the speed, at most once in `VERDICT_INTERVAL_S`."""
         if time.monotonic() - self._last_verdict_at < VERDICT_INTERVAL_S:
             return
@@ -86,12 +86,12 @@ class Totals:
         level = logging.WARNING if recent.blocked_too_long else logging.INFO
         _log.log(level, "%s: %s", ", ".join(self._learner_names), recent.bottleneck)
 
-    def state_dict(self, route: Route | None) -> dict[str, Any]:
+    def state_dict(self, route: Route) -> dict[str, Any]:
         """Return the counters that another run can continue from, as plain numbers."""
         stats = self.stats(route)
         return {name: getattr(stats, name) for name in SAVED_FIELDS}
 
-    def load_state_dict(self, state: Mapping[str, Any], route: Route | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], route: Route) -> None:
         """Continue from a saved state; a state that is refused changes nothing."""
         # Check every number before the last line, which is the only change.
         loaded: dict[str, Any] = {}
@@ -119,9 +119,9 @@ class Totals:
             "acked_per_second": (counted.samples_acked - acked) / seconds,
         }
 
-    def _current_stats(self, route: Route | None) -> SinkStats:
+    def _current_stats(self, route: Route) -> SinkStats:
         """Return the stats of this process and its children, without those of earlier runs."""
-        counts, theirs = Counts() if route is None else route.counts(), self._children.counts()
+        counts, theirs = route.counts(), self._children.counts()
         times = self.times(route).plus(self._children.times())
         sent, unacked = counts.sent + theirs["sent"], counts.unacked + theirs["sent"] - theirs["acked"]
         return SinkStats(
