@@ -57,17 +57,17 @@ def check_group(group: ProcessGroup) -> None:
 
 def wait_together(
     peer: str,
-    wait: Callable[[float | None], None],
+    wait: Callable[[], None],
     timeout: float | None,
     stall_timeout: float | None,
     group: ProcessGroup,
 ) -> None:
-    """Call ``wait(timeout)`` on each rank of ``group``, then raise on all of them or on none.
+    """Call ``wait`` on each rank of ``group``, then raise on all of them or on none.
 
     Args:
         peer: this rank's server, for messages.
-        wait: blocks until this rank's samples are acked; takes a timeout in seconds.
-        timeout: passed to ``wait``; None for no limit.
+        wait: blocks until this rank's samples are acked.
+        timeout: seconds after which ``wait`` gives up; None for no limit.
         stall_timeout: seconds without any ack after which ``wait`` gives up; None for never.
         group: takes CPU tensors.
 
@@ -76,7 +76,7 @@ def wait_together(
     check_group(group)
     problem = None
     try:
-        wait(timeout)
+        wait()
     except Exception as error:
         problem = error
     # The others may take as long as this rank was allowed to.

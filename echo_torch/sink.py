@@ -26,6 +26,7 @@ from .routing.connector import Connector
 from .routing.partition import Routing, check_routing, check_shards
 from .samples.spec import Match, SampleSpec, example_from_batch
 from .session.session import Session
+from .support.deadline import NEVER, as_deadline
 from .support.tracing import disable_compile, is_profiling, profiler_range
 from .support.validation import check_count, check_seconds, check_timeout
 from .tee import Tee
@@ -133,7 +134,6 @@ class EchoSink(LoaderSender):
         self._choose_learner = route if callable(route) and self._learner_count > 1 else None
         self._spec = SampleSpec(example)
         self._select = select
-        self._stall_timeout = check_timeout("stall_timeout", stall_timeout)
         self._on_error = on_error
         self._connector = Connector(
             addresses=addresses,
@@ -143,7 +143,7 @@ class EchoSink(LoaderSender):
             max_inflight_msgs=check_count("max_inflight_msgs", max_inflight_msgs, least=1),
             buffer_bytes=None if buffer_bytes is None else check_count("buffer_bytes", buffer_bytes, least=1),
             connect_timeout=check_timeout("connect_timeout", connect_timeout),
-            stall_timeout=stall_timeout,
+            stall_timeout=check_timeout("stall_timeout", stall_timeout),
             reconnect=check_seconds("reconnect", reconnect),
             resend_acked=check_count("resend_acked", resend_acked, least=0),
             resend_at_close=resend_at_close,
@@ -181,7 +181,7 @@ class EchoSink(LoaderSender):
             OSError, TimeoutError, HandshakeError, SpecMismatchError: as `TcpClient` raises them.
             ConnectionClosedError: the sink was closed, or the connection was lost.
         """
-        self._session().connect(None)
+        self._session().connect(NEVER)
         return self
 
     @disable_compile
@@ -200,8 +200,8 @@ class EchoSink(LoaderSender):
             batch: one sample like the example, with its leaves matched by key path; or B samples, with one more first
                 dimension B on every leaf. A batch of 0 samples sends nothing.
             batched: True for a batch, False for one sample, None to decide by the number of dimensions.
-            timeout: most seconds to wait for room; the first `send` may take as many again to connect. None for the
-                limits ``stall_timeout`` and ``connect_timeout``.
+            timeout: most seconds to connect and to wait for room. None for the limits ``connect_timeout`` and
+                ``stall_timeout``.
             step: the number of this batch for `acked_through`, 0 or more; None for the highest so far plus 1.
             skip_last: how many samples at the end of the batch not to send, such as those that a distributed sampler
                 repeats.
@@ -217,16 +217,16 @@ class EchoSink(LoaderSender):
         With ``on_error="warn"``, it logs a learner that is gone or cannot be reached, and raises nothing. A learner
         that is there and acks nothing still raises DeliveryTimeoutError.
         """
-        check_timeout("timeout", timeout)
+        deadline = as_deadline(timeout)
         if step is not None:
             check_count("step", step, least=0)
         # The session calls this once the step has begun.
         make_match = functools.partial(self._match, batch, batched, skip_last)
         if not is_profiling():
-            self._session().send(make_match, step, timeout)
+            self._session().send(make_match, step, deadline)
             return
         with profiler_range("echo_torch.send"):
-            self._session().send(make_match, step, timeout)
+            self._session().send(make_match, step, deadline)
 
     def _send_from_loader(self, batch: Any) -> None:
         self.send(batch)
@@ -254,19 +254,14 @@ class EchoSink(LoaderSender):
 
         With ``group``, the first two are also raised for the failure of another process.
         """
-        check_timeout("timeout", timeout)
-        wait = functools.partial(self._wait, timeout, group)
+        session = self._session()
+        wait = functools.partial(session.wait, as_deadline(timeout))
+        if group is not None:
+            wait = functools.partial(wait_together, session.peer, wait, timeout, self._connector.stall_timeout, group)
         if progress:
             wait_with_bar(self, wait)
         else:
             wait()
-
-    def _wait(self, timeout: float | None, group: ProcessGroup | None) -> None:
-        session = self._session()
-        if group is None:
-            session.wait(timeout)
-        else:
-            wait_together(session.peer, session.wait, timeout, self._stall_timeout, group)
 
     @property
     def acked_through(self) -> int:
@@ -322,8 +317,7 @@ class EchoSink(LoaderSender):
                 the samples that were sent again were not acked again.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call has raised that yet.
         """
-        check_timeout("timeout", timeout)
-        self._session().close(timeout)
+        self._session().close(as_deadline(timeout))
 
     def collate(
         self,

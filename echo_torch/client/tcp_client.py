@@ -25,7 +25,7 @@ from echo_torch.ring.staging import Stager, StagingError
 from echo_torch.samples.leaf import Array
 from echo_torch.samples.pytree import flatten
 from echo_torch.samples.spec import Match, SampleSpec, check_numpy
-from echo_torch.support.deadline import NEVER, Deadline
+from echo_torch.support.deadline import Deadline, Timeout, as_deadline
 from echo_torch.support.validation import check_count, check_seconds, check_timeout
 from echo_torch.wire.connect import close_socket, connect_and_handshake, peer_name
 from echo_torch.wire.tls import TLS, check_tls
@@ -171,7 +171,7 @@ class TcpClient:
         # Start the thread last, when everything that it uses is in place. A failed start closes the socket by itself.
         self._sender.io_thread.start()
 
-    def send(self, data: Any, *, timeout: float | None = None) -> None:
+    def send(self, data: Any, *, timeout: Timeout = None) -> None:
         """Send one sample. Blocks until the buffer has room. You may change ``data`` once this returns.
 
         Args:
@@ -194,16 +194,16 @@ class TcpClient:
                 raise _with_payload_size(error, data, self._spec.payload_size) from None
             self.send_match(match, timeout=timeout)
             return
-        self._sender.send_rows(1, self._packer.make_filler(arrays, False), _deadline(timeout))
+        self._sender.send_rows(1, self._packer.make_filler(arrays, False), as_deadline(timeout))
 
-    def send_match(self, match: Match, *, timeout: float | None = None) -> None:
+    def send_match(self, match: Match, *, timeout: Timeout = None) -> None:
         """Send a batch, or a sample, that `SampleSpec.match` has checked. Raises the same errors as `send_rows`.
 
         Args:
             match: the checked leaves, from a spec with the same leaves as this client's.
             timeout: as for `send`.
         """
-        deadline = _deadline(timeout)
+        deadline = as_deadline(timeout)
         if not match.on_device:
             self._sender.send_rows(match.rows, self._packer.make_filler(match.arrays, match.batched), deadline)
             return
@@ -240,7 +240,7 @@ class TcpClient:
             error.rows_accepted += done
             raise
 
-    def send_rows(self, arrays: Sequence[Array], *, timeout: float | None = None) -> None:
+    def send_rows(self, arrays: Sequence[Array], *, timeout: Timeout = None) -> None:
         """Send a block of samples whose leaves are stacked already.
 
         Args:
@@ -262,9 +262,9 @@ class TcpClient:
             if array.shape != (rows, *leaf.shape) or array.dtype != leaf.wire_dtype:
                 expected = f"{leaf.wire_dtype} {[rows, *leaf.shape]}"
                 raise ValueError(f"arrays{leaf.path}: got {array.dtype} {list(array.shape)}, expected {expected}")
-        self._sender.send_rows(rows, self._packer.make_filler(arrays, True), _deadline(timeout))
+        self._sender.send_rows(rows, self._packer.make_filler(arrays, True), as_deadline(timeout))
 
-    def send_packed(self, rows: memoryview, *, most: int, timeout: float | None = None) -> int:
+    def send_packed(self, rows: memoryview, *, most: int, timeout: Timeout = None) -> int:
         """Send samples that are packed already. Returns how many were sent.
 
         Raises ConnectionClosedError and DeliveryTimeoutError, as `send_rows` does.
@@ -280,19 +280,19 @@ class TcpClient:
         def fill(slot: int, first: int, run: int) -> None:
             ring.buffer[slot * size : (slot + run) * size] = rows[first * size : (first + run) * size]
 
-        self._sender.send_rows(count, fill, _deadline(timeout))
+        self._sender.send_rows(count, fill, as_deadline(timeout))
         return count
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: Timeout = None) -> None:
         """Block until everything sent so far is acked.
 
         Raises:
             ConnectionClosedError: the connection ended first. Its ``unacked`` counts the samples without an ack.
             DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed. Delivery goes on.
         """
-        self._sender.wait(Deadline(timeout))
+        self._sender.wait(as_deadline(timeout))
 
-    def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout: Timeout = CLOSE_TIMEOUT_S) -> None:
         """Deliver everything sent so far, then end the connection.
 
         You may call this again. It leaves no thread and no open descriptor.
@@ -305,7 +305,7 @@ class TcpClient:
                 repetition was. The client is closed all the same.
             ConnectionClosedError: the connection failed with samples un-acked, and no call has raised that yet.
         """
-        self._sender.close(Deadline(timeout))
+        self._sender.close(as_deadline(timeout))
 
     def abandon(self) -> None:
         """Return at once. The client delivers what you sent, for up to 5 s, and closes in the background."""
@@ -387,10 +387,6 @@ def _dial(
     except BaseException:
         close_socket(sock)
         raise
-
-
-def _deadline(timeout: float | None) -> Deadline:
-    return NEVER if timeout is None else Deadline(timeout)
 
 
 def _with_payload_size(error: SpecMismatchError, data: Any, expected: int) -> SpecMismatchError:

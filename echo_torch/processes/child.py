@@ -104,11 +104,11 @@ class FlagFiles:
         if self._parent is not None:
             (ledger.set_flag if gone else ledger.clear_flag)(self._token, self._parent, ledger.LEARNER_GONE)
 
-    def limit_connect_timeout(self, timeout: float | None) -> float | None:
-        """Return ``timeout``, cut to a few seconds if an earlier worker did not find the learner."""
+    def limit_connecting(self, deadline: Deadline) -> Deadline:
+        """Return ``deadline``, cut to a few seconds if an earlier worker did not find the learner."""
         if self._parent is None or not ledger.has_flag(self._token, self._parent, ledger.LEARNER_GONE):
-            return timeout
-        return WORKER_RECONNECT_S if timeout is None else min(timeout, WORKER_RECONNECT_S)
+            return deadline
+        return deadline.within(WORKER_RECONNECT_S)
 
 
 class ReportedTotals(Protocol):
@@ -289,7 +289,7 @@ class Reporter:
         """Close the connection of a session that was dropped."""
         error = None
         try:
-            self.route.close(CHILD_CLOSE_S)
+            self.route.close(Deadline(CHILD_CLOSE_S))
         except Exception as problem:
             error = problem
             _log.warning("%s", problem)

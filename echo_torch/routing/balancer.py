@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -39,8 +38,6 @@ SEND_SLICE_S = 0.01
 RESEND_SHARE = 0.1
 MAX_RESEND_S = 1.0
 
-# The timeout in the message of one learner's `DeliveryTimeoutError`.
-_TIMEOUT_TEXT = re.compile(r"within [\d.e-]+ s")
 # Errors of this wing, which `Balancer._to_public_error` turns into public ones.
 _ROUTING_ERRORS = (NoLearnerLeftError, NoRoomError, UncopiedRowsError)
 
@@ -140,10 +137,10 @@ class Balancer:
 
     # Sending.
 
-    def send(self, match: Match, timeout: float | None) -> None:
+    def send(self, match: Match, deadline: Deadline) -> None:
         if self._closing:
             raise self._to_public_error(NoLearnerLeftError("closed"))
-        deadline, done = Deadline(timeout), 0
+        done = 0
         shares = self._split_by_learner(match)
         for number, (first, rows) in enumerate(shares):
             share = match if rows is None else match.take(rows)
@@ -200,7 +197,7 @@ class Balancer:
         learner, others = self._choose_learner(first, match.rows)
         limit = deadline.within(SEND_SLICE_S) if others else deadline
         try:
-            learner.route.send(match, limit.timeout_left)
+            learner.route.send(match, limit)
         except DeliveryTimeoutError as error:
             if not others:
                 raise
@@ -247,8 +244,7 @@ class Balancer:
 
     # Waiting, and the end.
 
-    def wait(self, timeout: float | None) -> None:
-        deadline = Deadline(timeout)
+    def wait(self, deadline: Deadline) -> None:
         try:
             self._wait(deadline)
         except (ConnectionClosedError, DeliveryTimeoutError, *_ROUTING_ERRORS) as error:
@@ -280,16 +276,15 @@ class Balancer:
     def _wait_for(self, learner: Learner, deadline: Deadline) -> bool:
         """Wait for one learner; return False if it is lost, so that its samples must be handed over."""
         try:
-            learner.route.wait(deadline.timeout_left)
+            learner.route.wait(deadline)
         except ConnectionClosedError:
             if not self._failover_enabled or self._failover.closed:
                 raise
             return False
         return True
 
-    def close(self, timeout: float | None) -> None:
+    def close(self, deadline: Deadline) -> None:
         self._closing = True
-        deadline = Deadline(timeout)
         problems: list[Exception] = []
         try:
             if not self._failover.closed:
@@ -302,11 +297,12 @@ class Balancer:
 
     def _deliver_all(self, deadline: Deadline, problems: list[Exception]) -> None:
         """Wait for all acks; keep some time for the closing tails, and add errors to ``problems``."""
-        timeout = deadline.timeout
-        reserved = 0.0 if timeout is None else min(MAX_RESEND_S, RESEND_SHARE * timeout)
+        left = deadline.remaining()
         try:
             # Without failover, do not wait for lost learners: their own `close` raises, unless a call did before.
-            self._wait(Deadline(None if timeout is None else timeout - reserved), include_lost=self._failover_enabled)
+            self._wait(
+                deadline.within(left - min(MAX_RESEND_S, RESEND_SHARE * left)), include_lost=self._failover_enabled
+            )
         except DeliveryTimeoutError:
             pass  # the `close` of each late learner raises
         except (ConnectionClosedError, *_ROUTING_ERRORS) as error:
@@ -320,7 +316,7 @@ class Balancer:
         # The learners with the least left come first: a late one would use up the others' time.
         for learner in sorted(self._learners, key=lambda learner: learner.route.counts().unacked):
             try:
-                learner.route.close(deadline.timeout_left)
+                learner.route.close(deadline)
             except (ConnectionClosedError, DeliveryTimeoutError) as error:
                 # Otherwise other learners have its samples, or `_deliver_all` has recorded an error.
                 if learner.undelivered is None:
@@ -360,11 +356,5 @@ class Balancer:
                 what = f"{error}, and nothing was acked for {self._stall_timeout:g} s (stall_timeout)"
             text = f"{self._name}: {what}; {unacked} samples un-acked"
             public_error = DeliveryTimeoutError(f"{text}; delivery goes on") if late else ConnectionClosedError(text)
-        elif isinstance(public_error, DeliveryTimeoutError) and deadline is not None and deadline.expired:
-            # One learner's message names the time that was left for it. Name the timeout of the whole call instead.
-            public_error = DeliveryTimeoutError(
-                _TIMEOUT_TEXT.sub(f"within {deadline.timeout:g} s", str(error), count=1)
-            )
-            public_error.rows_accepted = error.rows_accepted  # type: ignore[attr-defined]
         public_error.unacked = unacked
         return public_error

@@ -100,12 +100,11 @@ class Connector:
         """Each learner as ``host:port``, for messages."""
         return [peer_name(*address) for address in self.addresses]
 
-    def open_route(self, spec: SampleSpec, timeout: float | None) -> Route:
-        """Connect to the learners, within ``timeout`` and ``connect_timeout`` seconds; raises as the client does."""
-        limits = [limit for limit in (self.connect_timeout, timeout) if limit is not None]
-        deadline = Deadline(min(limits, default=None))
+    def open_route(self, spec: SampleSpec, deadline: Deadline) -> Route:
+        """Connect to the learners before ``deadline`` and within ``connect_timeout``; raises as the client does."""
+        deadline = deadline.within(self.connect_timeout)
         if len(self.addresses) == 1:
-            return self._open_one(spec, self.addresses[0], deadline.timeout)
+            return self._open_one(spec, self.addresses[0], deadline)
         routes: dict[Address, Route] = {}
         try:
             self._open_all(spec, deadline, routes)
@@ -117,7 +116,7 @@ class Connector:
             for route in routes.values():
                 # An error in a custom client's `close` must not keep the other routes open.
                 with contextlib.suppress(Exception):
-                    route.close(0)
+                    route.close(Deadline(0))
             raise
 
     def _open_all(self, spec: SampleSpec, deadline: Deadline, routes: dict[Address, Route]) -> None:
@@ -137,7 +136,7 @@ class Connector:
                 if self.failover:  # leave the others their share of the time
                     limit = limit.within(limit.remaining() / (len(missing) - number))
                 try:
-                    routes[address] = self._open_one(spec, address, limit.timeout_left)
+                    routes[address] = self._open_one(spec, address, limit)
                 except OSError as error:
                     if not self.failover:
                         raise
@@ -149,23 +148,26 @@ class Connector:
                 _log.warning("%s: could not be connected to; the others get its share", peer_name(*address))
                 routes[address] = NoRoute(peer_name(*address), lost=True)
 
-    def _open_one(self, spec: SampleSpec, address: Address, timeout: float | None) -> Route:
+    def _open_one(self, spec: SampleSpec, address: Address, deadline: Deadline) -> Route:
         """Connect to one learner and wrap the client in the route that fits it."""
         window = max(1, min(self.max_inflight_msgs, WINDOW_BYTES // spec.payload_size))
         arguments = (*address, spec.numpy_sample(), window)
-        client = self.make_client(*arguments, **(self._client_options(spec, timeout) if self._makes_tcp_client else {}))
+        client = self.make_client(
+            *arguments, **(self._client_options(spec, deadline) if self._makes_tcp_client else {})
+        )
         if isinstance(client, TcpClient):
             return TcpClientRoute(client)
         return OtherClientRoute(client, spec, peer_name(*address))
 
-    def _client_options(self, spec: SampleSpec, timeout: float | None) -> dict[str, Any]:
+    def _client_options(self, spec: SampleSpec, deadline: Deadline) -> dict[str, Any]:
         """Return the keyword arguments that only `TcpClient` takes."""
         in_worker = get_worker_info() is not None
         default = BUFFER_BYTES
         if in_worker:
             default = max(WORKER_BUFFER_BYTES, min_buffer_bytes(spec.payload_size, self.resend_acked))
         return {
-            "connect_timeout": timeout,
+            # In seconds, as a subclass of `TcpClient` may read it; to the millisecond, because messages quote it.
+            "connect_timeout": None if deadline.timeout is None else round(deadline.remaining(), 3),
             "stall_timeout": self.stall_timeout,
             "buffer_bytes": default if self.buffer_bytes is None else self.buffer_bytes,
             "reconnect": min(self.reconnect, WORKER_RECONNECT_S) if in_worker else self.reconnect,

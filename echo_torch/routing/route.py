@@ -17,12 +17,12 @@ from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
 from echo_torch.metrics.stats import Counts, PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.samples.spec import Match, SampleSpec
-from echo_torch.support.deadline import Deadline
+from echo_torch.support.deadline import NEVER, Deadline
 from echo_torch.support.interrupts import owned_by_this_thread
 
 
 class Route(Protocol):
-    """One or several open clients, as `EchoSink` uses them; timeouts are in seconds, None for no limit."""
+    """One or several open clients, as `EchoSink` uses them."""
 
     def counts(self) -> Counts:
         """Return the numbers of samples sent, un-acked, sent again, and so on."""
@@ -46,13 +46,13 @@ class Route(Protocol):
     def closed(self) -> bool:
         """Whether nothing more can be sent, as far as is known."""
 
-    def send(self, match: Match, timeout: float | None) -> None:
+    def send(self, match: Match, deadline: Deadline) -> None:
         """Send the samples of a batch; raises ConnectionClosedError or DeliveryTimeoutError."""
 
-    def wait(self, timeout: float | None) -> None:
+    def wait(self, deadline: Deadline) -> None:
         """Block until everything sent is acked; raises ConnectionClosedError or DeliveryTimeoutError."""
 
-    def close(self, timeout: float | None) -> None:
+    def close(self, deadline: Deadline) -> None:
         """Deliver what was sent and close; raises ConnectionClosedError or DeliveryTimeoutError."""
 
 
@@ -100,18 +100,18 @@ class TcpClientRoute:
     def closed(self) -> bool:
         return self.client.closed
 
-    def send(self, match: Match, timeout: float | None) -> None:
-        self.client.send_match(match, timeout=timeout)
+    def send(self, match: Match, deadline: Deadline) -> None:
+        self.client.send_match(match, timeout=deadline)
 
-    def wait(self, timeout: float | None) -> None:
-        self.client.wait(timeout)
+    def wait(self, deadline: Deadline) -> None:
+        self.client.wait(deadline)
 
-    def close(self, timeout: float | None) -> None:
+    def close(self, deadline: Deadline) -> None:
         # Only now: after the close, the client is closed in any case.
         if not self._closing:
             self._lost = self.closed
             self._closing = True
-        self.client.close(timeout)
+        self.client.close(deadline)
 
 
 class OtherClientRoute:
@@ -175,10 +175,9 @@ class OtherClientRoute:
     def poll_or_raise(self) -> None:
         """Wait for all acks: there is no other way to learn of them from such a client."""
         if self._sent > self._acked and not self._closed:
-            self.wait(None)
+            self.wait(NEVER)
 
-    def send(self, match: Match, timeout: float | None) -> None:
-        deadline = Deadline(timeout)
+    def send(self, match: Match, deadline: Deadline) -> None:
         started_at = time.monotonic()
         done = 0
         if owned_by_this_thread(self._send_lock):
@@ -189,7 +188,7 @@ class OtherClientRoute:
                 for done in range(match.rows):
                     # Not before the first sample: a send whose timeout is 0 makes progress too.
                     if deadline.expired and done:
-                        raise DeliveryTimeoutError(f"{self._peer}: send() not done within {timeout:g} s")
+                        raise DeliveryTimeoutError(f"{self._peer}: send() not done within {deadline.timeout:g} s")
                     leaves = [array[done, ...] for array in arrays] if match.batched else arrays
                     self._client.send(self._spec.unflatten(leaves))
                     self._sent += 1
@@ -198,7 +197,7 @@ class OtherClientRoute:
         finally:
             self._send_seconds += time.monotonic() - started_at
 
-    def wait(self, timeout: float | None) -> None:
+    def wait(self, deadline: Deadline) -> None:
         sent_before = self._sent
         try:
             self._client.wait()
@@ -206,13 +205,13 @@ class OtherClientRoute:
             raise self._translate(error, 0) from error
         self._acked = max(self._acked, sent_before)
 
-    def close(self, timeout: float | None) -> None:
+    def close(self, deadline: Deadline) -> None:
         with self._close_lock:  # another thread that closes at the same time waits for the end, too
             if self._closed:  # call no client's `wait` after its `close`: not every one returns
                 return
             self._closed = True
             try:
-                self.wait(timeout)
+                self.wait(deadline)
             finally:
                 self._client.close()
                 self._set_ended()
@@ -266,13 +265,13 @@ class NoRoute:
     def poll_or_raise(self) -> None:
         """Do nothing: nothing was sent."""
 
-    def send(self, match: Match, timeout: float | None) -> None:
+    def send(self, match: Match, deadline: Deadline) -> None:
         raise ConnectionClosedError(f"{self._peer}: could not be connected to")
 
-    def wait(self, timeout: float | None) -> None:
+    def wait(self, deadline: Deadline) -> None:
         """Return at once: nothing was sent."""
 
-    def close(self, timeout: float | None) -> None:
+    def close(self, deadline: Deadline) -> None:
         """Do nothing: no connection is open."""
 
 

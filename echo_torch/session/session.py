@@ -86,24 +86,24 @@ class Session:
         self._count_lock = threading.RLock()
         shutdown.register_exit_handler(self)
 
-    def connect(self, timeout: float | None) -> None:
+    def connect(self, deadline: Deadline) -> None:
         """Connect now if there is no connection yet.
 
         Raises:
             ConnectionClosedError: the sink was closed, or the connection was lost.
             OSError: as `Connector.open_route` raises it.
         """
-        if self._get_route(timeout).closed:
+        if self._get_route(deadline).closed:
             raise self._closed_error("the connection was lost")
         self._learner_gone = False
 
-    def send(self, make_match: Callable[[], Match], step: int | None, timeout: float | None) -> None:
+    def send(self, make_match: Callable[[], Match], step: int | None, deadline: Deadline) -> None:
         """Check a batch and send it, after connecting if need be; raises as `EchoSink.send`.
 
         Args:
             make_match: checks the batch.
             step: the number of the batch; None for the next.
-            timeout: most seconds to wait for room, and as many to connect.
+            deadline: when to stop connecting and waiting for room.
         """
         # Keep this watermark to the end: `load_state_dict` may put another in its place.
         watermark = self._watermark
@@ -122,7 +122,7 @@ class Session:
             # Count only now, so that a refused batch uses up no number.
             if step is None:
                 step = watermark.begin_step(None)
-            route = self._deliver(match, timeout)
+            route = self._deliver(match, deadline)
         except BaseException:
             # Ctrl-C as well: part of the batch may be sent, so hold the watermark down and report what was accepted.
             if step is not None:
@@ -135,20 +135,20 @@ class Session:
         watermark.finish_step(step, *route.progress())
         self._report_sent()
 
-    def _deliver(self, match: Match, timeout: float | None) -> Route | None:
+    def _deliver(self, match: Match, deadline: Deadline) -> Route | None:
         """Send a batch; return the route that accepted it whole, or None if samples of it were dropped."""
         if self._learner_gone and not self.closed:
             self.drop(match.rows)
             return None
         try:
-            route = self._get_route(timeout)
+            route = self._get_route(deadline)
         except OSError as error:  # refused, unreachable, no such name, timed out: anything that prevents a connection
             if self._raise_on_loss or self.closed:
                 raise
             self.drop(match.rows, error)
             return None
         try:
-            route.send(match, timeout)
+            route.send(match, deadline)
             return route
         except ConnectionClosedError as error:
             if self._raise_on_loss or self.closed:
@@ -170,16 +170,16 @@ class Session:
         what = f"{match.rows} samples" if match.batched else "one sample"
         _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
 
-    def wait(self, timeout: float | None) -> None:
+    def wait(self, deadline: Deadline) -> None:
         """Block until everything sent so far is acked, by children too; raises as `EchoSink.wait`."""
         try:
-            self._wait(Deadline(timeout))
+            self._wait(deadline)
         finally:
             self.totals.log_verdict(self.route)
 
     def _wait(self, deadline: Deadline) -> None:
         try:
-            self.route.wait(deadline.timeout)
+            self.route.wait(deadline)
         except ConnectionError as error:
             if self._raise_on_loss:
                 raise
@@ -191,24 +191,23 @@ class Session:
                 raise
             _log.warning("%s", error)
 
-    def close(self, timeout: float | None) -> None:
+    def close(self, deadline: Deadline) -> None:
         """Close the connection while the daemonic children close theirs; raises as `EchoSink.close`."""
         try:
-            self._close(timeout)
+            self._close(deadline)
         except ConnectionError as error:
             if self._raise_on_loss:
                 raise
             self.drop(0, error)
 
-    def _close(self, timeout: float | None) -> None:
+    def _close(self, deadline: Deadline) -> None:
         self.closed = True  # first: a thread that is connecting just now sees it, and closes its connection
-        deadline = Deadline(timeout)
         problems: list[Exception] = []
         # The flag before the request: it stops the children that start too late to be asked.
         self._flag_files.set_closed()
         self._children.request_close()
         # The children close while this process does. Take every step, even if an earlier one fails.
-        for step in (functools.partial(self.route.close, timeout), functools.partial(self.finish_exit, deadline)):
+        for step in (functools.partial(self.route.close, deadline), functools.partial(self.finish_exit, deadline)):
             try:
                 step()
             except Exception as error:
@@ -230,7 +229,7 @@ class Session:
     def close_for_parent(self) -> None:
         """Close because the parent asks for it; logs what goes wrong, since nobody here can catch it."""
         try:
-            self.close(CHILD_CLOSE_S)
+            self.close(Deadline(CHILD_CLOSE_S))
         except Exception as error:
             _log.warning("%s", error)
 
@@ -265,10 +264,10 @@ class Session:
         self._flag_files.set_learner_gone(True)
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
 
-    def _get_route(self, timeout: float | None) -> Route:
+    def _get_route(self, deadline: Deadline) -> Route:
         """Return the route; open it under the lock if there is none yet. Raises as `connect`."""
         if self.route is NOT_CONNECTED and not self.closed:
-            lock, deadline = self._lock, Deadline(timeout)
+            lock = self._lock
             # The lock is reentrant: without this check a signal handler would connect a second time.
             if owned_by_this_thread(lock):
                 what = "called by a signal handler or finalizer that interrupted connecting in the same thread"
@@ -291,7 +290,7 @@ class Session:
                 raise
             # `close` may have run while this thread was connecting, and found no route to close.
             if self.closed:
-                self.route.close(0)
+                self.route.close(Deadline(0))
         if self.closed:
             raise self._closed_error("this sink was closed")
         return self.route
@@ -299,14 +298,13 @@ class Session:
     def _open_route(self, deadline: Deadline) -> None:
         if self._flag_files.closed_by_parent:
             raise self._close_by_parent()
-        timeout = None if deadline.timeout is None else deadline.remaining()
-        route = self._connector.open_route(self._spec, self._flag_files.limit_connect_timeout(timeout))
+        route = self._connector.open_route(self._spec, self._flag_files.limit_connecting(deadline))
         # Start the reporter before `route` is set: otherwise another thread could send samples that the parent does not
         # learn of.
         try:
             self._start_reporter()
         except BaseException:
-            route.close(0)
+            route.close(Deadline(0))
             raise
         if self._reporter is not None:
             self._reporter.route = route

@@ -1,7 +1,7 @@
 """One moment on the monotonic clock that all steps of an operation share.
 
-* An operation makes one deadline from its timeout and passes it down. A step that made its own timeout would start the
-  count anew.
+* A public call makes one deadline from its timeout and passes it down. A step that made its own timeout would start the
+  count anew. The timeout travels with the deadline, so that messages quote what the user passed.
 * A wait may end early. Code that waits checks the deadline again and continues, so waits can be cut to any length.
 * Python and the system calls reject waits that are infinite or too long. `clamp_timeout` cuts them.
 """
@@ -30,7 +30,7 @@ class Deadline:
     __slots__ = ("at", "timeout")
 
     def __init__(self, timeout: float | None) -> None:
-        # The timeout that this was made from, in seconds, for messages.
+        # The timeout that this was made from, in seconds, for messages; None for no limit.
         self.timeout = check_timeout("timeout", timeout)
         # The moment in seconds of ``time.monotonic``; infinite for never.
         self.at = math.inf if timeout is None else time.monotonic() + timeout
@@ -40,21 +40,15 @@ class Deadline:
         return max(0.0, self.at - time.monotonic())
 
     @property
-    def timeout_left(self) -> float | None:
-        """Seconds left, or None for no limit; to the millisecond, because messages quote it."""
-        return None if self.at == math.inf else round(self.remaining(), 3)
-
-    @property
     def expired(self) -> bool:
         return time.monotonic() >= self.at
 
     def within(self, timeout: float | None) -> Deadline:
-        """Return a deadline for one step: ``timeout`` seconds from now, but not later than this one.
+        """Return a deadline for one step: ``timeout`` seconds from now, or this one if that comes first.
 
         It is of the same kind, so a step of a revocable deadline can be revoked, too.
         """
-        left = self.remaining()
-        return Deadline(left if timeout is None else min(timeout, left))
+        return self if timeout is None or self.remaining() <= timeout else Deadline(timeout)
 
 
 class RevocableDeadline(Deadline):
@@ -78,8 +72,7 @@ class RevocableDeadline(Deadline):
         return self._revoked() or super().expired
 
     def within(self, timeout: float | None) -> Deadline:
-        left = self.remaining()
-        return RevocableDeadline(left if timeout is None else min(timeout, left), self._revoked)
+        return self if timeout is None or self.remaining() <= timeout else RevocableDeadline(timeout, self._revoked)
 
 
 # Seconds after which a wait that nobody can wake checks its deadline again.
@@ -87,6 +80,16 @@ POLL_INTERVAL_S = 0.05
 
 # The deadline that does not come.
 NEVER = Deadline(None)
+
+Timeout = float | Deadline | None
+"""Seconds, None for no limit, or the deadline of a call that this one is a step of."""
+
+
+def as_deadline(timeout: Timeout) -> Deadline:
+    """Return the deadline that ``timeout`` stands for; raises as `Deadline`."""
+    if timeout is None:
+        return NEVER
+    return timeout if isinstance(timeout, Deadline) else Deadline(timeout)
 
 
 def clamp_timeout(seconds: float) -> float:

@@ -15,6 +15,7 @@ from peers import Peer, PeerConnection
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.routing.route import OtherClientRoute
 from echo_torch.samples.spec import SampleSpec
+from echo_torch.support.deadline import NEVER
 
 EXAMPLE = {"index": 0}
 SIZE = 8
@@ -50,16 +51,16 @@ def route_to(client: Any) -> OtherClientRoute:
 
 def send(route: OtherClientRoute, *indexes: int) -> None:
     spec = SampleSpec(EXAMPLE)
-    route.send(spec.match({"index": np.array(indexes, np.int64)}), None)
+    route.send(spec.match({"index": np.array(indexes, np.int64)}), NEVER)
 
 
 def test_a_concurrent_close_waits_for_the_first_one() -> None:
     client = Scripted(waits=1)
     route = route_to(client)
     send(route, 1)
-    with running(lambda: route.close(None)):
+    with running(lambda: route.close(NEVER)):
         assert client.began[0].wait(PATIENCE_S)
-        with running(lambda: route.close(None)) as outcomes:
+        with running(lambda: route.close(NEVER)) as outcomes:
             threading.Timer(SHORT_S, client.go_on[0].set).start()
         assert route.counts().unacked == 0
     assert outcomes == [None]
@@ -70,7 +71,7 @@ def test_overlapping_waits_never_lower_the_acked_count() -> None:
     client = Scripted(waits=2)
     route = route_to(client)
     send(route, 1)
-    threads = [threading.Thread(target=route.wait, args=(None,), daemon=True) for _ in range(2)]
+    threads = [threading.Thread(target=route.wait, args=(NEVER,), daemon=True) for _ in range(2)]
     threads[0].start()
     assert client.began[0].wait(PATIENCE_S)
     send(route, 2, 3)
@@ -87,7 +88,7 @@ def test_a_wait_acks_only_what_was_sent_before_it() -> None:
     client = Scripted(waits=1)
     route = route_to(client)
     send(route, 1)
-    thread = threading.Thread(target=route.wait, args=(None,), daemon=True)
+    thread = threading.Thread(target=route.wait, args=(NEVER,), daemon=True)
     thread.start()
     assert client.began[0].wait(PATIENCE_S)
     send(route, 2)
@@ -99,7 +100,7 @@ def test_a_wait_acks_only_what_was_sent_before_it() -> None:
 def test_connected_time_stops_at_close() -> None:
     route = route_to(Scripted())
     send(route, 1)
-    route.close(None)
+    route.close(NEVER)
     connected = route.times().connected
     assert connected > 0
     assert route.times().connected == connected
@@ -109,9 +110,9 @@ def test_close_is_idempotent() -> None:
     client = Scripted()
     route = route_to(client)
     send(route, 1)
-    route.close(None)
+    route.close(NEVER)
     assert (client.waits, client.closes, route.closed, route.counts().unacked) == (1, 1, True, 0)
-    route.close(None)
+    route.close(NEVER)
     assert (client.waits, client.closes) == (1, 1)
 
 
@@ -133,9 +134,9 @@ def test_a_client_whose_wait_fails_is_still_closed() -> None:
     route = route_to(client)
     send(route, 1)
     with pytest.raises(ConnectionClosedError, match=r"learner:7: gone; 1 samples un-acked") as caught:
-        route.close(None)
+        route.close(NEVER)
     assert caught.value.unacked == 1
-    route.close(None)
+    route.close(NEVER)
     assert client.closes == 1
 
 
