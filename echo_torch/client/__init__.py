@@ -1,7 +1,7 @@
 """One connection to one learner.
 
-* `tcp_client`: `TcpClient`, the public class. Checks samples, packs them, and passes the rows on.
-* `sender`: the callers' side. Packs, waits for room and for acks, raises. Holds no socket.
+* `tcp_client`: `TcpClient`, the public class: a `Sender` of samples. Checks them, and says how to pack them.
+* `sender`: the callers' side, in rows. Packs, waits for room and for acks, raises. Holds no socket.
 * `connection`: what callers and the I/O thread share: the current pump, the I/O lock, and why the connection failed.
 * `io_thread`: the thread. Writes what callers leave, reads acks, reconnects, and ends the connection.
 * `pump`, `tls_pump`: one socket each. Move bytes and the counters ``written`` and ``acked``. No lock, no waiting.

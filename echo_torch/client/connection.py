@@ -20,7 +20,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from echo_torch.errors import ConnectionClosedError, ProtocolError
 from echo_torch.metrics.stats import Counts
@@ -80,7 +80,7 @@ class Connection:
         self.soft_limit = SoftLimit(ring, window)
         # Why the current socket is lost; None while it works.
         self.lost_error: OSError | None = None
-        # Why the connection has ended for good; None before that.
+        # Why the connection is lost for good; None before that, and after an orderly end.
         self.failure: ConnectionClosedError | None = None
         # Whether a call has raised the failure, or no call needs to.
         self.failure_reported = False
@@ -108,10 +108,15 @@ class Connection:
         self._reconnects = self._resent = 0
         # Seconds that the I/O thread waited, for each value of `bottleneck`.
         self.waited_seconds = [0.0, 0.0, 0.0, 0.0]
-        # When the connection ended for good, in seconds of the monotonic clock; None before that.
+        # When the I/O thread closed the socket for good, in seconds of the monotonic clock; None before that.
         self.ended_at: float | None = None
 
     # What became of the rows.
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the connection has failed, or has ended after an orderly close."""
+        return self.failure is not None or self.ended_at is not None
 
     @property
     def sent(self) -> int:
@@ -147,7 +152,7 @@ class Connection:
             reconnects=self._reconnects,
             resent=self._resent,
             maybe_duplicated=self._resent + self.closing_tail.packed,
-            maybe_lost=max(0, sent - self.ring.released) if self.failure is not None else 0,
+            maybe_lost=max(0, sent - self.ring.released) if self.is_over else 0,
         )
 
     @property
@@ -166,7 +171,7 @@ class Connection:
         text = f"{unacked} samples un-acked"
         if not unacked and (self.at_risk or self.ring.unacked):
             text += f", but up to {min(self.sent, self.ring.keep_acked)} that were acked last may be lost"
-        if lost is not None and self.reconnector is not None and self.failure is None:
+        if lost is not None and self.reconnector is not None and not self.is_over:
             text += (
                 f"; the connection was lost {self.reconnector.seconds_lost:.1f} s ago ({lost})"
                 " and is being opened again"
@@ -279,7 +284,7 @@ class Connection:
 
         A lost connection is handled here and not raised.
         """
-        if self.lost_error is None and self.failure is None:
+        if self.lost_error is None and not self.is_over:
             try:
                 self.pump.run(read_acks, write_bytes)
             except OSError as error:
@@ -320,6 +325,18 @@ class Connection:
             self.fail_on_copy_error(error)
             return 0
 
+    def move_ring(self, buffer: memoryview, pinned_rows: Any) -> None:
+        """Move the ring's rows to other memory of the same size, to which a device can copy.
+
+        Args:
+            buffer: the new memory.
+            pinned_rows: the tensor that owns it.
+        """
+        with self.ring.packing_lock, self.io_lock:
+            self.ring.move_to_buffer(buffer, pinned_rows)
+        # The soft limit keeps rows in the caches, which a device's copies bypass.
+        self.soft_limit.disable()
+
     def fail_on_copy_error(self, error: RuntimeError) -> None:
         """End the connection because a device could not copy rows."""
         self.fail(error, f"samples could not be copied from their device: {error}")
@@ -331,7 +348,7 @@ class Connection:
             error: the cause.
             how: the failure's text; by default it is made from the error.
         """
-        if self.failure is None:
+        if not self.is_over:
             kind, words = ConnectionClosedError, f"connection lost: {error}"
             if isinstance(error, ConnectionClosedError):
                 kind, words = type(error), str(error)

@@ -372,11 +372,6 @@ class IoThread:
         connection = self._connection
         with connection.io_lock:
             failed = connection.failure is not None
-            # Every call after the end raises a failure, also after an orderly one. An orderly end without rows at risk
-            # needs no report.
-            if connection.failure is None:
-                connection.failure = ConnectionClosedError(f"{self.peer}: the client was closed")
-                connection.failure_reported = connection.failure_reported or not connection.at_risk
             close_socket(connection.pump.sock)
             connection.ended_at = time.monotonic()
         # If samples may be lost, and no call may come any more to raise that, log it.
@@ -385,7 +380,7 @@ class IoThread:
             _log_safely(logging.WARNING, "%s ended with %s", how, connection.describe_unacked())
         connection.ack_poller.close()
         connection.wake_up.close()
-        # After the failure is set, so that a woken caller finds it.
+        # After the end is recorded, so that a woken caller finds it.
         connection.ring.stop()
         try:
             connection.ring.abandon_copies()

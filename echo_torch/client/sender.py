@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -18,10 +19,10 @@ import time
 from typing import Any, NoReturn
 
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
-from echo_torch.metrics.stats import Counts
+from echo_torch.metrics.stats import Counts, PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.ring.ring import Filler, Ring
-from echo_torch.support.deadline import NEVER, Deadline
+from echo_torch.support.deadline import NEVER, Deadline, Timeout, as_deadline
 
 from .connection import Connection
 from .io_thread import IoThread
@@ -30,6 +31,8 @@ from .resend import ClosingTail, UndeliveredRows
 
 _log = logging.getLogger(__name__)
 
+# Seconds that `close` waits for acks by default. A learner that drains at all needs far less.
+CLOSE_TIMEOUT_S = 5.0
 # Seconds after which a waiting caller reads acks itself, because fewer than LOW_WATER_ACKS acks wake nobody.
 WAITER_HEARTBEAT_S = 0.05
 # Seconds to wait for the I/O thread to end after a connection failed. The thread has nothing left to do then.
@@ -39,7 +42,7 @@ SETTLE_POLL_S = 0.001
 
 
 class Sender:
-    """Delivers the rows of a ring over a socket, and over other sockets if that is lost.
+    """Delivers the rows of a ring over a socket, and over other sockets if that is lost: what `TcpClient` builds on.
 
     Args:
         sock: connected and non-blocking, after the handshake. The sender owns it from now on.
@@ -65,11 +68,11 @@ class Sender:
         reconnector: Reconnector | None = None,
     ) -> None:
         # The other side's name in messages.
-        self.peer = peer
+        self._peer = peer
         # The rows to deliver.
-        self.ring = ring
+        self._ring = ring
         # Seconds without progress after which waiting calls raise; None for no limit.
-        self.stall_timeout = stall_timeout
+        self._stall_timeout = stall_timeout
         # When this sender was made, in seconds of the monotonic clock.
         self._opened_at = time.monotonic()
         # Seconds that callers spent in `send_rows`.
@@ -81,19 +84,44 @@ class Sender:
         # What callers share with the I/O thread.
         self._connection = Connection(sock, peer, ring, window, ClosingTail(ring, resend_at_close), reconnector)
         # The thread that writes what callers leave, and reconnects. The owner starts it.
-        self.io_thread = IoThread(self._connection, linger)
+        self._io_thread = IoThread(self._connection, linger)
+
+    # What became of the rows.
 
     @property
     def closed(self) -> bool:
-        """Whether `send_rows` can only fail."""
-        return self.ring.refuses_new_rows or self._connection.failure is not None or self._pid != os.getpid()
+        """Whether `send` can only fail, because the client was closed or the peer is gone."""
+        return self._ring.refuses_new_rows or self._connection.is_over or self._pid != os.getpid()
+
+    @property
+    def failure(self) -> ConnectionClosedError | None:
+        """Why the connection was lost for good; None while it was not, and after an orderly end."""
+        return self._connection.failure
+
+    @property
+    def reconnecting(self) -> bool:
+        """Whether the connection is lost and the I/O thread tries to open it again."""
+        return self._connection.lost_error is not None and not self._connection.is_over
+
+    @property
+    def free_rows(self) -> int:
+        """The number of samples that `send_rows` would take without waiting."""
+        ring = self._ring
+        return max(0, ring.soft_limit - ring.reserved + ring.acked)
 
     def counts(self) -> Counts:
-        """Return what became of the rows, as far as this side knows."""
+        """Return what became of all samples so far, as far as the client knows without waiting."""
+        # Read the acks that have arrived, if no other thread holds the I/O lock.
+        if self._pid == os.getpid() and not self._connection.is_over:
+            self._connection.pump_or_wake()
         return self._connection.counts()
 
+    def peer_counts(self) -> list[PeerCounts]:
+        """Return the counts of the one learner that this client sends to."""
+        return [PeerCounts.from_counts(self.counts(), self.failure is not None)]
+
     def times(self) -> Times:
-        """Return where callers and the I/O thread spent their time."""
+        """Return where the time went since the client was made."""
         connection = self._connection
         until, waiting, latencies = (
             connection.ended_at or time.monotonic(),
@@ -109,11 +137,14 @@ class Sender:
         )
 
     def progress(self) -> tuple[int, int]:
-        """Return how many rows were accepted, and how many of them have a known ack."""
-        sent = self._connection.sent
-        return sent, min(self.ring.acked, sent)
+        """Return how many samples were sent, and how many of them have a known ack.
 
-    def check_caller(self, call: str) -> None:
+        This reads no new acks, so it is cheaper than `counts`.
+        """
+        sent = self._connection.sent
+        return sent, min(self._ring.acked, sent)
+
+    def _check_caller(self, call: str) -> None:
         """Raise if this connection cannot serve the caller.
 
         Args:
@@ -126,7 +157,7 @@ class Sender:
         connection = self._connection
         if self._pid != os.getpid():
             raise ConnectionClosedError(
-                f"{self.peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
+                f"{self._peer}: this connection belongs to process {self._pid}; open one in process {os.getpid()}"
             )
         if connection.is_reentrant_call:
             raise RuntimeError(
@@ -134,7 +165,7 @@ class Sender:
                 "the same thread; raise an exception there (sys.exit) and flush outside"
             )
 
-    def send_rows(self, rows: int, fill: Filler, deadline: Deadline) -> None:
+    def _put_rows(self, rows: int, fill: Filler, deadline: Deadline) -> None:
         """Put rows into the ring. Blocks until there is room for all of them.
 
         Args:
@@ -147,7 +178,7 @@ class Sender:
             DeliveryTimeoutError: there was no room in time. The ``rows_accepted`` of both errors counts the rows that
                 the ring took.
         """
-        self.check_caller("send")
+        self._check_caller("send")
         began, done = time.monotonic(), 0
         self._connection.soft_limit.lift_if_empty()
         try:
@@ -168,39 +199,29 @@ class Sender:
             self._connection.write_or_wake()
             self._sending_seconds += time.monotonic() - began
 
-    def wait(self, deadline: Deadline) -> None:
-        """Block until every row packed so far is acked.
+    def wait(self, timeout: Timeout = None) -> None:
+        """Block until everything sent so far is acked.
 
         Raises:
-            ConnectionClosedError: the connection ended first.
-            DeliveryTimeoutError: the deadline or the stall timeout passed. Delivery goes on.
+            ConnectionClosedError: the connection ended first. Its ``unacked`` counts the samples without an ack.
+            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed. Delivery goes on.
         """
-        self.check_caller("wait")
-        self._wait_until_acked("wait", self.ring.packed, deadline)
+        self._check_caller("wait")
+        self._wait_until_acked("wait", self._ring.packed, as_deadline(timeout))
 
-    @property
-    def free_rows(self) -> int:
-        """The number of rows that `send_rows` would take without waiting."""
-        ring = self.ring
-        return max(0, ring.soft_limit - ring.reserved + ring.acked)
-
-    @property
-    def reconnecting(self) -> bool:
-        """Whether the connection is lost and the I/O thread tries to open it again."""
-        return self._connection.lost_error is not None and self._connection.failure is None
-
-    @property
-    def failure(self) -> ConnectionClosedError | None:
-        """Why the connection ended; None while it has not."""
-        return self._connection.failure
+    def poll_or_raise(self) -> None:
+        """Raise ConnectionClosedError if the connection has ended with samples un-acked."""
+        if self.closed:
+            with contextlib.suppress(DeliveryTimeoutError):  # another thread is in `close`
+                self.wait(0.0)
 
     def undelivered(self) -> UndeliveredRows:
-        """Return the rows that the peer may not have. Call this once the connection has failed.
+        """Return the samples that the server may not have. Call this once the connection has failed.
 
         Waits for the I/O thread to end, so that nothing moves the counters any more.
         """
-        self.io_thread.join(Deadline(THREAD_EXIT_TIMEOUT_S))
-        ring, sent = self.ring, self._connection.sent
+        self._io_thread.join(Deadline(THREAD_EXIT_TIMEOUT_S))
+        ring, sent = self._ring, self._connection.sent
         # Read ``ready`` before ``ready_when_abandoned``. In the other order, the copies could be abandoned in between,
         # and every packed row would look ready.
         ready = ring.ready
@@ -208,56 +229,55 @@ class Sender:
             ring, sent, min(sent, ready if ring.ready_when_abandoned is None else ring.ready_when_abandoned)
         )
 
-    def refresh(self) -> None:
-        """Read acks that have arrived, if no other thread holds the I/O lock."""
-        if self._pid == os.getpid() and self._connection.failure is None:
-            self._connection.pump_or_wake()
-
     def abandon(self) -> None:
-        """Return at once. The I/O thread delivers what is packed, and then ends."""
-        self.io_thread.begin_exit()
+        """Return at once. The client delivers what you sent, for up to 5 s, and closes in the background."""
+        self._io_thread.begin_exit()
 
-    def close(self, deadline: Deadline) -> None:
-        """Deliver the packed rows and the closing tail, then end the I/O thread and close the socket.
+    def close(self, timeout: Timeout = CLOSE_TIMEOUT_S) -> None:
+        """Deliver everything sent so far, then end the connection.
 
-        After an interrupt, or if you call this on the I/O thread, the thread does the rest by itself, as for a client
-        that was dropped.
+        You may call this again. It leaves no thread and no open descriptor. After an interrupt, the rest is delivered
+        in the background, for up to 5 s.
+
+        Args:
+            timeout: seconds to wait for acks; None for no limit other than ``stall_timeout``.
 
         Raises:
-            ConnectionClosedError: the connection failed with rows un-acked, and no call has raised that yet. If all
-                rows are acked and only the last ones are at risk, this logs a warning instead.
-            DeliveryTimeoutError: rows are un-acked at the deadline.
+            DeliveryTimeoutError: samples were un-acked when the time was up, or, with ``resend_at_close``, their
+                repetition was. The client is closed all the same.
+            ConnectionClosedError: the connection failed with samples un-acked, and no call has raised that yet. If all
+                are acked and only the last ones are at risk, this logs a warning instead.
         """
-        connection = self._connection
+        connection, deadline = self._connection, as_deadline(timeout)
         if self._pid != os.getpid():
-            self.io_thread.detach_after_fork()
+            self._io_thread.detach_after_fork()
             return
-        if self.io_thread.is_current:
-            self.io_thread.begin_exit()
+        if self._io_thread.is_current:
+            self._io_thread.begin_exit()
             return
-        self.check_caller("close")
+        self._check_caller("close")
         # Read this before `_check_open` below marks the failure as reported.
         already_reported = connection.failure_reported
         try:
             connection.stop_accepting()
             self._deliver_all(deadline)
         except ConnectionClosedError as error:
-            self.io_thread.stop()
+            self._io_thread.stop()
             if connection.unacked and not already_reported:
                 raise
             if connection.at_risk and connection.failure_will_be_reported and not already_reported:
                 _log.warning("%s", error)
         except DeliveryTimeoutError:
-            self.io_thread.stop()
+            self._io_thread.stop()
             raise
         except BaseException:
             # Ctrl-C: do not make the user wait. The I/O thread delivers the rest, for a bounded time.
-            self.io_thread.begin_exit()
+            self._io_thread.begin_exit()
             raise
         else:
-            self.io_thread.stop()
+            self._io_thread.stop()
         finally:
-            self.ring.free_buffer()
+            self._ring.free_buffer()
 
     def _deliver_all(self, deadline: Deadline) -> None:
         """Block until all rows are acked, and then until the closing tail is."""
@@ -273,40 +293,27 @@ class Sender:
             self._wait_for_interrupted_copy("close", deadline)
         self._connection.write_or_wake()
         self._wait_until_acked("close", tail.end_row, deadline)
-        self.io_thread.sleep_after_last_ack(deadline)
+        self._io_thread.sleep_after_last_ack(deadline)
 
     # Packing.
 
     def _pack(self, want: int, fill: Filler, first: int) -> int:
         """Fill and count as many rows as are free in one run. Returns how many."""
-        with self.ring.packing_lock:
-            slot, rows = self.ring.next_free_run(want)
+        with self._ring.packing_lock:
+            slot, rows = self._ring.next_free_run(want)
             if rows:
                 self._check_open("send")
                 # An interrupted caller's copy may still write into these rows.
-                if self.ring.uncommitted_copy is not None and not self._interrupted_copy_is_done():
+                if self._ring.uncommitted_copy is not None and not self._interrupted_copy_is_done():
                     return 0
                 # The ring takes no rows if the connection ended meanwhile. Then nothing counts, and this raises.
-                if not self.ring.commit(rows, copy=fill(slot, first, rows)):
+                if not self._ring.commit(rows, copy=fill(slot, first, rows)):
                     self._check_open("send")
             return rows
 
-    def move_ring(self, buffer: memoryview, pinned_rows: Any) -> None:
-        """Move the ring's rows to other memory of the same size, to which a device can copy.
-
-        Args:
-            buffer: the new memory.
-            pinned_rows: the tensor that owns it.
-        """
-        connection = self._connection
-        with self.ring.packing_lock, connection.io_lock:
-            self.ring.move_to_buffer(buffer, pinned_rows)
-        # The soft limit keeps rows in the caches, which a device's copies bypass.
-        connection.soft_limit.disable()
-
     def _wait_for_room(self, rows: int, deadline: Deadline) -> None:
         """Block until there is room for some of ``rows`` rows, and adjust the soft limit to how fast it came."""
-        ring, soft_limit = self.ring, self._connection.soft_limit
+        ring, soft_limit = self._ring, self._connection.soft_limit
         threshold = self._threshold_for_room(rows)
         began, acked, bottleneck = time.monotonic(), ring.acked, self._connection.bottleneck
         try:
@@ -328,9 +335,9 @@ class Sender:
 
         This is rare and short, so polling is good enough.
         """
-        stall_deadline = Deadline(self.stall_timeout)
-        while self.ring.uncommitted_copy is not None:
-            with self.ring.packing_lock:
+        stall_deadline = Deadline(self._stall_timeout)
+        while self._ring.uncommitted_copy is not None:
+            with self._ring.packing_lock:
                 if self._interrupted_copy_is_done():
                     return
             self._check_open(call)
@@ -341,7 +348,7 @@ class Sender:
     def _interrupted_copy_is_done(self) -> bool:
         """Return whether the interrupted copy has ended well. If it failed, end the connection."""
         try:
-            return self.ring.try_clear_uncommitted_copy()
+            return self._ring.try_clear_uncommitted_copy()
         except RuntimeError as error:
             self._connection.fail_on_copy_error(error)
             return False
@@ -352,7 +359,7 @@ class Sender:
         Enough is ``rows``, or a quarter of the soft limit if that is less. A wake-up for every row would cost more than
         the row.
         """
-        ring = self.ring
+        ring = self._ring
         return ring.acked_needed_for(min(rows, max(1, ring.soft_limit // 4)))
 
     # Waiting.
@@ -367,7 +374,7 @@ class Sender:
             until: when to return although ``threshold`` is not reached. With it, this never raises
                 DeliveryTimeoutError.
         """
-        ring, connection = self.ring, self._connection
+        ring, connection = self._ring, self._connection
         while ring.acked < threshold and not (until and until.expired):
             # Register before you pump and check, so that no ack is missed in between. After an interrupt, `finally`
             # removes the waiter.
@@ -389,7 +396,7 @@ class Sender:
                             break
                         self._raise_timeout(call, deadline)
                 # The I/O thread must not wait for itself.
-                if self.io_thread.is_current:
+                if self._io_thread.is_current:
                     raise RuntimeError(
                         f"{call}() was called by a logging handler or finalizer on the I/O thread, which it waits for"
                     )
@@ -405,20 +412,22 @@ class Sender:
 
     def _seconds_until_stall(self) -> float:
         """Return the seconds until the stall timeout passes; infinite if there is none."""
-        return float("inf") if self.stall_timeout is None else self._connection.seconds_until_stall(self.stall_timeout)
+        return (
+            float("inf") if self._stall_timeout is None else self._connection.seconds_until_stall(self._stall_timeout)
+        )
 
     # Errors for callers.
 
     def _check_open(self, call: str) -> None:
-        """Raise if the connection has failed, or if ``call`` is ``"send"`` and the client was closed."""
-        failure = self._connection.failure
+        """Raise if the connection is over, or if ``call`` is ``"send"`` and the client was closed."""
+        connection, failure = self._connection, self._connection.failure
         if failure is not None:
-            self._connection.failure_reported = True
+            connection.failure_reported = True
             raise self._with_unacked(
-                type(failure)(f"{failure}; {call}() with {self._connection.describe_unacked()}")
+                type(failure)(f"{failure}; {call}() with {connection.describe_unacked()}")
             ) from failure
-        if self.ring.refuses_new_rows and call == "send":
-            what = f"{self.peer}: send() on a client that was closed; {self._connection.describe_unacked()}"
+        if connection.is_over or (self._ring.refuses_new_rows and call == "send"):
+            what = f"{self._peer}: {call}() on a client that was closed; {connection.describe_unacked()}"
             raise self._with_unacked(ConnectionClosedError(what))
 
     def _raise_timeout(self, call: str, deadline: Deadline) -> NoReturn:
@@ -426,9 +435,9 @@ class Sender:
         if deadline.expired:
             what = f"{call}() not done within {deadline.timeout:g} s"
         else:
-            what = f"nothing was acked for {self.stall_timeout:g} s (stall_timeout)"
+            what = f"nothing was acked for {self._stall_timeout:g} s (stall_timeout)"
         connection = self._connection
-        text = f"{self.peer}: {what}; {connection.describe_unacked()}"
+        text = f"{self._peer}: {what}; {connection.describe_unacked()}"
         # `close` ends the connection now, so nothing goes on. If it was lost, the loss is the reason.
         if call == "close":
             connection.failure_reported = True

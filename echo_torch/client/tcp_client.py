@@ -17,8 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, SpecMismatchError
-from echo_torch.metrics.stats import Counts
-from echo_torch.metrics.timing import Times
 from echo_torch.ring.pack import Packer
 from echo_torch.ring.ring import SERVER_QUEUE_SAMPLES, Ring, rows_in_buffer
 from echo_torch.ring.staging import Stager, StagingError
@@ -32,13 +30,10 @@ from echo_torch.wire.tls import TLS, check_tls
 
 from .io_thread import IoThread
 from .reconnect import Reconnector
-from .resend import UndeliveredRows
 from .sender import Sender
 
 _log = logging.getLogger(__name__)
 
-# Seconds that `TcpClient.close` waits for acks by default. A learner that drains at all needs far less.
-CLOSE_TIMEOUT_S = 5.0
 # A batch that cannot be staged goes through the host in pieces of at most the buffer's rows divided by this.
 UNSTAGED_BUFFER_DIVISOR = 4
 
@@ -57,7 +52,7 @@ class Client(Protocol):
         """End the connection. Further calls do nothing."""
 
 
-class TcpClient:
+class TcpClient(Sender):
     """Sends samples to an ``echo.Server``; a drop-in replacement for ``echo.TcpClient``.
 
     Any thread may use a client. A forked child cannot use its parent's: calls there raise `ConnectionClosedError`. If
@@ -139,19 +134,13 @@ class TcpClient:
         window = min(window, rows - keep_acked)
         # Allocate before you connect, so that a lack of memory opens no connection.
         buffer = _allocate(rows, size)
-        # The server, as ``host:port``.
-        self._peer = peer_name(host, port)
         dial_server = functools.partial(_dial, host, port, self._spec, check_tls(tls))
         sock = dial_server(Deadline(connect_timeout), retry_refused=retry_refused)
         try:
-            # The rows that hold the samples until their acks.
-            self._ring = ring = Ring(buffer, size, keep_acked)
-            # Packs samples in host memory into rows.
-            self._packer = Packer(ring, self._spec.leaves)
-            # Waits for room and for acks, and owns the socket.
-            self._sender = Sender(
+            ring = Ring(buffer, size, keep_acked)
+            super().__init__(
                 sock,
-                self._peer,
+                peer_name(host, port),
                 ring,
                 window,
                 stall_timeout=stall_timeout,
@@ -159,17 +148,19 @@ class TcpClient:
                 linger=linger,
                 reconnector=Reconnector(dial_server, reconnect, connect_timeout) if reconnect else None,
             )
-            # Packs samples on a device into rows.
-            self._stager = Stager(ring, self._spec.leaves, self._sender.move_ring)
+            # Packs samples in host memory into rows.
+            self._packer = Packer(ring, self._spec.leaves)
+            # Packs samples on a device into rows. It must not hold the client, which could then not be dropped.
+            self._stager = Stager(ring, self._spec.leaves, self._connection.move_ring)
             # Whether the log has the warning that batches go through the host.
             self._unstaged_reported = False
             # When the client is dropped, the thread delivers the rest. At exit, `shutdown` sees to that instead.
-            weakref.finalize(self, _mark_abandoned, self._sender.io_thread).atexit = False
+            weakref.finalize(self, _mark_abandoned, self._io_thread).atexit = False
         except BaseException:
             close_socket(sock)
             raise
         # Start the thread last, when everything that it uses is in place. A failed start closes the socket by itself.
-        self._sender.io_thread.start()
+        self._io_thread.start()
 
     def send(self, data: Any, *, timeout: Timeout = None) -> None:
         """Send one sample. Blocks until the buffer has room. You may change ``data`` once this returns.
@@ -192,11 +183,11 @@ class TcpClient:
                 match = self._spec.match(data, batched=False)
             except SpecMismatchError as error:
                 raise _with_payload_size(error, data, self._spec.payload_size) from None
-            self.send_match(match, timeout=timeout)
+            self.send_match(match, timeout)
             return
-        self._sender.send_rows(1, self._packer.make_filler(arrays, False), as_deadline(timeout))
+        self._put_rows(1, self._packer.make_filler(arrays, False), as_deadline(timeout))
 
-    def send_match(self, match: Match, *, timeout: Timeout = None) -> None:
+    def send_match(self, match: Match, timeout: Timeout = None) -> None:
         """Send a batch, or a sample, that `SampleSpec.match` has checked. Raises the same errors as `send_rows`.
 
         Args:
@@ -205,12 +196,12 @@ class TcpClient:
         """
         deadline = as_deadline(timeout)
         if not match.on_device:
-            self._sender.send_rows(match.rows, self._packer.make_filler(match.arrays, match.batched), deadline)
+            self._put_rows(match.rows, self._packer.make_filler(match.arrays, match.batched), deadline)
             return
         # Check the caller before the stager pins memory, which takes locks.
-        self._sender.check_caller("send")
+        self._check_caller("send")
         try:
-            self._sender.send_rows(match.rows, self._stager.make_filler(match.arrays, match.batched), deadline)
+            self._put_rows(match.rows, self._stager.make_filler(match.arrays, match.batched), deadline)
             return
         except StagingError as problem:
             why, first = str(problem), problem.first
@@ -234,7 +225,7 @@ class TcpClient:
         try:
             while done < match.rows:
                 part = self._spec.to_host(match.slice_rows(done, done + step))
-                self._sender.send_rows(len(part[0]), self._packer.make_filler(part, True), deadline)
+                self._put_rows(len(part[0]), self._packer.make_filler(part, True), deadline)
                 done += len(part[0])
         except (ConnectionClosedError, DeliveryTimeoutError) as error:
             error.rows_accepted += done
@@ -262,17 +253,14 @@ class TcpClient:
             if array.shape != (rows, *leaf.shape) or array.dtype != leaf.wire_dtype:
                 expected = f"{leaf.wire_dtype} {[rows, *leaf.shape]}"
                 raise ValueError(f"arrays{leaf.path}: got {array.dtype} {list(array.shape)}, expected {expected}")
-        self._sender.send_rows(rows, self._packer.make_filler(arrays, True), as_deadline(timeout))
+        self._put_rows(rows, self._packer.make_filler(arrays, True), as_deadline(timeout))
 
-    def send_packed(self, rows: memoryview, *, most: int, timeout: Timeout = None) -> int:
-        """Send samples that are packed already. Returns how many were sent.
-
-        Raises ConnectionClosedError and DeliveryTimeoutError, as `send_rows` does.
+    def send_packed(self, rows: memoryview, most: int) -> int:
+        """Send samples that are packed already, without waiting. Returns how many were accepted.
 
         Args:
             rows: whole samples as wire bytes, one after the other.
             most: upper limit for the number of samples.
-            timeout: as for `send`.
         """
         ring, size = self._ring, self._spec.payload_size
         count = min(most, rows.nbytes // size)
@@ -280,86 +268,21 @@ class TcpClient:
         def fill(slot: int, first: int, run: int) -> None:
             ring.buffer[slot * size : (slot + run) * size] = rows[first * size : (first + run) * size]
 
-        self._sender.send_rows(count, fill, as_deadline(timeout))
+        try:
+            self._put_rows(count, fill, Deadline(0.0))
+        except (ConnectionClosedError, DeliveryTimeoutError) as error:
+            return error.rows_accepted
         return count
-
-    def wait(self, timeout: Timeout = None) -> None:
-        """Block until everything sent so far is acked.
-
-        Raises:
-            ConnectionClosedError: the connection ended first. Its ``unacked`` counts the samples without an ack.
-            DeliveryTimeoutError: ``timeout`` or ``stall_timeout`` passed. Delivery goes on.
-        """
-        self._sender.wait(as_deadline(timeout))
-
-    def close(self, timeout: Timeout = CLOSE_TIMEOUT_S) -> None:
-        """Deliver everything sent so far, then end the connection.
-
-        You may call this again. It leaves no thread and no open descriptor.
-
-        Args:
-            timeout: seconds to wait for acks; None for no limit other than ``stall_timeout``.
-
-        Raises:
-            DeliveryTimeoutError: samples were un-acked when the time was up, or, with ``resend_at_close``, their
-                repetition was. The client is closed all the same.
-            ConnectionClosedError: the connection failed with samples un-acked, and no call has raised that yet.
-        """
-        self._sender.close(as_deadline(timeout))
-
-    def abandon(self) -> None:
-        """Return at once. The client delivers what you sent, for up to 5 s, and closes in the background."""
-        self._sender.abandon()
-
-    @property
-    def free_rows(self) -> int:
-        """The number of samples that `send_rows` would take without waiting."""
-        return self._sender.free_rows
-
-    @property
-    def reconnecting(self) -> bool:
-        """Whether the connection is lost and the client tries to open it again."""
-        return self._sender.reconnecting
-
-    @property
-    def failure(self) -> ConnectionClosedError | None:
-        """Why the connection ended; None while it has not."""
-        return self._sender.failure
-
-    def undelivered(self) -> UndeliveredRows:
-        """Return the samples that the server may not have. Call this after the connection failed and before `close`."""
-        return self._sender.undelivered()
 
     @property
     def in_flight(self) -> int:
         """The number of samples that are sent and not acked, as far as the client knows without waiting."""
         return self.counts().unacked
 
-    def counts(self) -> Counts:
-        """Return what became of all samples so far, as far as the client knows without waiting."""
-        self._sender.refresh()
-        return self._sender.counts()
-
-    def progress(self) -> tuple[int, int]:
-        """Return how many samples were sent, and how many of them have a known ack.
-
-        This reads no new acks, so it is cheaper than `counts`.
-        """
-        return self._sender.progress()
-
     @property
     def blocked_seconds(self) -> float:
         """Seconds that `send` and `send_rows` have waited for room."""
         return sum(self.times().blocked)
-
-    def times(self) -> Times:
-        """Return where the time went since the client was made."""
-        return self._sender.times()
-
-    @property
-    def closed(self) -> bool:
-        """Whether `send` can only fail, because the client was closed or the peer is gone."""
-        return self._sender.closed
 
     @property
     def peer(self) -> str:

@@ -1,6 +1,6 @@
 """One or several learners: which of them gets a batch, and what happens when one is lost.
 
-* `route`: how a sink uses one client. `TcpClient` takes blocks of rows, other clients take one sample at a time.
+* `route`: what a sink needs of a client. `TcpClient` has it; other clients get a wrapper, sample by sample.
 * `connector`: opens the connections from the sink's arguments, in the training process and in DataLoader workers.
 * `partition`: checks the user's routing function and what it returns.
 * `balancer`: sends to several learners, in turns, by load, or as the user's function says.

@@ -137,7 +137,7 @@ class Balancer:
 
     # Sending.
 
-    def send(self, match: Match, deadline: Deadline) -> None:
+    def send_match(self, match: Match, deadline: Deadline) -> None:
         if self._closing:
             raise self._to_public_error(NoLearnerLeftError("closed"))
         done = 0
@@ -197,7 +197,7 @@ class Balancer:
         learner, others = self._choose_learner(first, match.rows)
         limit = deadline.within(SEND_SLICE_S) if others else deadline
         try:
-            learner.route.send(match, limit)
+            learner.route.send_match(match, limit)
         except DeliveryTimeoutError as error:
             if not others:
                 raise

@@ -26,7 +26,7 @@ from echo_torch.wire.tls import TLS
 
 from .balancer import Balancer
 from .failover import Learner
-from .route import NoRoute, OtherClientRoute, Route, TcpClientRoute
+from .route import NoRoute, OtherClientRoute, Route
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Connector:
             *arguments, **(self._client_options(spec, deadline) if self._makes_tcp_client else {})
         )
         if isinstance(client, TcpClient):
-            return TcpClientRoute(client)
+            return client
         return OtherClientRoute(client, spec, peer_name(*address))
 
     def _client_options(self, spec: SampleSpec, deadline: Deadline) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from echo_torch.metrics.stats import Counts
 from echo_torch.support.deadline import Deadline
 from echo_torch.support.interrupts import owned_by_this_thread
 
-from .route import Route, TcpClientRoute
+from .route import Route
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Learner:
         # The route to this learner.
         self.route = route
         # Its client if that is a `TcpClient`, which can do more than others; else None.
-        self.client = route.client if isinstance(route, TcpClientRoute) else None
+        self.client = route if isinstance(route, TcpClient) else None
         # The rows that the others must get, once this learner is lost; None before.
         self.undelivered: UndeliveredRows | None = None
         # How many samples each of the learners must have acked, in their order, for all rows of this one to be acked;
@@ -155,10 +155,10 @@ class Failover:
                 key=lambda learner: learner.free_rows,
             )
             free_rows = target.free_rows
-            if not free_rows or not isinstance(target.route, TcpClientRoute):
+            if not free_rows or target.client is None:
                 return 0
             # An interrupt between these two calls sends the rows twice; the other order would lose them.
-            taken = target.route.send_packed(undelivered.view(), free_rows)
+            taken = target.client.send_packed(undelivered.view(), free_rows)
             undelivered.mark_handed_over(taken)
             return taken
 

@@ -1,18 +1,17 @@
 """Routes: how a checked batch reaches one client.
 
-* `TcpClientRoute` passes blocks of rows to a `TcpClient`.
+* A `TcpClient` is a route itself: it takes blocks of rows.
 * `OtherClientRoute` passes one sample at a time to any other client.
 * `NoRoute` stands for a connection that is not open yet, or to a learner that could not be reached.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from typing import Protocol
 
-from echo_torch.client.tcp_client import Client, TcpClient
+from echo_torch.client.tcp_client import Client
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
 from echo_torch.metrics.stats import Counts, PeerCounts
 from echo_torch.metrics.timing import Times
@@ -46,72 +45,14 @@ class Route(Protocol):
     def closed(self) -> bool:
         """Whether nothing more can be sent, as far as is known."""
 
-    def send(self, match: Match, deadline: Deadline) -> None:
+    def send_match(self, match: Match, deadline: Deadline, /) -> None:
         """Send the samples of a batch; raises ConnectionClosedError or DeliveryTimeoutError."""
 
-    def wait(self, deadline: Deadline) -> None:
+    def wait(self, deadline: Deadline, /) -> None:
         """Block until everything sent is acked; raises ConnectionClosedError or DeliveryTimeoutError."""
 
-    def close(self, deadline: Deadline) -> None:
+    def close(self, deadline: Deadline, /) -> None:
         """Deliver what was sent and close; raises ConnectionClosedError or DeliveryTimeoutError."""
-
-
-class TcpClientRoute:
-    """Passes blocks of rows to a `TcpClient`."""
-
-    def __init__(self, client: TcpClient) -> None:
-        # The client.
-        self.client = client
-        # The client's own method: it is called often.
-        self.progress = client.progress
-        # Whether `close` was called, and whether the connection was lost before that.
-        self._closing = self._lost = False
-
-    def counts(self) -> Counts:
-        return self.client.counts()
-
-    def peer_counts(self) -> list[PeerCounts]:
-        return [PeerCounts.from_counts(self.counts(), self._lost if self._closing else self.closed)]
-
-    def send_packed(self, rows: memoryview, most: int) -> int:
-        """Send samples that are packed already, without waiting.
-
-        Args:
-            rows: the bytes of whole samples.
-            most: how many of them to send at the most.
-
-        Returns:
-            How many samples the client accepted.
-        """
-        try:
-            return self.client.send_packed(rows, most=most, timeout=0.0)
-        except (ConnectionClosedError, DeliveryTimeoutError) as error:
-            return error.rows_accepted
-
-    def poll_or_raise(self) -> None:
-        if self.client.closed:
-            with contextlib.suppress(DeliveryTimeoutError):  # another thread is in `close`
-                self.client.wait(0.0)
-
-    def times(self) -> Times:
-        return self.client.times()
-
-    @property
-    def closed(self) -> bool:
-        return self.client.closed
-
-    def send(self, match: Match, deadline: Deadline) -> None:
-        self.client.send_match(match, timeout=deadline)
-
-    def wait(self, deadline: Deadline) -> None:
-        self.client.wait(deadline)
-
-    def close(self, deadline: Deadline) -> None:
-        # Only now: after the close, the client is closed in any case.
-        if not self._closing:
-            self._lost = self.closed
-            self._closing = True
-        self.client.close(deadline)
 
 
 class OtherClientRoute:
@@ -177,7 +118,7 @@ class OtherClientRoute:
         if self._sent > self._acked and not self._closed:
             self.wait(NEVER)
 
-    def send(self, match: Match, deadline: Deadline) -> None:
+    def send_match(self, match: Match, deadline: Deadline) -> None:
         started_at = time.monotonic()
         done = 0
         if owned_by_this_thread(self._send_lock):
@@ -265,7 +206,7 @@ class NoRoute:
     def poll_or_raise(self) -> None:
         """Do nothing: nothing was sent."""
 
-    def send(self, match: Match, deadline: Deadline) -> None:
+    def send_match(self, match: Match, deadline: Deadline) -> None:
         raise ConnectionClosedError(f"{self._peer}: could not be connected to")
 
     def wait(self, deadline: Deadline) -> None:

@@ -148,7 +148,7 @@ class Session:
             self.drop(match.rows, error)
             return None
         try:
-            route.send(match, deadline)
+            route.send_match(match, deadline)
             return route
         except ConnectionClosedError as error:
             if self._raise_on_loss or self.closed:

@@ -23,7 +23,6 @@ from peers import Peer, PeerConnection
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.client import sender
 from echo_torch.routing.failover import Failover, Learner
-from echo_torch.routing.route import TcpClientRoute
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support.deadline import NEVER
 
@@ -187,11 +186,11 @@ def test_wait_covers_rows_that_another_thread_passes_on_meanwhile() -> None:
         sink.close()
 
 
-class InterruptedRoute(TcpClientRoute):
+class InterruptedClient(TcpClient):
     """Has a signal handler strike whenever it was given something."""
 
-    def __init__(self, client: TcpClient, handler: Callable[[], None]) -> None:
-        super().__init__(client)
+    def __init__(self, port: int, handler: Callable[[], None]) -> None:
+        super().__init__("127.0.0.1", port, EXAMPLE)
         self._handler = handler
 
     def send_packed(self, rows: memoryview, most: int) -> int:
@@ -210,8 +209,8 @@ def test_a_signal_handler_during_failover_gets_a_runtime_error() -> None:
 
     with dying.peer, Peer(acks) as peer:
         lost = TcpClient("127.0.0.1", dying.peer.port, EXAMPLE)
-        target = TcpClient("127.0.0.1", peer.port, EXAMPLE)
-        failover = Failover([Learner(TcpClientRoute(lost)), Learner(InterruptedRoute(target, handler))])
+        target = InterruptedClient(peer.port, handler)
+        failover = Failover([Learner(lost), Learner(target)])
         lost.send_rows([np.arange(4)])
         dying.die()
         eventually(lambda: lost.closed)
