@@ -191,9 +191,14 @@ class Connection:
         if pump.socket_full:
             return  # the I/O thread polls until the socket takes more
         pending = (ring.packed - ring.written) * ring.row_bytes
-        # A few rows wait for others. If the thread does not know of the wait yet, wake it, so that the wait ends in
-        # time.
-        if self._may_coalesce(pending):
+        # A few rows wait for others if acks are outstanding and the last write was a moment ago. If the thread does not
+        # know of the wait yet, wake it, so that the wait ends in time.
+        if (
+            pending < COALESCE_BYTES
+            and (ring.packed - ring.written) * COALESCE_WINDOW_DIVISOR < pump.window
+            and pump.awaits_acks
+            and time.monotonic() - pump.written_at < COALESCE_S
+        ):
             if not self.is_coalescing:
                 self.is_coalescing = True
                 self.wake_up.wake()
@@ -203,16 +208,24 @@ class Connection:
         else:
             self.pump_or_wake(read_acks=False)
 
-    def _may_coalesce(self, pending: int) -> bool:
-        """Return whether ``pending`` bytes may wait for more rows."""
-        ring, pump = self.ring, self.pump
-        few = pending < COALESCE_BYTES and (ring.packed - ring.written) * COALESCE_WINDOW_DIVISOR < pump.window
-        return few and pump.awaits_acks and time.monotonic() - pump.written_at < COALESCE_S
-
     def pump_or_wake(self, read_acks: bool = True) -> None:
         """Pump on this thread if the I/O lock is free, and wake the I/O thread if work is left for it."""
-        ring, pump = self.ring, self.pump
-        if not self._try_pump(read_acks) or pump.socket_full:
+        ring, pump, lock, pumped = self.ring, self.pump, self.io_lock, False
+        if not owned_by_this_thread(lock):
+            # Release the lock inline on both paths: an interrupt can strike where a helper function begins, and would
+            # leave the lock held. Only the lock itself knows whether an interrupted `acquire` took it.
+            try:
+                if lock.acquire(False):
+                    self.run_pump(read_acks, self.soft_limit.caller_write_bytes)
+                    pumped = True
+                    lock.release()
+            except BaseException:
+                try:  # noqa: SIM105
+                    lock.release()
+                except RuntimeError:
+                    pass
+                raise
+        if not pumped or pump.socket_full:
             self.wake_up.wake()
         elif ring.packed > ring.written:
             # Rows are left that need an ack or a copy first. Wake the thread, unless it already polls for both and no
@@ -260,24 +273,6 @@ class Connection:
         return before + time.monotonic() - max(self.pump.progress_at, copying_since or 0.0)
 
     # Pumping.
-
-    def _try_pump(self, read_acks: bool) -> bool:
-        """Pump if the I/O lock is free. Returns whether it was."""
-        # Release the lock inline on both paths: an interrupt can strike where a helper function begins, and would leave
-        # the lock held. Only the lock itself knows whether an interrupted `acquire` took it.
-        lock = self.io_lock
-        try:
-            if owned_by_this_thread(lock) or not lock.acquire(False):
-                return False
-            self.run_pump(read_acks, self.soft_limit.caller_write_bytes)
-            lock.release()
-            return True
-        except BaseException:
-            try:  # noqa: SIM105
-                lock.release()
-            except RuntimeError:
-                pass
-            raise
 
     def run_pump(self, read_acks: bool, write_bytes: int) -> None:
         """Pump, and wake the callers whose wait is over. Call this with the I/O lock held.

@@ -195,105 +195,88 @@ class IoThread:
 
     def _serve_socket(self) -> bool:
         """Serve one socket; return True when it is lost and must be replaced, False when the thread must end."""
-        connection, pump = self._connection, self._connection.pump
+        connection, ring, pump = self._connection, self._connection.ring, self._connection.pump
         ack_batching = AckBatching(pump.window)
         poller = select.poll()
         poller.register(connection.wake_up.reader, select.POLLIN)
         writable = True
-        while self._run_once(writable):
+        while True:
+            # Look at everything once.
+            with connection.io_lock:
+                if self._should_stop() or connection.lost_error is not None:
+                    break
+                if writable:
+                    pump.socket_full = False
+                # Callers left a few rows here for COALESCE_S, to be written together. The pump below writes them. If
+                # there were any, wait for COALESCE_S once more, because others may follow.
+                was_coalescing, connection.is_coalescing = connection.is_coalescing, False
+                written = ring.written
+                # Copies first: rows whose copy is done can be written by this very pump. Only this thread may ask
+                # (`accelerator.query_from_dedicated_thread`).
+                try:
+                    ring.poll_copies()
+                except RuntimeError as error:
+                    connection.fail_on_copy_error(error)
+                connection.run_pump(True, WRITE_BYTES)
+                connection.is_coalescing = was_coalescing and ring.written > written
+                # If no acks come, does the peer's host still answer?
+                if (
+                    connection.lost_error is None
+                    and pump.awaits_acks
+                    and time.monotonic() - pump.progress_at >= HEARTBEAT_S
+                ):
+                    why = unreachable_reason(pump.sock)
+                    if why:
+                        connection.mark_lost(ConnectionClosedError(why))
+            self._warn_of_stall()
+            if self._deliver_if_abandoned():
+                self._stopping = True
+            if self._should_stop() or connection.lost_error is not None:
+                break
+
             # Only acks can make more rows writable: sleep until several have come, in place of one wake-up for each.
             pause = ack_batching.poll_interval(pump.acked)
             if pause and pump.is_blocked_by_window:
                 time.sleep(pause)
-            # These two tell callers what this thread will notice by itself, so they come last before the poll.
-            poller.register(pump.sock, self._poll_events())
-            timeout = self._poll_timeout()
+
+            # Poll for acks only if this thread needs them itself. Otherwise one of the waiting callers becomes the ack
+            # poller. Cleared before looking at the counters: a caller that packs from here on and reads False wakes
+            # this thread.
+            connection.io_thread_polls_acks = False
+            rows_wait = ring.packed > ring.written or connection.is_resending
+            if rows_wait or self.abandoned or connection.lost_error is not None or not _HAS_POLLRDHUP:
+                connection.io_thread_polls_acks = True
+            else:
+                ring.wake_one()
+            poll_in = select.POLLIN if connection.io_thread_polls_acks else 0
+            poller.register(pump.sock, _POLLRDHUP | poll_in | (select.POLLOUT if pump.socket_full else 0))
+
+            # How long until the thread looks at everything again, if nothing wakes it? Cleared before looking: a caller
+            # whose copy begins from here on and that reads False wakes this thread.
+            connection.io_thread_polls_copies = False
+            copying_since = ring.copying_since
+            if pump.has_writable_rows and not pump.socket_full:
+                timeout = 0.0
+            elif copying_since is not None:
+                connection.io_thread_polls_copies = True
+                elapsed = time.monotonic() - copying_since
+                timeout = min(max(elapsed * COPY_POLL_SHARE, COPY_POLL_S[0]), COPY_POLL_S[1])
+            elif connection.is_coalescing:
+                timeout = COALESCE_S
+            else:
+                timeout = ABANDONED_HEARTBEAT_S if self.abandoned else HEARTBEAT_S
+
             bottleneck, began = connection.bottleneck, time.monotonic()
             events = dict(poller.poll(timeout * 1000))
             connection.waited_seconds[bottleneck] += time.monotonic() - began
             # POLLOUT, or an error or a closed connection, which the next write reports.
             writable = bool(events.get(pump.sock.fileno(), 0) & ~select.POLLIN)
-            # Before the next `_run_once`, so that a wake-up during it is not lost.
+            # Before the next look, so that a wake-up during it is not lost.
             connection.wake_up.clear(connection.wake_up.reader.fileno() in events)
         return connection.lost_error is not None and not self._should_stop()
 
-    def _poll_events(self) -> int:
-        """Return the events to poll the socket for.
-
-        They include acks only if this thread needs them itself. Otherwise a waiting caller polls for acks.
-        """
-        connection, ring = self._connection, self._connection.ring
-        # Cleared before looking at the counters: a caller that packs from here on and reads False wakes this thread.
-        connection.io_thread_polls_acks = False
-        rows_wait = ring.packed > ring.written or connection.is_resending
-        if rows_wait or self.abandoned or connection.lost_error is not None or not _HAS_POLLRDHUP:
-            connection.io_thread_polls_acks = True
-        else:
-            ring.wake_one()  # one of the waiting callers becomes the ack poller
-        return (
-            _POLLRDHUP
-            | (select.POLLIN if connection.io_thread_polls_acks else 0)
-            | (select.POLLOUT if connection.pump.socket_full else 0)
-        )
-
-    def _poll_timeout(self) -> float:
-        """Return the seconds until the thread looks at everything again, if nothing wakes it."""
-        connection = self._connection
-        # Cleared before looking: a caller whose copy begins from here on and that reads False wakes this thread.
-        connection.io_thread_polls_copies = False
-        if connection.pump.has_writable_rows and not connection.pump.socket_full:
-            return 0.0
-        copying_since = connection.ring.copying_since
-        if copying_since is not None:
-            connection.io_thread_polls_copies = True
-            elapsed = time.monotonic() - copying_since
-            return min(max(elapsed * COPY_POLL_SHARE, COPY_POLL_S[0]), COPY_POLL_S[1])
-        if connection.is_coalescing:
-            return COALESCE_S
-        return ABANDONED_HEARTBEAT_S if self.abandoned else HEARTBEAT_S
-
-    def _run_once(self, writable: bool) -> bool:
-        """Look at everything once; return whether to go on with this socket."""
-        connection = self._connection
-        with connection.io_lock:
-            if self._should_stop() or connection.lost_error is not None:
-                return False
-            if writable:
-                connection.pump.socket_full = False
-            # Callers left a few rows here for COALESCE_S, to be written together. The pump below writes them. If there
-            # were any, wait for COALESCE_S once more, because others may follow.
-            was_coalescing, connection.is_coalescing = connection.is_coalescing, False
-            written = connection.ring.written
-            # Copies first: rows whose copy is done can be written by this very pump.
-            self._poll_copies()
-            connection.run_pump(True, WRITE_BYTES)
-            connection.is_coalescing = was_coalescing and connection.ring.written > written
-            self._check_host()
-        self._warn_of_stall()
-        if self._deliver_if_abandoned():
-            self._stopping = True
-        return not self._should_stop() and connection.lost_error is None
-
     def _should_stop(self) -> bool:
         return self._stopping or self._connection.failure is not None
-
-    def _poll_copies(self) -> None:
-        """Ask which of the device's copies are done; hold the I/O lock.
-
-        Only this thread may ask (`accelerator.query_from_dedicated_thread`).
-        """
-        try:
-            self._connection.ring.poll_copies()
-        except RuntimeError as error:
-            self._connection.fail_on_copy_error(error)
-
-    def _check_host(self) -> None:
-        """Mark the connection lost if no acks come and the peer's host does not answer any more; hold the I/O lock."""
-        connection, pump = self._connection, self._connection.pump
-        if connection.lost_error is None and pump.awaits_acks and time.monotonic() - pump.progress_at >= HEARTBEAT_S:
-            why = unreachable_reason(pump.sock)
-            if why:
-                connection.mark_lost(ConnectionClosedError(why))
 
     def _warn_of_stall(self) -> None:
         """Log a warning if a caller waits and nothing was acked for `STALL_WARNING_S`."""
@@ -305,14 +288,8 @@ class IoThread:
             and min(stalled_s, now - self._warned_at) >= STALL_WARNING_S
         ):
             self._warned_at = now
-            what = self._connection.describe_unacked()
-            _log_safely(
-                logging.WARNING,
-                "%s: nothing acked for %.0f s, %s; is the learner draining?",
-                self.peer,
-                stalled_s,
-                what,
-            )
+            text = "%s: nothing acked for %.0f s, %s; is the learner draining?"
+            _log_safely(logging.WARNING, text, self.peer, stalled_s, self._connection.describe_unacked())
 
     def _deliver_if_abandoned(self) -> bool:
         """Whether the client was dropped, and nothing or no time is left to deliver."""

@@ -179,14 +179,25 @@ class Sender:
                 the ring took.
         """
         self._check_caller("send")
-        began, done = time.monotonic(), 0
+        ring, began, done = self._ring, time.monotonic(), 0
         self._connection.soft_limit.lift_if_empty()
         try:
             while done < rows:
-                packed = self._pack(rows - done, fill, done)
-                done += packed
+                # Fill and count as many rows as are free in one run.
+                with ring.packing_lock:
+                    slot, run = ring.next_free_run(rows - done)
+                    if run:
+                        self._check_open("send")
+                        # An interrupted caller's copy may still write into these rows.
+                        if ring.uncommitted_copy is not None and not self._interrupted_copy_is_done():
+                            run = 0
+                        # The ring takes no rows if the connection ended meanwhile. Then nothing counts, and this
+                        # raises.
+                        elif not ring.commit(run, copy=fill(slot, done, run)):
+                            self._check_open("send")
+                done += run
                 # The ring is full, or an interrupted copy blocks it. Get the packed rows out before you wait.
-                if not packed:
+                if not run:
                     self._connection.write_or_wake()
                     self._wait_for_room(rows - done, deadline)
                     self._wait_for_interrupted_copy("send", deadline)
@@ -295,21 +306,7 @@ class Sender:
         self._wait_until_acked("close", tail.end_row, deadline)
         self._io_thread.sleep_after_last_ack(deadline)
 
-    # Packing.
-
-    def _pack(self, want: int, fill: Filler, first: int) -> int:
-        """Fill and count as many rows as are free in one run. Returns how many."""
-        with self._ring.packing_lock:
-            slot, rows = self._ring.next_free_run(want)
-            if rows:
-                self._check_open("send")
-                # An interrupted caller's copy may still write into these rows.
-                if self._ring.uncommitted_copy is not None and not self._interrupted_copy_is_done():
-                    return 0
-                # The ring takes no rows if the connection ended meanwhile. Then nothing counts, and this raises.
-                if not self._ring.commit(rows, copy=fill(slot, first, rows)):
-                    self._check_open("send")
-            return rows
+    # Waiting.
 
     def _wait_for_room(self, rows: int, deadline: Deadline) -> None:
         """Block until there is room for some of ``rows`` rows, and adjust the soft limit to how fast it came."""
@@ -361,8 +358,6 @@ class Sender:
         """
         ring = self._ring
         return ring.acked_needed_for(min(rows, max(1, ring.soft_limit // 4)))
-
-    # Waiting.
 
     def _wait_until_acked(self, call: str, threshold: int, deadline: Deadline, until: Deadline | None = None) -> None:
         """Block until ``acked`` reaches ``threshold``.

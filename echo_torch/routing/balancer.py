@@ -175,7 +175,25 @@ class Balancer:
         rows, done, stall = match.rows, 0, deadline.within(self._stall_timeout)
         try:
             while True:
-                accepted = self._send_some(match.slice_rows(done, rows) if done else match, first, deadline)
+                if self._failover_enabled:
+                    self._failover.pass_on_all(deadline, self._stall_timeout)
+                learner, others = self._choose_learner(first, rows - done)
+                limit = deadline.within(SEND_SLICE_S) if others else deadline
+                try:
+                    learner.route.send_match(match.slice_rows(done, rows) if done else match, limit)
+                    return
+                except DeliveryTimeoutError as error:
+                    if not others:
+                        raise
+                    accepted = error.rows_accepted
+                    # A learner that has acked nothing for ``stall_timeout`` makes its client raise at once. Sleep for
+                    # the rest of the slice, or this loop would spin.
+                    if not accepted:
+                        time.sleep(limit.remaining())
+                except ConnectionClosedError as error:
+                    if not self._failover_enabled:
+                        raise
+                    accepted = error.rows_accepted
                 done += accepted
                 if done == rows:
                     return
@@ -189,28 +207,6 @@ class Balancer:
             public_error = self._to_public_error(error, "send", deadline)
             public_error.rows_accepted += done
             raise public_error from error.__cause__
-
-    def _send_some(self, match: Match, first: int, deadline: Deadline) -> int:
-        """Send samples to one learner until it is time to choose again; return how many it accepted."""
-        if self._failover_enabled:
-            self._failover.pass_on_all(deadline, self._stall_timeout)
-        learner, others = self._choose_learner(first, match.rows)
-        limit = deadline.within(SEND_SLICE_S) if others else deadline
-        try:
-            learner.route.send_match(match, limit)
-        except DeliveryTimeoutError as error:
-            if not others:
-                raise
-            # A learner that has acked nothing for ``stall_timeout`` makes its client raise at once. Sleep for the rest
-            # of the slice, or the caller's loop would spin.
-            if not error.rows_accepted:
-                time.sleep(limit.remaining())
-            return error.rows_accepted
-        except ConnectionClosedError as error:
-            if not self._failover_enabled:
-                raise
-            return error.rows_accepted
-        return match.rows
 
     def _choose_learner(self, first: int, rows: int) -> tuple[Learner, bool]:
         """Choose the learner for the next samples.
@@ -267,21 +263,15 @@ class Balancer:
                 if learner.undelivered is None and (include_lost or not learner.route.closed)
             ]
             for learner in learners:
-                if not self._wait_for(learner, deadline):
-                    again = True
+                try:
+                    learner.route.wait(deadline)
+                except ConnectionClosedError:
+                    if not self._failover_enabled or self._failover.closed:
+                        raise
+                    again = True  # the others must get its samples
             # Another caller may have handed over a lost learner's samples to one that this loop had waited for before.
             again = again or any(learner.undelivered is not None for learner in learners)
         self._failover.raise_if_uncopied()
-
-    def _wait_for(self, learner: Learner, deadline: Deadline) -> bool:
-        """Wait for one learner; return False if it is lost, so that its samples must be handed over."""
-        try:
-            learner.route.wait(deadline)
-        except ConnectionClosedError:
-            if not self._failover_enabled or self._failover.closed:
-                raise
-            return False
-        return True
 
     def close(self, deadline: Deadline) -> None:
         self._closing = True

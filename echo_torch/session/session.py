@@ -117,8 +117,11 @@ class Session:
         try:
             match = make_match()
             self.totals.check_seconds += time.monotonic() - began
+            # Log how the first batch was read, so that you notice a batch that is taken for one sample.
             if not self._first_batch_logged:
-                self._log_first_batch(match)
+                self._first_batch_logged = True
+                what = f"{match.rows} samples" if match.batched else "one sample"
+                _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
             # Count only now, so that a refused batch uses up no number.
             if step is None:
                 step = watermark.begin_step(None)
@@ -163,12 +166,6 @@ class Session:
         """
         if self._reporter is not None:
             self._reporter.report_sent(self.route.progress()[0])
-
-    def _log_first_batch(self, match: Match) -> None:
-        """Log how the first batch was read, so that you notice a batch that is taken for one sample."""
-        self._first_batch_logged = True
-        what = f"{match.rows} samples" if match.batched else "one sample"
-        _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
 
     def wait(self, deadline: Deadline) -> None:
         """Block until everything sent so far is acked, by children too; raises as `EchoSink.wait`."""
