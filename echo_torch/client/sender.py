@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import os
 import socket
@@ -39,6 +40,12 @@ WAITER_HEARTBEAT_S = 0.05
 THREAD_EXIT_TIMEOUT_S = 1.0
 # Seconds between two queries of a device's copy whose caller was interrupted.
 SETTLE_POLL_S = 0.001
+
+
+class CloseDefault(enum.Enum):
+    """What `TcpClient.close` does without a timeout."""
+
+    LOG = "5 s, then log what is un-acked"
 
 
 class Sender:
@@ -244,14 +251,15 @@ class Sender:
         """Return at once. The client delivers what you sent, for up to 5 s, and closes in the background."""
         self._io_thread.begin_exit()
 
-    def close(self, timeout: Timeout = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout: Timeout | CloseDefault = CloseDefault.LOG) -> None:
         """Deliver everything sent so far, then end the connection.
 
         You may call this again. It leaves no thread and no open descriptor. After an interrupt, the rest is delivered
         in the background, for up to 5 s.
 
         Args:
-            timeout: seconds to wait for acks; None for no limit other than ``stall_timeout``.
+            timeout: seconds to wait for acks; None for no limit other than ``stall_timeout``. Without it, `close` waits
+                5 s and raises nothing, as the stock client does, but logs what is un-acked.
 
         Raises:
             DeliveryTimeoutError: samples were un-acked when the time was up, or, with ``resend_at_close``, their
@@ -259,6 +267,12 @@ class Sender:
             ConnectionClosedError: the connection failed with samples un-acked, and no call has raised that yet. If all
                 are acked and only the last ones are at risk, this logs a warning instead.
         """
+        if timeout is CloseDefault.LOG:
+            try:
+                self.close(CLOSE_TIMEOUT_S)
+            except (ConnectionClosedError, DeliveryTimeoutError) as error:
+                _log.warning("%s", error)
+            return
         connection, deadline = self._connection, as_deadline(timeout)
         if self._pid != os.getpid():
             self._io_thread.detach_after_fork()

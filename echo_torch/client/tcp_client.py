@@ -30,7 +30,7 @@ from echo_torch.wire.tls import TLS, check_tls
 
 from .io_thread import IoThread
 from .reconnect import Reconnector
-from .sender import Sender
+from .sender import CLOSE_TIMEOUT_S, Sender
 
 _log = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ class TcpClient(Sender):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        close_without_masking(error, self.close, self._peer)
+        close_without_masking(error, functools.partial(self.close, CLOSE_TIMEOUT_S), self._peer)
 
     def __repr__(self) -> str:
         return f"<TcpClient {self._peer} {'closed' if self.closed else 'open'}>"

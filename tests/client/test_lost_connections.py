@@ -374,7 +374,11 @@ def test_when_the_time_is_up_who_waits_is_told(call: str, descriptors: None) -> 
         client = connect(peer, 4, resend_acked=8, reconnect=SHORT_S)
         peer.refuse()
         send(client, 0, 1, 2)
-        calls = {"send": lambda: send(client, *range(3, 100)), "wait": client.wait, "close": client.close}
+        calls = {
+            "send": lambda: send(client, *range(3, 100)),
+            "wait": client.wait,
+            "close": lambda: client.close(HANG_TIMEOUT_S),
+        }
         with ends_within(HANG_TIMEOUT_S), pytest.raises(ConnectionClosedError) as caught:
             calls[call]()
         text = str(caught.value)
@@ -610,7 +614,7 @@ def test_a_loss_that_nobody_waits_for_is_logged(reconnect: float, caplog: pytest
         assert_threads_end()
         assert "3 samples un-acked" in caplog.messages[-1]
         with pytest.raises(ConnectionClosedError, match="3 samples un-acked"):  # and the next call says so all the same
-            client.close()
+            client.close(0)
         assert len(caplog.messages) == 1
 
 

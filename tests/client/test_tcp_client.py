@@ -672,9 +672,9 @@ def test_close_tells_a_loss_that_nobody_was_told_of() -> None:
         with until(lambda: client.closed):
             pass
         with pytest.raises(ConnectionClosedError) as caught:
-            client.close()
+            client.close(0)
         check_error(caught.value, ConnectionClosedError, client.peer, 1)
-        client.close()
+        client.close(0)
 
 
 def acks_all_but_the_tail(conn: PeerConnection, rows: int = 3) -> None:

@@ -359,7 +359,7 @@ def test_close_frees_the_descriptors_when_the_peer_left(how: str) -> None:
         with until(lambda: client.closed):
             end()
         with pytest.raises(ConnectionClosedError) as caught:
-            client.close()
+            client.close(0)
         check_error(caught.value, ConnectionClosedError, client.peer, 3)
         assert len(open_descriptors()) <= before
 

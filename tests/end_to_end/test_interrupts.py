@@ -455,6 +455,6 @@ def test_interrupted_looks_at_what_a_lost_connection_left(interrupts: Interrupts
         eventually(lambda: client.closed)
         storm(interrupts, 1000, 20e-6, lambda number: client.undelivered())
         assert client.undelivered().remaining == 1
-        with running(client.close) as outcomes:
+        with running(lambda: client.close(0)) as outcomes:
             pass
         assert isinstance(outcomes[0], ConnectionClosedError)

@@ -220,7 +220,7 @@ def test_a_signal_handler_during_failover_gets_a_runtime_error() -> None:
         assert len(rejected) == 2
         target.close()
         with pytest.raises(ConnectionClosedError):
-            lost.close()
+            lost.close(0)
 
 
 # Devices.
