@@ -1,7 +1,9 @@
 """One leaf of a sample: which values can be sent, in which dtype they travel, and how they become numpy arrays.
 
 * No value is ever cast. A Python scalar has the dtype that ``default_collate`` gives it.
-* dtypes that numpy lacks (bfloat16, complex32, the float8 types) travel as unsigned integers of the same size.
+* Bytes travel in the machine's own order. Arrays in the other order are swapped on the way.
+* dtypes that numpy lacks (bfloat16, complex32, the float8 types) travel as unsigned integers of the same size. The
+  numpy dtypes of ``ml_dtypes`` stand for the torch dtypes of the same name.
 * Strings, objects, and sparse, nested, quantized and meta tensors hold no dense numbers. They raise a TypeError that
   names the path of the leaf.
 """
@@ -29,7 +31,7 @@ KeyPath = tuple[tuple[bool, Hashable], ...]
 _WRONG_DTYPE = np.array(None, dtype=object)
 # The types that a leaf can have.
 ARRAY_TYPES = (torch.Tensor, np.ndarray, np.generic, bool, int, float, complex)
-# The dtypes that ``default_collate`` gives to Python scalars.
+# The dtypes that ``default_collate`` gives to Python scalars and to instances of subclasses, such as an `IntEnum`.
 _SCALAR_DTYPES: dict[type, torch.dtype] = {
     bool: torch.bool,
     int: torch.int64,
@@ -121,14 +123,19 @@ def to_wire_array(value: Any, leaf: Leaf, root: str) -> Array:
             if not value.is_cpu and value.device.type == accelerator.device_type():
                 accelerator.check_usable(value.device)
             try:
-                return to_host(value, leaf)
+                if covers_all_elements(value):
+                    return to_host(value, leaf)
             except Exception as error:  # a subclass of Tensor may raise anything
                 checked_dtypes(value, root + leaf.path)  # raises a more precise error, if it knows one
                 raise _unreadable_error(value, root + leaf.path, error) from None
-    elif isinstance(value, np.ndarray):
-        # Returned in any dtype: the caller compares dtypes. An unsigned integer array for a torch-only leaf must not
-        # pass that comparison.
-        if not leaf.torch_only and not isinstance(value, MaskedArray):
+            raise uncovered_error(value, root + leaf.path)
+    elif isinstance(value, np.ndarray) and not isinstance(value, MaskedArray):
+        if leaf.torch_only:
+            # An array of unsigned integers must not pass as one of these.
+            if _ml_dtype(value.dtype) is leaf.dtype:
+                return value.view(leaf.wire_dtype)
+        # Returned in any dtype: the caller compares dtypes.
+        else:
             return value
     elif not leaf.torch_only and isinstance(value, ARRAY_TYPES):
         try:
@@ -165,24 +172,72 @@ def checked_dtypes(value: Any, path: str) -> tuple[DType, np.dtype[Any]]:
             )
         _check_readable(value, path)
         return value.dtype, _WIRE_DTYPES[value.dtype]
-    if type(value) in _SCALAR_DTYPES:
-        dtype = _SCALAR_DTYPES[type(value)]
-        return dtype, _WIRE_DTYPES[dtype]
     if isinstance(value, UnreadableLeaf):
         raise TypeError(f"{path}: {value.why}")
     if not isinstance(value, (np.ndarray, np.generic)):
-        remedy = "encode it as numbers, or leave it out with select="
-        raise TypeError(f"{path}: got {type(value).__name__}, expected a tensor, numpy array or number; {remedy}")
+        # `bool` comes first: it is a subclass of `int`.
+        for kind, dtype in _SCALAR_DTYPES.items():
+            if isinstance(value, kind):
+                return dtype, _WIRE_DTYPES[dtype]
+        raise TypeError(
+            f"{path}: got {type(value).__name__}, expected a tensor, numpy array or number; {_how_to_read(value)}"
+        )
     if isinstance(value, MaskedArray):
         raise TypeError(f"{path}: got a masked array, expected values everywhere; send .filled(x)")
+    ml_dtype = _ml_dtype(value.dtype)
+    if ml_dtype is not None:
+        return ml_dtype, _WIRE_DTYPES[ml_dtype]
     if value.dtype.hasobject or value.dtype.kind in "SU":
         raise TypeError(f"{path}: got numpy dtype {value.dtype}, expected numbers; encode it, or leave it out")
-    return _TORCH_DTYPES.get(value.dtype, value.dtype), value.dtype
+    dtype = value.dtype.newbyteorder("=")
+    return _TORCH_DTYPES.get(dtype, dtype), dtype
+
+
+def _ml_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
+    """Return the torch dtype for one of ``ml_dtypes`` with the same bytes, such as bfloat16; None for any other."""
+    if dtype.kind not in "Vf" or dtype.type.__module__ != "ml_dtypes":
+        return None
+    found = getattr(torch, dtype.name, None)
+    return found if found in TORCH_ONLY_DTYPES else None
+
+
+def _how_to_read(value: Any) -> str:
+    """Return the remedy for an object that is no array; an array-like can be made one."""
+    if hasattr(type(value), "__array__") or hasattr(type(value), "__array_interface__"):
+        return "it is an array-like: send np.asarray(x)"
+    if hasattr(type(value), "__dlpack__"):
+        return "it is an array-like: send torch.from_dlpack(x)"
+    return "encode it as numbers, or leave it out with select="
+
+
+def covers_all_elements(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage holds all its elements.
+
+    PyTorch lets a storage be freed or cut under its tensors, as FSDP does between uses. Such a tensor keeps its shape,
+    and its elements are whatever lies at that address.
+    """
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    return not tensor.numel() or (last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def uncovered_error(tensor: torch.Tensor, path: str) -> TypeError:
+    """Return the error for a tensor whose storage does not hold all its elements."""
+    got = f"{_describe_tensor(tensor)} {list(tensor.shape)} with {tensor.untyped_storage().nbytes()} bytes of storage"
+    remedy = "its storage was freed or cut (FSDP does that between uses); send a copy made while it was whole"
+    return TypeError(f"{path}: got {got}, expected at least {tensor.nbytes}; {remedy}")
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
     """Return the torch dtype for the same values, or None if PyTorch lacks it."""
     return _TORCH_DTYPES.get(dtype)
+
+
+def in_native_order(array: Any) -> Any:
+    """Return an array in the machine's byte order; anything else, tensors included, as it is."""
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

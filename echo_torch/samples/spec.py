@@ -20,7 +20,18 @@ import torch
 from echo_torch.support import accelerator
 from echo_torch.wire.protocol import WireLeaf
 
-from .leaf import TORCH_ONLY_DTYPES, Array, Leaf, checked_dtypes, shape_of, to_host, to_wire_array
+from .leaf import (
+    TORCH_ONLY_DTYPES,
+    Array,
+    Leaf,
+    checked_dtypes,
+    covers_all_elements,
+    in_native_order,
+    shape_of,
+    to_host,
+    to_wire_array,
+    uncovered_error,
+)
 from .mismatch import leaves_error, server_spec_error, structure_error
 from .pytree import (
     flatten,
@@ -207,9 +218,12 @@ class SampleSpec:
         first = arrays[0]
         stacked = first.ndim > len(leaves[0].shape) if batched is None else batched
         rows = len(first) if stacked and first.ndim else 1
-        if not self._shapes_and_dtypes_match(arrays, self._expected_shapes(rows, stacked), on_device):
-            # Flatten again: an array no longer tells what type the value had, and the remedies depend on that.
-            raise leaves_error(self.root, leaves, self._leaves_in_wire_order(batch), batched)
+        shapes = self._expected_shapes(rows, stacked)
+        if not self._shapes_and_dtypes_match(arrays, shapes, on_device):
+            arrays = list(map(in_native_order, arrays))
+            if not self._shapes_and_dtypes_match(arrays, shapes, on_device):
+                # Flatten again: an array no longer tells what type the value had, and the remedies depend on that.
+                raise leaves_error(self.root, leaves, self._leaves_in_wire_order(batch), batched)
         return Match(arrays, rows, stacked, on_device)
 
     def to_host(self, match: Match) -> list[Array]:
@@ -241,9 +255,17 @@ class SampleSpec:
             return None
         if types == _TENSORS:
             try:
-                return [tensor.numpy() for tensor in flat]
+                arrays = [tensor.numpy() for tensor in flat]
             except Exception:  # another device or layout, a gradient, a lazy negation, a mode: `_to_arrays` handles it
                 return None
+            for tensor, array in zip(flat, arrays, strict=True):
+                # Almost every tensor fills a storage of its own. That is quick to see.
+                filled = tensor.untyped_storage().nbytes() == array.nbytes
+                if not filled or tensor.storage_offset() or not array.flags.c_contiguous:
+                    for value, leaf in zip(flat, self.leaves, strict=True):
+                        self._detach_covered(value, leaf)
+                    break
+            return arrays
         return flat if types == _ARRAYS else None
 
     def _try_fast_device_tensors(self, flat: list[Any]) -> list[Any] | None:
@@ -251,7 +273,13 @@ class SampleSpec:
         pairs = zip(flat, self.leaves, strict=True)
         if not all(tensor.dtype is leaf.dtype and accelerator.is_on_accelerator(tensor) for tensor, leaf in pairs):
             return None
-        return [tensor.detach() for tensor in flat]
+        return list(map(self._detach_covered, flat, self.leaves))
+
+    def _detach_covered(self, tensor: torch.Tensor, leaf: Leaf) -> torch.Tensor:
+        """Return a tensor without its gradient; raise TypeError if its storage does not hold all its elements."""
+        if not covers_all_elements(tensor):
+            raise uncovered_error(tensor, self.root + leaf.path)
+        return tensor.detach()
 
     def _to_arrays(self, flat: list[Any]) -> list[Any]:
         """Return an array for each leaf, or a tensor for a leaf that stays on its device."""
@@ -259,7 +287,7 @@ class SampleSpec:
         values = []
         for value, leaf in zip(flat, self.leaves, strict=True):
             stays = not in_transform and accelerator.is_on_accelerator(value) and value.dtype is leaf.dtype
-            values.append(value.detach() if stays else to_wire_array(value, leaf, self.root))
+            values.append(self._detach_covered(value, leaf) if stays else to_wire_array(value, leaf, self.root))
         return values
 
     def _try_flatten_as_last(self, tree: Any) -> list[Any] | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import enum
 import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import echo
+import ml_dtypes
 import numpy as np
 import optree
 import pytest
@@ -350,3 +352,78 @@ def test_samples_of_several_connections_all_arrive(bench: Bench) -> None:
     bench.check(*batches)
     for sink in sinks:
         sink.close()
+
+
+class Action(enum.IntEnum):
+    LEFT = 3
+    RIGHT = 4
+
+
+class Seconds(float):
+    """A number of a class of its own."""
+
+
+def of_32(dtype: Any, *shape: int) -> np.ndarray[Any, Any]:
+    """32 samples of different numbers."""
+    return np.arange(1, 1 + 32 * math.prod(shape)).reshape(32, *shape).astype(dtype)
+
+
+RECORD = np.dtype([("x", ">f4"), ("flags", "?"), ("y", "<i8", (2,))], align=True)
+KINDS: dict[str, tuple[Any, Any, Any]] = {
+    # name: example, batch of 32, what must arrive
+    "big-endian batch": (torch.zeros(3), of_32(">f4", 3), of_32("<f4", 3)),
+    "big-endian example": (np.zeros(3, ">f4"), torch.from_numpy(of_32("<f4", 3)), of_32("<f4", 3)),
+    "big-endian both": (np.zeros((), ">i8"), of_32(">i8"), of_32("<i8")),
+    "big-endian complex": (np.zeros(2, ">c8"), of_32(">c8", 2) * 1j, of_32("<c8", 2) * 1j),
+    "records": (
+        np.zeros((), RECORD),
+        np.array([(row, row % 2, (row, -row)) for row in range(32)], RECORD),
+        np.array([(row, row % 2, (row, -row)) for row in range(32)], RECORD.newbyteorder("=")),
+    ),
+    "an array as dtype": (np.zeros((), "(2,)f4"), of_32("f4", 2), of_32("f4", 2)),
+    "dates": (np.zeros(2, ">M8[ms]"), of_32(">M8[ms]", 2), of_32("<M8[ms]", 2)),
+    "durations": (np.zeros(2, "m8[s]"), of_32("m8[s]", 2), of_32("m8[s]", 2)),
+    "long doubles": (np.zeros(2, "g"), of_32("g", 2) / 3, of_32("g", 2) / 3),
+    "void": (np.zeros((), "V4"), of_32("i4").view("V4"), of_32("i4").view("V4")),
+    "bools of other bytes": (np.zeros((), "?"), of_32("u1").view("?"), of_32("u1").view("?")),
+    "ml_dtypes batch": (torch.zeros(2, dtype=torch.bfloat16), of_32(ml_dtypes.bfloat16, 2), 16),
+    "ml_dtypes example": (np.zeros(2, ml_dtypes.bfloat16), torch.from_numpy(of_32("f4", 2)).to(torch.bfloat16), 16),
+    "ml_dtypes float8": (torch.zeros(2, dtype=torch.float8_e5m2), of_32(ml_dtypes.float8_e5m2, 2), 8),
+    "scalars as [B, 1]": (torch.zeros(1), of_32("f4", 1), of_32("f4", 1)),
+}
+
+
+@pytest.mark.parametrize(("example", "batch", "expected"), KINDS.values(), ids=KINDS)
+def test_what_is_accepted_arrives_as_the_numbers_that_were_meant(example: Any, batch: Any, expected: Any) -> None:
+    if isinstance(expected, int):  # the bits of a dtype that numpy lacks
+        as_torch = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch.view(f"u{expected // 8}"))
+        expected = as_torch.view(getattr(torch, f"uint{expected}")).numpy()
+    with Learner(numpy_example({"x": example})) as learner:
+        with EchoSink("127.0.0.1", learner.port, {"x": example}, resend_at_close=False) as sink:
+            sink.send({"x": batch})
+            sink.wait()
+        arrived = learner.take(32)["x"]
+    assert arrived.dtype.isnative
+    assert arrived.dtype == expected.dtype
+    assert repr(arrived.tolist()) == repr(expected.tolist())  # as text, for records hold arrays
+
+
+def test_numbers_of_classes_of_their_own_arrive_as_numbers() -> None:
+    """As ``default_collate`` takes them: an action of an enumeration is an int."""
+    example = {"action": Action.LEFT, "seconds": Seconds(0), "reward": np.float64(0)}
+    sent = [
+        {"action": Action.RIGHT, "seconds": Seconds(0.5), "reward": 1.5},
+        {"action": 7, "seconds": 2.5, "reward": np.array(3.5, ">f8")},
+    ]
+    with Learner(numpy_example(example)) as learner:
+        with EchoSink("127.0.0.1", learner.port, example, resend_at_close=False) as sink:
+            for sample in sent * 16:
+                sink.send(sample)
+            sink.wait()
+        arrived = learner.take(32)
+    assert {name: leaf.dtype for name, leaf in arrived.items()} == {
+        "action": np.int64, "seconds": np.float64, "reward": np.float64,
+    }  # fmt: skip
+    assert arrived["action"].tolist() == [4, 7] * 16
+    assert arrived["seconds"].tolist() == [0.5, 2.5] * 16
+    assert arrived["reward"].tolist() == [1.5, 3.5] * 16

@@ -17,7 +17,7 @@ from echo_torch.samples.spec import SampleSpec
 
 Array = np.ndarray[Any, Any]
 
-DTYPES = ["?", "u1", "i1", "<u2", "<i2", ">i2", "<f2", "<i4", "<f4", ">f4", "<i8", "<f8", "<c8", "<c16"]
+DTYPES = ["?", "u1", "i1", "<u2", "<i2", "<f2", "<i4", "<f4", "<i8", "<f8", "<c8", "<c16"]
 UNTOUCHED = 0xA5
 
 
@@ -117,7 +117,7 @@ def pack_one(leaves: Sequence[Array], arrays: Sequence[Array], slot: int) -> byt
 @pytest.mark.parametrize("nbytes", [JOIN_LEAF_BYTES // 2, JOIN_LEAF_BYTES, 2 * JOIN_LEAF_BYTES])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_single_sample_of_small_or_large_leaves(nbytes: int, layout: str) -> None:
-    arrays = [values((2, nbytes // 8, 4), ">i2", 1), np.arange(2, dtype=np.uint8)]
+    arrays = [values((2, nbytes // 8, 4), "<i2", 1), np.arange(2, dtype=np.uint8)]
     sample = [LAYOUTS[layout](array[1, ...]) if array.ndim > 1 else array[1, ...] for array in arrays]
     leaves = [np.zeros(array.shape[1:], array.dtype) for array in arrays]
     assert pack_one(leaves, sample, 2) == b"".join(array.tobytes() for array in sample)

@@ -285,9 +285,9 @@ def test_the_remedy_for_a_leaf_without_elements_can_be_pasted() -> None:
     assert "x.reshape(-1)" in message
 
 
-def test_the_remedy_for_a_scalar_in_big_endian_is_numpys() -> None:
-    message = refusal({"x": np.zeros((), ">f4"), "y": 0}, {"x": 1.5, "y": torch.zeros(4, dtype=torch.int64)})
-    assert "np.full((B,), x, '>f4')" in message
+def test_the_remedy_for_a_scalar_that_torch_lacks_is_numpys() -> None:
+    message = refusal({"x": np.zeros((), "g"), "y": 0}, {"x": 1.5, "y": torch.zeros(4, dtype=torch.int64)})
+    assert f"np.full((B,), x, '{np.dtype('g')}')" in message
 
 
 @pytest.mark.parametrize(
