@@ -112,12 +112,12 @@ def raise_on_all_ranks(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     # Each rank fills its own column, with outcome and count. The sum over all ranks is the whole table.
     table = torch.zeros(2, size, dtype=torch.int64, device="cpu")  # "cpu" whatever the default device is
-    table[0, rank], table[1, rank] = _outcome(problem), unacked
+    table[0, rank], table[1, rank] = _outcome_code(problem), unacked
     limit = (MAX_WAIT_S if max_wait is None else max_wait) + SKEW_S
     try:
         work = dist.all_reduce(table, group=group, async_op=True)
         assert work is not None
-        arrived = _all_arrived(work, limit)
+        arrived = _wait_for_all_ranks(work, limit)
     except RuntimeError as error:  # a rank is gone, for instance
         if problem is not None:
             raise problem from None
@@ -141,7 +141,7 @@ def raise_on_all_ranks(
     raise problem
 
 
-def _all_arrived(work: Work, seconds: float) -> bool:
+def _wait_for_all_ranks(work: Work, seconds: float) -> bool:
     """Wait for the all-reduce; return False if not all ranks come within ``seconds``."""
     # Poll, because ``work.wait`` lets no Ctrl-C through. It returns at once when the work is complete.
     deadline = Deadline(seconds)
@@ -153,7 +153,7 @@ def _all_arrived(work: Work, seconds: float) -> bool:
     return True
 
 
-def _outcome(problem: Exception | None) -> int:
+def _outcome_code(problem: Exception | None) -> int:
     if problem is None:
         return 0
     if isinstance(problem, DeliveryTimeoutError):

@@ -153,7 +153,7 @@ class EchoSink(LoaderSender):
         self._token = new_token()
         self._creator_pid = os.getpid()
         self._sessions: dict[int, Session] = {}
-        self._register_process()
+        self._create_session_eagerly()
 
     @classmethod
     def from_batch(
@@ -299,9 +299,9 @@ class EchoSink(LoaderSender):
             match = match._replace(shards=check_shards(self._choose_learner(data), match.rows, self._learner_count))
         return match.without_last(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
-    def _drop_rest(self, batch: Any, skip_last: int, accepted: int) -> None:
+    def _count_dropped(self, batch: Any, skip_last: int, accepted: int) -> None:
         """Count the samples of ``batch`` as dropped for which `send` found no room."""
-        self._session().drop(self._match(batch, None, skip_last).rows - accepted)
+        self._session().count_dropped(self._match(batch, None, skip_last).rows - accepted)
 
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver everything, send the last ``resend_acked`` samples again, and close; idempotent.
@@ -366,7 +366,7 @@ class EchoSink(LoaderSender):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._register_process()
+        self._create_session_eagerly()
 
     def __repr__(self) -> str:
         return f"<EchoSink {self.peer} {self._spec.describe()}>"
@@ -382,7 +382,7 @@ class EchoSink(LoaderSender):
             session = self._sessions.setdefault(pid, new)
         return session
 
-    def _register_process(self) -> None:
+    def _create_session_eagerly(self) -> None:
         """Make the session now, so that it waits for the children when this process ends, even if only they send.
 
         Processes that multiprocessing forks do the same, because they may have workers of their own: the ranks of a

@@ -69,7 +69,7 @@ class SinkCollate:
     ) -> None:
         if not callable(collate_fn):
             raise TypeError(f"collate_fn: got {collate_fn!r}, expected something to call")
-        self._send = _make_sender(sink, select)
+        self._send = _make_send_fn(sink, select)
         self._collate_fn = collate_fn
         self._forward = forward
 
@@ -108,7 +108,7 @@ class SinkDataset(IterableDataset[Any]):
         forward: bool = True,
     ) -> None:
         self.dataset = dataset
-        self._send = _make_sender(sink, select)
+        self._send = _make_send_fn(sink, select)
         self._forward = forward
         _copy_methods(dataset, self, (*_STATE_METHODS, "set_epoch"))
 
@@ -143,7 +143,7 @@ def _copy_methods(owner: object, wrapper: object, methods: Iterable[str]) -> Non
             setattr(wrapper, name, getattr(owner, name))
 
 
-def _make_sender(sink: LoaderSender, select: Callable[[Any], Any] | None) -> Callable[[Any], None]:
+def _make_send_fn(sink: LoaderSender, select: Callable[[Any], Any] | None) -> Callable[[Any], None]:
     if not isinstance(sink, LoaderSender):
         raise TypeError(f"sink: got {sink!r}, expected an EchoSink or an echo_torch.callbacks.loop.SinkCallback")
     if select is not None and not callable(select):

@@ -170,9 +170,9 @@ class SinkCallback(LoaderSender):
             self._connected_pid = os.getpid()
         except DeliveryTimeoutError as error:
             self.skipped += 1
-            self._report_stall("no room for a batch, which is not sent", error, once=True)
+            self._handle_stall("no room for a batch, which is not sent", error, once=True)
             # Count the samples that found no room as dropped.
-            self.sink._drop_rest(selected, padding, error.rows_accepted)
+            self.sink._count_dropped(selected, padding, error.rows_accepted)
         else:
             self._report_recovery()
 
@@ -262,7 +262,7 @@ class SinkCallback(LoaderSender):
                 self._next_timeout(STALLED_FLUSH_S) if self.group is None else self._flush_timeout, self.group
             )
         except DeliveryTimeoutError as error:
-            self._report_stall(f"at {when}", error)
+            self._handle_stall(f"at {when}", error)
         else:
             self._report_recovery()
 
@@ -272,7 +272,7 @@ class SinkCallback(LoaderSender):
         try:
             self.sink.close(self._next_timeout(STALLED_FLUSH_S))
         except DeliveryTimeoutError as error:
-            self._report_stall("on closing", error)
+            self._handle_stall("on closing", error)
 
     def _next_timeout(self, timeout_if_stalled: float) -> float | None:
         """Return how many seconds to wait for the learner.
@@ -287,7 +287,7 @@ class SinkCallback(LoaderSender):
         """Whether a wait was in vain and the learner has acked nothing since."""
         return self._acked_when_stalled is not None and self.sink.stats().samples_acked == self._acked_when_stalled
 
-    def _report_stall(self, when: str, error: DeliveryTimeoutError, *, once: bool = False) -> None:
+    def _handle_stall(self, when: str, error: DeliveryTimeoutError, *, once: bool = False) -> None:
         """Raise or warn, as ``on_stall`` says. With ``once``, do not warn again while the learner is stalled."""
         already_stalled = self._acked_when_stalled is not None
         stats = self.sink.stats()

@@ -37,7 +37,7 @@ def example(model: BaseAlgorithm, on: Literal["step", "rollout"] = "step") -> di
         fresh.reset()
         return _map_leaves(lambda array: array[0], _flatten_buffer(fresh))
     # Sample from copies, because sampling advances the random state of the spaces.
-    obs = _cast_normalized(model, copy.deepcopy(model.observation_space).sample())
+    obs = _float32_if_normalized(model, copy.deepcopy(model.observation_space).sample())
     action = copy.deepcopy(model.action_space).sample()
     ends = {"terminated": np.False_, "truncated": np.False_}
     return {"obs": obs, "action": action, "reward": np.float32(0), "next_obs": obs, **ends}
@@ -80,7 +80,7 @@ def rollout(model: BaseAlgorithm) -> dict[str, Any]:
     return _flatten_buffer(model.rollout_buffer)
 
 
-def _cast_normalized(model: BaseAlgorithm, obs: Any) -> Any:
+def _float32_if_normalized(model: BaseAlgorithm, obs: Any) -> Any:
     """Cast normalized observations to float32: their space may say integers."""
     wrapper = model.get_vec_normalize_env()
     if wrapper is None or not wrapper.norm_obs:

@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from echo_torch.support import accelerator
 
 from .prefetch import Prefetcher, sample_lock_for
-from .unpack import Convert, SynchronousUploader, Unpacker, Uploader, copy_arrays, wrap_arrays
+from .unpack import Convert, StreamUploader, SynchronousUploader, Unpacker, copy_arrays, wrap_arrays
 
 _ONE_CONSUMER = (
     "with copy=False each batch overwrites the one before, so there can be one consumer only; iterate once at a time, "
@@ -101,7 +101,7 @@ class EchoDataset(IterableDataset[Any]):
         # Whether batches are memory of the server, so that only one consumer is allowed.
         self._shares_memory = convert is wrap_arrays
         # Whether batches are copied in another stream than the consumer's.
-        self._on_accelerator = isinstance(convert, Uploader)
+        self._on_accelerator = isinstance(convert, StreamUploader)
         # Takes batches from the server. Its callables must not refer to this dataset: the thread would keep it alive.
         self._prefetcher = Prefetcher(
             server.sample,
@@ -208,7 +208,7 @@ def _resolve_device(device: torch.device | str | int | None) -> torch.device:
 def _choose_converter(device: torch.device, copy: bool) -> Convert:
     """Return the function that makes tensors for this device."""
     if device.type == accelerator.device_type():
-        return Uploader(device)
+        return StreamUploader(device)
     if device.type != "cpu":
         return SynchronousUploader(device)
     return copy_arrays if copy else wrap_arrays

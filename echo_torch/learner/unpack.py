@@ -32,7 +32,7 @@ class Unpacker:
 
     Args:
         example: one sample, as `EchoSink` takes it.
-        convert: `wrap_arrays`, `copy_arrays`, an `Uploader` or a `SynchronousUploader`.
+        convert: `wrap_arrays`, `copy_arrays`, a `StreamUploader` or a `SynchronousUploader`.
 
     Raises:
         TypeError: a leaf is not a dense array of numbers, or PyTorch lacks its dtype.
@@ -126,7 +126,7 @@ def copy_arrays(arrays: Sequence[Array], owner: object) -> list[torch.Tensor]:
     return [torch.from_numpy(array.copy()) for array in arrays]
 
 
-class Uploader:
+class StreamUploader:
     """Copies arrays to an accelerator; call it from one thread that does nothing else with the device.
 
     It copies in a stream of its own, so computation in other streams goes on. If the memory of the arrays is pinned,

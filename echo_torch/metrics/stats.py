@@ -164,7 +164,7 @@ class SinkStats:
         if elapsed <= 0 or connected <= 0 or not (sent or self.in_flight):
             return "idle: nothing was sent"
         # Callers may be several threads, so the share can exceed 1.
-        share = (self.check_seconds + self.pack_seconds + self._blocked) / connected
+        share = (self.check_seconds + self.pack_seconds + self._blocked_seconds_this_run) / connected
         cost = f"send took {share:.1%} of the time" if share <= 1 else f"send took the time of {share:.1f} threads"
         # Payload acked in this run; the totals tell the bytes per sample.
         megabytes = acked * self.bytes_acked / max(1, self.samples_acked) / 1e6
@@ -191,10 +191,10 @@ class SinkStats:
     @property
     def blocked_too_long(self) -> bool:
         """Whether ``send`` was blocked for more than a third of the connected time, in this run."""
-        return self._blocked > WARN_BLOCKED_SHARE * self.connected_seconds > 0
+        return self._blocked_seconds_this_run > WARN_BLOCKED_SHARE * self.connected_seconds > 0
 
     @property
-    def _blocked(self) -> float:
+    def _blocked_seconds_this_run(self) -> float:
         """Like ``blocked_seconds``, but for this run only."""
         return self.blocked_by_learner_seconds + self.blocked_by_network_seconds + self.blocked_by_device_seconds
 

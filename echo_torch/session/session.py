@@ -141,14 +141,14 @@ class Session:
     def _deliver(self, match: Match, deadline: Deadline) -> Route | None:
         """Send a batch; return the route that accepted it whole, or None if samples of it were dropped."""
         if self._learner_gone and not self.closed:
-            self.drop(match.rows)
+            self.count_dropped(match.rows)
             return None
         try:
             route = self._get_route(deadline)
         except OSError as error:  # refused, unreachable, no such name, timed out: anything that prevents a connection
             if self._raise_on_loss or self.closed:
                 raise
-            self.drop(match.rows, error)
+            self.count_dropped(match.rows, error)
             return None
         try:
             route.send_match(match, deadline)
@@ -156,7 +156,7 @@ class Session:
         except ConnectionClosedError as error:
             if self._raise_on_loss or self.closed:
                 raise
-            self.drop(match.rows - error.rows_accepted, error)
+            self.count_dropped(match.rows - error.rows_accepted, error)
             return None
 
     def _report_sent(self) -> None:
@@ -180,7 +180,7 @@ class Session:
         except ConnectionError as error:
             if self._raise_on_loss:
                 raise
-            self.drop(0, error)
+            self.count_dropped(0, error)
         try:
             self._children.wait(deadline, self._connector.stall_timeout)
         except ConnectionError as error:
@@ -195,7 +195,7 @@ class Session:
         except ConnectionError as error:
             if self._raise_on_loss:
                 raise
-            self.drop(0, error)
+            self.count_dropped(0, error)
 
     def _close(self, deadline: Deadline) -> None:
         self.closed = True  # first: a thread that is connecting just now sees it, and closes its connection
@@ -237,12 +237,12 @@ class Session:
         error.unacked = unacked
         return error
 
-    def _close_by_parent(self) -> ConnectionClosedError:
+    def _mark_closed_by_parent(self) -> ConnectionClosedError:
         """Mark the sink as closed, because the parent has closed it, and return the error to raise."""
         self.closed = True
         return self._closed_error("this sink was closed")
 
-    def drop(self, rows: int, error: OSError | None = None) -> None:
+    def count_dropped(self, rows: int, error: OSError | None = None) -> None:
         """Count ``rows`` samples as dropped, and log ``error``.
 
         An error also marks the learner as gone, unless the route is still open, because another learner may have taken
@@ -294,7 +294,7 @@ class Session:
 
     def _open_route(self, deadline: Deadline) -> None:
         if self._flag_files.closed_by_parent:
-            raise self._close_by_parent()
+            raise self._mark_closed_by_parent()
         route = self._connector.open_route(self._spec, self._flag_files.limit_connecting(deadline))
         # Start the reporter before `route` is set: otherwise another thread could send samples that the parent does not
         # learn of.
@@ -319,7 +319,7 @@ class Session:
             try:
                 reporter = Reporter(self._token, parent, self, len(self._connector.addresses))
             except ConnectionClosedError:
-                raise self._close_by_parent() from None
+                raise self._mark_closed_by_parent() from None
             except OSError as error:
                 me = f"process {os.getpid()}"
                 raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error

@@ -72,7 +72,7 @@ class Totals:
             peer_stats.append(PeerStats(str(name), sent, sent - unacked, unacked, *rest))
         return tuple(peer_stats)
 
-    def times(self, route: Route) -> Times:
+    def own_times(self, route: Route) -> Times:
         """Return where the time went in this process."""
         return route.times()._replace(checking=self.check_seconds)
 
@@ -122,7 +122,7 @@ class Totals:
     def _current_stats(self, route: Route) -> SinkStats:
         """Return the stats of this process and its children, without those of earlier runs."""
         counts, theirs = route.counts(), self._children.counts()
-        times = self.times(route).plus(self._children.times())
+        times = self.own_times(route).plus(self._children.times())
         sent, unacked = counts.sent + theirs["sent"], counts.unacked + theirs["sent"] - theirs["acked"]
         return SinkStats(
             samples_sent=sent,
