@@ -1,5 +1,10 @@
 """Send what PyTorch training loops produce to an `echo <https://github.com/instadeepai/echo>`_ replay buffer."""
 
+try:
+    import fcntl as _fcntl  # noqa: F401
+except ImportError as error:
+    raise ImportError("echo_torch runs on Linux and macOS; on Windows, use it under WSL") from error
+
 from .client.tcp_client import Client, TcpClient
 from .errors import (
     CertificateError,

@@ -117,3 +117,12 @@ def test_a_wheel_has_the_modules_that_are_there_and_no_others(tmp_path: Path) ->
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("echo_torch/")}
     wanted = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} | {"echo_torch/py.typed"}
     assert packed == wanted
+
+
+def test_importing_on_windows_says_where_it_runs() -> None:
+    """There is no ``fcntl`` there."""
+    code = "import sys; sys.modules['fcntl'] = None; import echo_torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ImportError: echo_torch runs on Linux and macOS; on Windows, use it under WSL"
+    )

@@ -6,7 +6,7 @@
 * The first try comes at once, the next ones after growing pauses. If a new connection is lost soon, and without a new
   ack, the pauses keep growing.
 * Only an error that may pass leads to another try. A peer that is no echo server, or that expects other samples, ends
-  the tries.
+  the tries. Files of `TLS` that are just being replaced do not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 from echo_torch.support.backoff import Backoff
 from echo_torch.support.deadline import POLL_INTERVAL_S, Deadline, RevocableDeadline
+from echo_torch.wire.connect import may_pass
+from echo_torch.wire.tls import TLSFileError
 
 # Seconds between tries: the first pause and the longest. After a hiccup, nobody notices the first. With the longest, a
 # learner's host that starts again after it lost a thousand actors can bear all their tries.
@@ -85,19 +87,21 @@ class Reconnector:
         Calls ``should_give_up`` often.
 
         Raises:
-            OSError: the error of the last try.
-            HandshakeError, SpecMismatchError: another peer is there now.
+            OSError, TLSFileError: the error of the last try, or one that does not pass.
+            HandshakeError, SpecMismatchError: another peer is there now, or it refuses our certificate.
         """
         # Another thread may have found the loss some time ago. The time until now does not count.
         if self._backoff is None:
             self._lost_at = time.monotonic()
         deadline = RevocableDeadline(max(0.0, self._lost_at + self.give_up_after_s - time.monotonic()), should_give_up)
-        last_error: OSError = TimeoutError("no time was left to connect")
+        last_error: OSError | TLSFileError = TimeoutError("no time was left to connect")
         while self._wait_for_next_try(deadline):
             self.tries += 1
             try:
                 sock = self._dial(deadline.within(self._try_timeout))
-            except OSError as error:
+            except (OSError, TLSFileError) as error:
+                if isinstance(error, OSError) and not may_pass(error, was_connected=True):
+                    raise
                 last_error = error
             else:
                 self._opened_at = time.monotonic()

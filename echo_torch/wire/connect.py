@@ -19,6 +19,7 @@ import os
 import queue
 import select
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -39,6 +40,20 @@ from .tls_socket import TlsSocket, do_tls_handshake
 
 # Seconds between tries while a server is not listening yet: the first pause, and the longest.
 _RETRY_DELAYS_S = (0.05, 1.0)
+# Seconds to try again while nobody knows the name. The name of a container comes with the container; but most such
+# names are mistyped.
+UNKNOWN_NAME_RETRY_S = 2.0
+# What the resolver says of a name that nobody knows.
+_UNKNOWN_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+# Errors of the resolver that may pass: besides, no name server answers yet, or it is short of something.
+_PASSING_LOOKUPS = _UNKNOWN_NAME | {socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_MEMORY, socket.EAI_SYSTEM}
+# Errors of the system that may pass: the server, its host, or the network between is not there yet, a firewall is being
+# set up, or this process or system is short of something.
+_PASSING_ERRNOS = {
+    errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ETIMEDOUT,
+    errno.EACCES, errno.EPERM,
+    errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN,
+}  # fmt: skip
 # The share of the remaining time that one address may use. The rest is for the addresses after it.
 _ADDRESS_TIME_SHARE = 0.5
 
@@ -58,16 +73,42 @@ def peer_name(host: str, port: int) -> str:
 
 
 def check_address(host: str, port: int) -> None:
-    """Check the types of a host and a port, and the port's range. Resolves nothing.
+    """Check that a host can be a name or an address, and that a port is in range. Resolves nothing.
 
     Raises:
         TypeError: ``host`` is not a string, or ``port`` is not a whole number.
-        ValueError: ``port`` is not in 1 to 65535.
+        ValueError: ``host`` can be no name and no address, or ``port`` is not in 1 to 65535.
     """
     if not isinstance(host, str):
         raise TypeError(f"host: got {host!r}, expected a name or an address")
+    remedy = "" if _is_literal(host) else _why_no_host(host)
+    if remedy:
+        raise ValueError(
+            f"host: got {host!r}, expected a name or an address, such as 'learner' or '10.0.0.7'; {remedy}"
+        )
     if check_count("port", port, least=1) > 65535:
         raise ValueError(f"port: got {port}, expected 1 to 65535")
+
+
+def _why_no_host(host: str) -> str:
+    """Return how to mend a host that can be no name; empty if it can be one."""
+    inner, bracket, _ = host.removeprefix("[").partition("]")
+    name, colon, rest = host.rpartition(":")
+    if not host:
+        return "the learner's machine is meant, or 'localhost'"
+    if "://" in host or "/" in host:
+        return "leave out what a URL has before and after the name"
+    if host.startswith("[") and bracket and _is_literal(inner):
+        return f"leave out the brackets: {inner!r}"
+    if colon and name and rest.isdecimal():
+        return f"give the port by itself: {name!r}, {rest}"
+    if host.split() != [host]:
+        return "leave out the blanks"
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        return f"the parts between its dots have 1 to 63 characters ({error})"
+    return "a name has no such characters" if set(host) & set("[]:@,;") else ""
 
 
 def expand_addresses(host: Any, port: Any) -> Addresses:
@@ -114,9 +155,8 @@ def connect_and_handshake(
         host: name, IPv4 or IPv6 address.
         port: 1 to 65535.
         deadline: covers resolving, connecting and all handshakes.
-        retry_refused: try again until the deadline while the server is not ready. That is: nobody listens there, or
-            the peer resets the connection before its greeting is complete, because too many clients call it at once.
-            With TLS, also while the proxy hangs up, because it finds nobody behind it.
+        retry_refused: try again until the deadline while the server is not there yet, as `may_pass` says. A name that
+            nobody knows is tried for `UNKNOWN_NAME_RETRY_S`.
         tls: settings for TLS; None for a plain connection.
 
     Returns:
@@ -132,15 +172,17 @@ def connect_and_handshake(
     """
     check_address(host, port)
     peer = peer_name(host, port)
-    backoff = Backoff(*_RETRY_DELAYS_S)
+    backoff, began = Backoff(*_RETRY_DELAYS_S), time.monotonic()
     while True:
         try:
             return _attempt(host, port, peer, deadline, tls)
-        except (ConnectionRefusedError, ConnectionClosedError) as error:
-            left = deadline.remaining()
+        except OSError as error:
+            left, spent = deadline.remaining(), time.monotonic() - began
             # Too little time is left for another try to do anything but time out: this error says more.
-            if not (retry_refused and _is_transient(error, tls)) or left <= _RETRY_DELAYS_S[0]:
+            if not (retry_refused and may_pass(error, tls=tls)) or left <= _RETRY_DELAYS_S[0]:
                 raise
+            if isinstance(error, socket.gaierror) and error.errno in _UNKNOWN_NAME and spent >= UNKNOWN_NAME_RETRY_S:
+                raise socket.gaierror(error.errno, f"{error.strerror}, tried for {spent:.1f} s") from None
         # Half of the time that is left stays for the next try.
         time.sleep(min(backoff.next_delay(), left / 2))
 
@@ -156,12 +198,22 @@ def _attempt(host: str, port: int, peer: str, deadline: Deadline, tls: TLS | Non
         raise
 
 
-def _is_transient(error: OSError, tls: TLS | None) -> bool:
-    """Whether another try may succeed: the server was not there yet, or its host dropped the connection.
+def may_pass(error: OSError, *, was_connected: bool = False, tls: TLS | None = None) -> bool:
+    """Whether an error of connecting may pass, so that another try may succeed.
 
-    With TLS, every hang-up counts. The proxy is there already, and hangs up while it finds nobody behind it.
+    Args:
+        error: what `connect_and_handshake` raised.
+        was_connected: whether the server was there before.
+        tls: settings for TLS; None for a plain connection.
     """
-    return isinstance(error, ConnectionRefusedError) or isinstance(error.__cause__, ConnectionResetError) or bool(tls)
+    if isinstance(error, ConnectionClosedError):
+        # It hung up before its greeting was complete. A server does so while it starts again, a proxy with TLS while it
+        # finds nobody behind it, and a host that too many clients call at once resets the connection. Anybody else is
+        # no echo server.
+        return was_connected or tls is not None or isinstance(error.__cause__, ConnectionResetError)
+    if isinstance(error, socket.gaierror):
+        return error.errno in _PASSING_LOOKUPS
+    return isinstance(error, (TimeoutError, ConnectionError)) or error.errno in _PASSING_ERRNOS
 
 
 def resolve(host: str, port: int, deadline: Deadline) -> Sequence[ResolvedAddress]:
@@ -170,7 +222,6 @@ def resolve(host: str, port: int, deadline: Deadline) -> Sequence[ResolvedAddres
     Raises:
         OSError: the name is unknown or the resolver fails (``socket.gaierror``).
         TimeoutError: the deadline passed.
-        UnicodeError: ``host`` cannot be a name.
     """
     # An address needs no resolver, and so no thread.
     if _is_literal(host):
@@ -185,7 +236,12 @@ def resolve(host: str, port: int, deadline: Deadline) -> Sequence[ResolvedAddres
 
     try:
         threading.Thread(target=look_up, name=f"echo_torch resolve {host}", daemon=True).start()
-    except RuntimeError:  # the interpreter is exiting and starts no more threads
+    except RuntimeError as error:
+        # The interpreter is exiting and starts no more threads: look up here, without a limit. Otherwise the system has
+        # no thread left, which may pass.
+        if "shutdown" not in str(error) and not sys.is_finalizing():
+            what = f"no thread left to look up the name ({peer_name(host, port)})"
+            raise OSError(errno.EAGAIN, what) from None
         look_up()
     answer = None
     # Wait in short pieces: the deadline may be revoked.

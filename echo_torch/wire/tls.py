@@ -74,7 +74,7 @@ class TLS:
         """Read the files and return a new OpenSSL context.
 
         Raises:
-            CertificateError: a file cannot be read, or does not contain what it should. Names the file.
+            TLSFileError: a file cannot be read, or does not contain what it should. Names the file.
         """
         # This kind of context verifies certificates and names.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -94,7 +94,7 @@ class TLS:
         try:
             context.load_verify_locations(path)
         except ssl.SSLError as error:
-            raise CertificateError(f"ca_file {os.fspath(path)}: no certificate in PEM ({error.reason})") from error
+            raise TLSFileError(f"ca_file {os.fspath(path)}: no certificate in PEM ({error.reason})") from error
 
     def _load_client_certificate(self, context: ssl.SSLContext, path: str | os.PathLike[str]) -> None:
         files = f"cert_file {os.fspath(path)}"
@@ -106,11 +106,11 @@ class TLS:
             context.load_cert_chain(path, self.key_file, _refuse_passphrase)
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
-                raise CertificateError(f"{files}: the key is not that of the certificate") from error
+                raise TLSFileError(f"{files}: the key is not that of the certificate") from error
             what = f"not a certificate and its private key in PEM ({error.reason})"
-            raise CertificateError(f"{files}: {what}") from error
+            raise TLSFileError(f"{files}: {what}") from error
         except _EncryptedKeyError as error:
-            raise CertificateError(f"{files}: the key needs a passphrase; give one that needs none") from error
+            raise TLSFileError(f"{files}: the key needs a passphrase; give one that needs none") from error
 
 
 def check_tls(tls: Any) -> TLS | None:
@@ -136,13 +136,20 @@ def _check_readable(name: str, path: str | os.PathLike[str]) -> None:
     """Open the file once, because OpenSSL does not say which file it misses.
 
     Raises:
-        CertificateError: the file cannot be read; names the argument and the path.
+        TLSFileError: the file cannot be read; names the argument and the path.
     """
     try:
         with open(path, "rb"):
             pass
     except OSError as error:
-        raise CertificateError(f"{name} {os.fspath(path)}: {error.strerror}") from error
+        raise TLSFileError(f"{name} {os.fspath(path)}: {error.strerror}") from error
+
+
+class TLSFileError(CertificateError):
+    """A file of `TLS` cannot be used, or two of them do not belong together.
+
+    Internal: a reconnect tries again, because the files may just be being replaced.
+    """
 
 
 class HostnameMismatchError(CertificateError):

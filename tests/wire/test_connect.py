@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 from peers import PATIENCE_S, TCP_REPAIR, Peer, PeerConnection, Script, Scripts, full_queue, greeting
 
+from echo_torch import EchoSink, TcpClient
 from echo_torch.errors import ConnectionClosedError, HandshakeError
 from echo_torch.support.deadline import Deadline
 from echo_torch.wire import keepalive
-from echo_torch.wire.connect import close_socket, connect_and_handshake, expand_addresses, peer_name
+from echo_torch.wire.connect import close_socket, connect_and_handshake, expand_addresses, may_pass, peer_name
 from echo_torch.wire.protocol import ACK, WireLeaf
 
 pytestmark = pytest.mark.usefixtures("descriptors")
@@ -390,6 +392,140 @@ def test_a_server_that_listens_just_before_the_deadline_is_found(
         patch.undo()
     assert leaves == LEAVES
     assert now - began >= share * LONG_TIMEOUT_S
+
+
+PASSES = {
+    "no name server answers": socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+    "nobody knows the name yet": socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+    "no route": OSError(errno.EHOSTUNREACH, "No route to host"),
+    "no network": OSError(errno.ENETUNREACH, "Network is unreachable"),
+    "network down": OSError(errno.ENETDOWN, "Network is down"),
+    "host down": OSError(errno.EHOSTDOWN, "Host is down"),
+    "the system gave up": TimeoutError(errno.ETIMEDOUT, "Connection timed out"),
+    "a firewall": PermissionError(errno.EPERM, "Operation not permitted"),
+    "no descriptor": OSError(errno.EMFILE, "Too many open files"),
+    "no port": OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address"),
+}
+FINAL = {
+    "no such family": OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol"),
+    "the resolver wants another family": socket.gaierror(socket.EAI_FAMILY, "ai_family not supported"),
+}
+
+
+class Failing:
+    """Looking up a name fails the first ``times`` times, or for ``seconds``; then it gives ``address``."""
+
+    def __init__(self, monkeypatch: Any, error: OSError, address: Any, times: float = math.inf) -> None:
+        self.lookups = 0
+        self._error, self._address, self._times = error, address, times
+        monkeypatch.setattr(socket, "getaddrinfo", self._look_up)
+
+    def _look_up(self, *_: object, **__: object) -> list[tuple[Any, ...]]:
+        self.lookups += 1
+        if self.lookups <= self._times:
+            raise self._error
+        return getaddrinfo_result(self._address)
+
+
+@pytest.mark.parametrize("error", PASSES.values(), ids=PASSES)
+def test_what_may_pass_is_tried_again(error: OSError, monkeypatch) -> None:
+    """A container that comes up, a network that is being set up; at the first connect as at any later one."""
+    assert may_pass(error)
+    assert may_pass(error, was_connected=True)
+    with Peer(send_greeting) as peer:
+        failing = Failing(monkeypatch, error, (peer.host, peer.port), times=2)
+        sock, leaves = connect_and_handshake("learner", 7, Deadline(LONG_TIMEOUT_S), retry_refused=True)
+        sock.close()
+    assert (leaves, failing.lookups) == (LEAVES, 3)
+
+
+@pytest.mark.parametrize("error", PASSES.values(), ids=PASSES)
+def test_what_does_not_pass_in_time_is_raised_as_it_is(error: OSError, refusing: socket.socket, monkeypatch) -> None:
+    failing = Failing(monkeypatch, error, refusing.getsockname())
+    with pytest.raises(type(error), match=rf"{error.strerror}.*\(learner:7\)") as caught:
+        connect_and_handshake("learner", 7, Deadline(2 * SHORT_TIMEOUT_S), retry_refused=True)
+    assert isinstance(caught.value, OSError)
+    assert caught.value.errno == error.errno
+    assert failing.lookups > 1
+
+
+@pytest.mark.parametrize("error", FINAL.values(), ids=FINAL)
+def test_what_cannot_pass_is_raised_at_once(error: OSError, refusing: socket.socket, monkeypatch) -> None:
+    assert not may_pass(error)
+    failing = Failing(monkeypatch, error, refusing.getsockname())
+    with pytest.raises(type(error)):
+        connect_and_handshake("learner", 7, Deadline(LONG_TIMEOUT_S), retry_refused=True)
+    assert failing.lookups == 1
+
+
+def test_a_name_that_nobody_knows_is_tried_for_2_seconds(refusing: socket.socket, monkeypatch) -> None:
+    """On a clock of its own, that only sleeping moves."""
+    now = time.monotonic()
+    began = now
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    error = PASSES["nobody knows the name yet"]
+    with monkeypatch.context() as patch:
+        Failing(patch, error, refusing.getsockname())
+        patch.setattr(time, "monotonic", lambda: now)
+        patch.setattr(time, "sleep", sleep)
+        with pytest.raises(socket.gaierror, match=r"not known \(learner:7\), tried for [23]\.\d s"):
+            connect_and_handshake("learner", 7, Deadline(LONG_TIMEOUT_S), retry_refused=True)
+    assert 2.0 <= now - began <= 4.0
+
+
+def test_a_system_without_threads_does_not_outlast_the_deadline(monkeypatch) -> None:
+    """The lookup needs one. It must not be made without a limit instead."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def look_up(*_: object, **__: object) -> None:
+        raise AssertionError("looked up on the caller's thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"no thread left to look up the name \(learner:7\)"):
+        connect_and_handshake("learner", 7, Deadline(2 * SHORT_TIMEOUT_S), retry_refused=True)
+    assert time.monotonic() - began < SLACK_S
+
+
+NO_HOSTS = {
+    "": "'localhost'",
+    "learner:50051": "give the port by itself: 'learner', 50051",
+    "10.0.0.7:50051": "give the port by itself: '10.0.0.7', 50051",
+    "[::1]:50051": "leave out the brackets: '::1'",
+    "[::1]": "leave out the brackets: '::1'",
+    "tcp://learner": "leave out what a URL has",
+    "http://learner:50051/": "leave out what a URL has",
+    "learner/": "leave out what a URL has",
+    " learner": "leave out the blanks",
+    "learner\n": "leave out the blanks",
+    "the learner": "leave out the blanks",
+    64 * "x" + ".example": "1 to 63 characters",
+    "learner..example": "1 to 63 characters",
+    "learner:": "no such characters",
+    "user@learner": "no such characters",
+}
+
+
+@pytest.mark.parametrize(("host", "remedy"), NO_HOSTS.items())
+@pytest.mark.parametrize("make", [EchoSink, TcpClient])
+def test_a_host_that_can_be_none_is_refused_with_the_right_form(make: Any, host: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"host: got .*{re.escape(repr(host)[1:-1])}.*{re.escape(remedy)}") as caught:
+        make(host, 50051, {"x": np.zeros(3)})
+    assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize(
+    "host", ["learner", "learner.example.", "a_b-c", "10.0.0.7", "::1", "fe80::1%eth0", "bücher.example"]
+)
+def test_a_host_that_can_be_one_is_taken(host: str) -> None:
+    assert expand_addresses(host, 50051) == ((host, 50051),)
 
 
 def test_a_refused_connection_is_not_retried_by_default(refusing: socket.socket, monkeypatch) -> None:

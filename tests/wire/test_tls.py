@@ -6,11 +6,13 @@ import contextlib
 import gc
 import itertools
 import multiprocessing
+import os
 import pickle
 import select
 import socket
 import ssl
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -238,6 +240,58 @@ def test_a_changed_certificate_ends_reconnecting(certificates: Path, tls: TLS, l
     ):
         client.wait(HANG_TIMEOUT_S)
     client.close()
+
+
+def test_files_that_are_being_replaced_do_not_end_reconnecting(
+    certificates: Path, tmp_path: Path, learner: Learner
+) -> None:
+    """As renewers do: a CA that is empty, then missing; a new certificate beside the old key."""
+    first = next(FIRST_NUMBERS)
+    ca, cert, key = tmp_path / "ca.pem", tmp_path / "cert.pem", tmp_path / "key.pem"
+    whole = {
+        ca: (certificates / "ca.pem").read_bytes(),
+        cert: (certificates / "client.pem").read_bytes(),
+        key: (certificates / "client.pem").read_bytes(),
+    }
+    broken = [(ca, b""), (ca, None), (cert, (certificates / "strange_client.pem").read_bytes()), (key, b"")]
+    for path, text in whole.items():
+        path.write_bytes(text)
+    server = str(certificates / "server.pem")
+    with Terminator(learner.port, server) as terminator:
+        sink = sink_to(terminator.port, TLS(ca, cert, key), reconnect=HANG_TIMEOUT_S).connect()
+        sink.send(samples(first, 64, SIZE))
+        sink.wait(HANG_TIMEOUT_S)
+        terminator.kill()
+        sink.send(samples(first + 64, 64, SIZE))
+    with Terminator(learner.port, server, port=terminator.port):
+        for path, text in broken:
+            # Break the next before the last is whole again: there is no moment when a try could succeed.
+            path.unlink() if text is None else path.write_bytes(text)
+            for other in whole.keys() - {path}:
+                other.write_bytes(whole[other])
+            with pytest.raises(DeliveryTimeoutError, match="is being opened again"):
+                sink.wait(SHORT_TIMEOUT_S)
+        path.write_bytes(whole[path])
+        sink.wait(HANG_TIMEOUT_S)
+        sink.close()
+    check_stored(learner, first, 128)
+
+
+def test_files_that_stay_broken_are_named_when_the_time_is_up(
+    certificates: Path, tmp_path: Path, learner: Learner
+) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes((certificates / "ca.pem").read_bytes())
+    server = str(certificates / "server.pem")
+    with Terminator(learner.port, server) as terminator:
+        client = client_to(terminator.port, TLS(ca), reconnect=2.0)
+        ca.write_bytes(b"")
+        terminator.kill()
+    with Terminator(learner.port, server, port=terminator.port):
+        client.send({name: leaf[0] for name, leaf in samples(next(FIRST_NUMBERS), 1, SIZE).items()})
+        with pytest.raises(ConnectionClosedError, match=rf"connection lost: .*ca_file {ca}: no certificate in PEM"):
+            client.wait(HANG_TIMEOUT_S)
+        client.close()
 
 
 @pytest.mark.parametrize("orderly", [True, False])
@@ -497,6 +551,51 @@ def test_undecrypted_bytes_are_not_read_without_limit(tls: TLS) -> None:
             while wait_ready(sock, select.POLLIN, deadline) and (piece := socket.socket.recv(sock, said)):
                 left += len(piece)
     assert said - left < 1 << 18
+
+
+FLOOD_S = 1.5
+"""Seconds that a peer floods."""
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_flood_of_key_updates_costs_no_memory(certificates: Path, tls: TLS) -> None:
+    """Each asks for one in return. OpenSSL's own server sends them, one for each line that begins with K."""
+    certificate = str(certificates / "server.pem")
+    server = subprocess.Popen(
+        ["openssl", "s_server", "-tls1_3", "-accept", "127.0.0.1:0", "-cert", certificate, "-key", certificate],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    try:
+        port = int(next(line for line in server.stdout if b"ACCEPT" in line).split(b":")[1])
+        server.stdin.write(greeting(example(SIZE)))  # s_server sends it once a client has connected
+        server.stdin.flush()
+        client = client_to(port, tls)
+        client.send({name: leaf[0] for name, leaf in samples(0, 1, SIZE).items()})
+        before, cpu_before, updates = resident_bytes(), time.process_time(), 0
+        deadline = Deadline(FLOOD_S)
+        while not deadline.expired:
+            server.stdin.write(b"K\n")
+            server.stdin.flush()
+            updates += 1
+            time.sleep(0.0005)
+        assert updates > 200
+        assert not client.closed
+        assert resident_bytes() - before < 8 << 20
+        assert time.process_time() - cpu_before < FLOOD_S
+        began = time.monotonic()
+        with pytest.raises(DeliveryTimeoutError, match="1 samples un-acked"):
+            client.close(SHORT_TIMEOUT_S)
+        assert time.monotonic() - began < HANG_TIMEOUT_S
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_a_stalled_handshake_can_be_cancelled(certificates: Path, tls: TLS, descriptors: None) -> None:
