@@ -4,11 +4,11 @@
 
 * A batch is sent after its step. A flush blocks until everything sent is acked: at the end of an epoch, before a
   checkpoint, and at the end of the training.
-* A learner that lets a wait time out counts as *stalled* until it acks more. Meanwhile a send does not wait and a flush
-  waits `STALLED_FLUSH_S` at most. So a dead learner delays the training once, and not with every batch. With
-  ``on_stall="raise"``, the first timeout raises instead.
+* When a wait times out, the learner counts as *stalled* until it acks more samples. While it is stalled, a send does
+  not wait, and a flush waits at most `STALLED_FLUSH_S`. So a dead learner delays the training once, and not with every
+  batch. With ``on_stall="raise"``, the first timeout raises instead.
 * `on_exception` never raises, so it cannot mask the error of the training.
-* After an error or a close, nothing waits until the next `setup`.
+* After an error or a close, a flush returns at once, until you call `setup` again.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _Self = TypeVar("_Self", bound="SinkCallback")
 FLUSH_TIMEOUT_S = 60.0
 """Default limit of a flush, in seconds: long enough for a learner that is busy with an evaluation."""
 EXCEPTION_FLUSH_S = 5.0
-"""Most seconds by which `SinkCallback.on_exception` delays the report of an error."""
+"""Longest wait of `SinkCallback.on_exception`, in seconds. It delays the report of the error."""
 CONNECT_S = 10.0
-"""Least seconds that the first batch may take in a process that has not connected yet."""
+"""Shortest timeout, in seconds, of a send in a process that has not connected yet: that send also connects."""
 STALLED_FLUSH_S = 1.0
-"""Most seconds of a flush while the learner is stalled."""
+"""Longest flush while the learner is stalled, in seconds."""
 
 
 class SinkCallback(LoaderSender):
@@ -60,21 +60,22 @@ class SinkCallback(LoaderSender):
 
     Args:
         sink: the sink to send through. You keep it, unless ``close`` is set.
-        select: ``select(batch, outputs)`` returns what to send, or None to send nothing. Tensors in the outputs, and in
-            dicts, lists and tuples there, are detached, and gradients are off during the call. By default the batch is
-            sent.
+        select: ``select(batch, outputs)`` returns what to send, or None to send nothing. Gradients are off during the
+            call. The tensors in ``outputs`` are detached, also those in dicts, lists and tuples. By default the batch
+            is sent.
         every_n_batches: send only every n-th batch.
         flush: ``"epoch"`` waits at the end of each epoch, before checkpoints, and at the end of the training. ``"end"``
             waits only at the end of the training.
-        flush_timeout: most seconds that one flush, or one send without room, may block the loop. None means the sink's
-            ``stall_timeout``.
-        on_stall: what to do after ``flush_timeout``. ``"raise"`` raises. ``"warn"`` logs what is left and continues:
-            it skips batches for which there is no room, and hardly waits again until the learner acks something.
-            ``skipped`` counts the skipped batches; ``dropped`` of `EchoSink.stats` counts their samples, including
-            those that loader workers skip.
+        flush_timeout: most seconds that one flush may block the loop, or one send that waits for room. None means the
+            sink's ``stall_timeout``.
+        on_stall: what to do after ``flush_timeout``. ``"raise"`` raises. ``"warn"`` logs what is left and continues.
+            Until the learner acks something, a flush waits at most `STALLED_FLUSH_S`. A send does not wait: a batch for
+            which there is no room is skipped. ``skipped`` counts these batches. ``dropped`` of `EchoSink.stats` counts
+            their samples, and also those that loader workers skip.
         close: whether to close the sink when the training ends.
-        group: process group for distributed training. Flushes then end the same way on all its ranks, and each may take
-            the whole ``flush_timeout``; see `EchoSink.wait`. A pickled callback loses its group.
+        group: process group for distributed training. A flush then succeeds on all its ranks or fails on all. Each may
+            take the whole ``flush_timeout``, even while a learner is stalled; see `EchoSink.wait`. A pickled callback
+            loses its group.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -102,11 +103,11 @@ class SinkCallback(LoaderSender):
             raise ValueError(f"on_stall: got {on_stall!r}, expected 'warn' or 'raise'")
         # The sink to send through.
         self.sink = sink
-        # The ranks whose flushes end the same way; None for this process alone.
+        # The ranks that flush together; None for this process alone.
         self.group = group
         # Batches that this process did not send, or not completely, because there was no room for them.
         self.skipped = 0
-        # What to send of a batch and its outputs; None for the batch.
+        # Picks what to send from a batch and its outputs; None to send the batch.
         self._select = select
         # Only every n-th batch is sent.
         self._every_n = check_count("every_n_batches", every_n_batches, least=1)
@@ -120,11 +121,11 @@ class SinkCallback(LoaderSender):
         self._closes_sink = close
         # Batches seen so far, the ones not sent included.
         self._batch_count = 0
-        # The process that has connected. A fork or a loader's worker is another one, and connects itself.
+        # The id of the process that has connected. A forked child or a loader's worker connects for itself.
         self._connected_pid: int | None = None
         # How many samples were acked when the learner was found stalled; None if it is not stalled.
         self._acked_when_stalled: int | None = None
-        # Whether an error or a close has ended the run. Then nothing waits until the next `setup`.
+        # Whether an error or a close has ended the run. Then a flush returns at once, until the next `setup`.
         self._ended = False
 
     def setup(self) -> None:
@@ -144,8 +145,8 @@ class SinkCallback(LoaderSender):
         Args:
             batch: the batch from the loader.
             outputs: what the step returned; passed to ``select``.
-            padding: how many samples at the end are repeated ones and not sent; see `padding`. With ``select``, they
-                are the last samples of what it made.
+            padding: how many samples at the end of the batch are repeated ones, which are not sent; see the function
+                `padding`. With ``select``, the last samples of what it returns are not sent.
 
         Raises:
             SpecMismatchError, TypeError: the batch differs from the sink's example.
@@ -182,7 +183,7 @@ class SinkCallback(LoaderSender):
     def on_epoch_end(self) -> None:
         """Block until everything sent is acked.
 
-        Raises what `EchoSink.wait` raises, except a stall that ``on_stall`` allows.
+        Raises what `EchoSink.wait` raises. With ``on_stall="warn"``, a timeout is logged instead.
         """
         if self._flushes_each_epoch:
             self._flush("the end of the epoch")
@@ -193,9 +194,9 @@ class SinkCallback(LoaderSender):
             self._flush("a checkpoint")
 
     def on_exception(self, error: BaseException) -> None:
-        """Deliver for up to 5 seconds after the training failed or was interrupted, and log what is left.
+        """Wait up to 5 seconds for acks after the training failed or was interrupted, and log what is left.
 
-        Never raises, so that you see ``error``. Until the next `setup`, nothing waits any more.
+        Never raises, so that you see ``error``. From then on a flush returns at once, until the next `setup`.
         """
         if self._ended:
             return
@@ -222,7 +223,7 @@ class SinkCallback(LoaderSender):
             self._flush("the end of the training")
         finally:
             if self._closes_sink:
-                # Set before the close, so that a later end, such as that of a ``with`` block, has nothing left to do.
+                # Set this before the close, so that a second end, such as that of a ``with`` block, does nothing.
                 self._ended = True
                 self._close()
 
@@ -256,8 +257,8 @@ class SinkCallback(LoaderSender):
         if self._ended:
             return
         try:
-            # With a group, all ranks use the same timeout. Otherwise the first to give up would not wait for the
-            # others.
+            # With a group, all ranks use the same timeout. Otherwise the first rank to give up would not wait for the
+            # other ranks.
             self.sink.wait(
                 self._next_timeout(STALLED_FLUSH_S) if self.group is None else self._flush_timeout, self.group
             )
@@ -267,7 +268,7 @@ class SinkCallback(LoaderSender):
             self._report_recovery()
 
     def _close(self) -> None:
-        # The next `setup` then connects again, and so finds the sink closed.
+        # Make the next `setup` connect again. That raises, because the sink is closed.
         self._connected_pid = None
         try:
             self.sink.close(self._next_timeout(STALLED_FLUSH_S))
@@ -275,23 +276,24 @@ class SinkCallback(LoaderSender):
             self._handle_stall("on closing", error)
 
     def _next_timeout(self, timeout_if_stalled: float) -> float | None:
-        """Return how many seconds to wait for the learner.
+        """Return how many seconds to wait for the learner; None for the sink's ``stall_timeout``.
 
-        That is at most ``timeout_if_stalled`` while the learner is stalled, unless a stall raises anyway.
+        That is ``flush_timeout``, but at most ``timeout_if_stalled`` while the learner is stalled. With
+        ``on_stall="raise"``, it is always ``flush_timeout``.
         """
         if self._raises_on_stall or not self._is_stalled():
             return self._flush_timeout
         return timeout_if_stalled if self._flush_timeout is None else min(timeout_if_stalled, self._flush_timeout)
 
     def _is_stalled(self) -> bool:
-        """Whether a wait was in vain and the learner has acked nothing since."""
+        """Whether a wait timed out and the learner has acked nothing since."""
         return self._acked_when_stalled is not None and self.sink.stats().samples_acked == self._acked_when_stalled
 
     def _handle_stall(self, when: str, error: DeliveryTimeoutError, *, once: bool = False) -> None:
         """Raise or warn, as ``on_stall`` says. With ``once``, do not warn again while the learner is stalled."""
         already_stalled = self._acked_when_stalled is not None
         stats = self.sink.stats()
-        # Nothing in flight means that this rank is fine: with a group, another one stalled.
+        # If nothing is in flight, this rank's learner has not stalled. The wait failed for another rank of the group.
         self._acked_when_stalled = stats.samples_acked if stats.in_flight else None
         if self._raises_on_stall:
             raise error
@@ -301,7 +303,7 @@ class SinkCallback(LoaderSender):
     def _report_recovery(self) -> None:
         """Log that a stalled learner takes samples again, if it has acked something.
 
-        A successful send proves nothing, because there may just have been room left.
+        Only an ack counts. A send also succeeds without one, as long as there is room.
         """
         if self._acked_when_stalled is not None and not self._is_stalled():
             _log.warning("%s: takes samples again; %d batches skipped so far", self.sink.peer, self.skipped)

@@ -1,6 +1,6 @@
-"""Go from an address to what its server expects, step by step, and explain in words what is in the way.
+"""Reach a server step by step, read which samples it expects, and explain in words why a step failed.
 
-Apart from the TLS handshake, this sends nothing, not a single byte: a learner that is merely stopped would read it as
+Apart from the TLS handshake, this sends not a single byte. A learner that is only stopped would read such a byte as
 part of a sample when it continues.
 """
 
@@ -24,7 +24,7 @@ from .errors import CommandError
 
 # Seconds to reach a server. Even one on another continent answers faster.
 REACH_TIMEOUT_S = 5.0
-# Seconds in which a server that waits for its client to speak first notices that we will not.
+# Seconds that a silent peer has to react after we end our side of the connection; see `_describe_silence`.
 _EOF_REPLY_TIMEOUT_S = 1.0
 
 ReportStep = Callable[[str, float, str], object]
@@ -34,7 +34,7 @@ ReportStep = Callable[[str, float, str], object]
 def reach(
     host: str, port: int, timeout: float, report_step: ReportStep = lambda *_: None, tls: TLS | None = None
 ) -> WireLeaves:
-    """Return the leaves of one sample of the server at ``host:port``. Leaves no connection open.
+    """Return the leaves of a sample that the server at ``host:port`` expects. Closes the connection.
 
     Raises:
         CommandError: the address does not lead to an echo server of this wire version, or its samples are empty.
@@ -135,7 +135,7 @@ def _describe_disconnect(error: ConnectionClosedError) -> str:
 def _describe_silence(sock: socket.socket, peer: str, deadline: Deadline) -> str:
     """Describe a peer that accepts and sends no greeting: either it hangs, or it waits for us to speak first.
 
-    A peer that waits closes the connection when we do.
+    To find out, end our side of the connection. A peer that waits for us then closes its side.
     """
     try:
         sock.shutdown(socket.SHUT_WR)

@@ -5,14 +5,16 @@ your threads wait on a queue.
 
 * Each prefetcher has one thread. It starts with the first request. It ends when the server ends, or after `stop`. While
   it is in ``sample()``, only the next batch or ``server.close()`` gets it out.
-* The thread takes a batch when one is requested and none is ready. With ``read_ahead``, fetching a batch requests the
-  next one. So at most one batch is ready, and no slot goes back to the server before its batch is converted.
+* The thread takes a batch when one is requested and none is ready, so at most one batch is ready. With ``read_ahead``,
+  fetching a batch requests the next one.
+* Each call of ``sample()`` gives the slot of the last batch, its memory, back to the server, whichever thread got
+  the batch. So the thread converts a batch before it calls ``sample()`` again.
 * A batch that nobody fetched stays ready, for example after Ctrl-C. It is lost only with the prefetcher.
 * A dropped prefetcher may leave its thread in ``sample()``. The next prefetcher for that server waits for that thread
-  on ``sample_lock``, because each call of ``sample()`` gives the slot of the last batch back, whichever thread got it.
+  on ``sample_lock``. Otherwise its call of ``sample()`` could give back a slot that the other thread still reads.
 * One lock guards the state. No thread holds it while waiting. `stop` does not need it, so finalizers may call `stop`.
-* Process exit stops the threads, and closes the server of a thread that is in ``sample()``. A daemon thread that
-  returns from ``sample()``, or from PyTorch, into an interpreter that is shutting down would abort the process.
+* Process exit stops the threads, and closes the server of a thread that is in ``sample()``. Otherwise a daemon thread
+  may return from ``sample()``, or from PyTorch, while the interpreter is shutting down. That aborts the process.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Prefetcher(Generic[_Sample, _Batch]):
         self._read_ahead = read_ahead
         # Guards `_thread`, `_requested`, `_exhausted`, `_waiters` and `_ready`.
         self._lock = threading.Lock()
-        # The thread, from its first step on.
+        # The thread, which stores itself here in its first step; None before.
         self._thread: threading.Thread | None = None
         # requested: a batch is wanted and not ready yet. exhausted: there will be no more batches. stopped: `stop` was
         # called. in_sample: the thread is in `sample`, or about to call it.
@@ -82,14 +84,14 @@ class Prefetcher(Generic[_Sample, _Batch]):
         self._waiters: set[queue.SimpleQueue[None]] = set()
         # The outcome that nobody has fetched yet, if any.
         self._ready: deque[_Outcome[_Batch]] = deque()
-        # Items wake the prefetcher's thread. They carry no meaning: the thread looks at the state.
+        # An item only wakes the prefetcher's thread. The thread looks at the state to see what to do.
         self._requests: queue.SimpleQueue[None] = queue.SimpleQueue()
         _live_prefetchers.add(self)
 
     def next(self) -> _Batch | None:
         """Block until the next batch is ready and return it; None at the end and from then on.
 
-        Any thread may call this. Each batch goes to one of them.
+        Any thread may call this. Each batch goes to one caller.
 
         Raises:
             Exception: whatever ``sample`` or ``convert`` raised. The next call asks for another batch.
@@ -115,7 +117,8 @@ class Prefetcher(Generic[_Sample, _Batch]):
 
     def stop_at_exit(self) -> None:
         """Stop, and make ``sample`` return if the thread is in it."""
-        # Set `_stopped` first, then read `_in_sample`. `_wait_for_sample` does the opposite, so one of the two notices.
+        # Set `_stopped` first, then read `_in_sample`. `_wait_for_sample` sets and reads them in the other
+        # order. So at least one of the two sees what the other has set.
         self.stop()
         if self._in_sample:
             self._close()
@@ -136,7 +139,7 @@ class Prefetcher(Generic[_Sample, _Batch]):
             request = not self._exhausted and (outcome is None or (self._read_ahead and outcome.error is None))
             self._requested = self._requested or request
             start = request and self._thread is None
-        # An interrupt here loses no request: the next call starts the thread, if there is none, and wakes it.
+        # An interrupt here loses no request: the next call of `next` starts the thread, if there is none, and wakes it.
         if start:
             threading.Thread(target=self._run, name="echo_torch dataset", daemon=True).start()
         if request:
@@ -188,7 +191,7 @@ class Prefetcher(Generic[_Sample, _Batch]):
         return self._exhausted
 
 
-# The locks of `sample_lock_for`, for as long as their servers live.
+# The lock of each server that still exists; see `sample_lock_for`.
 _sample_locks: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 
 

@@ -31,8 +31,8 @@ def server_spec_error(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf], peer: 
     """Return the error for a server that expects other arrays; it names both sides, leaf by leaf.
 
     Args:
-        leaves: the example's.
-        theirs: the server's.
+        leaves: the leaves of the example.
+        theirs: the leaves that the server announced.
         peer: the server, as messages name it.
     """
     summary = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(leaves)}"
@@ -52,8 +52,8 @@ def server_batch_error(leaves: Sequence[Leaf], keys: Sequence[KeyPath], arrays: 
     """Return the error for a server whose batches do not match the example.
 
     Args:
-        leaves: the example's.
-        keys: the places of the server's leaves, in wire order.
+        leaves: the leaves of the example.
+        keys: the key paths of the server's leaves, in wire order.
         arrays: the server's leaves in the same order, ``(batch_size, *shape)`` each.
     """
     problems = []
@@ -82,11 +82,11 @@ def _describe_leaf(key: KeyPath, dtype: object, shape: Sequence[int]) -> str:
 
 
 def structure_error(root: str, leaves: Sequence[Leaf], example: Any, batch: Any) -> SpecMismatchError:
-    """Return the error for a batch that lacks leaves of the example or has other ones; it names them all.
+    """Return the error for a batch that lacks leaves of the example, or has leaves that the example lacks.
 
     Args:
         root: what the message calls the batch.
-        leaves: the example's.
+        leaves: the leaves of the example.
         example: the treespec of the example.
         batch: the treespec of the batch.
     """
@@ -141,7 +141,7 @@ def _unexpected_nodes(
     for key in keys:
         # The outermost container that the example lacks, or else the leaf itself.
         top = next((key[:n] for n in range(len(key)) if key[:n] not in ours), key)
-        # `_missing_leaves` already names a container in the place of a leaf.
+        # `_missing_leaves` already names a container where the example has a leaf.
         if key in wanted or top in wanted:
             continue
         got = f"{root}{format_key_path(top)}: unexpected {theirs.get(top, '')}".rstrip()
@@ -158,7 +158,7 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
 
     Args:
         root: what the message calls the batch.
-        leaves: the example's.
+        leaves: the leaves of the example.
         values: the leaves of the batch, in the same order.
         batched: True if a batch is required, False if one sample is, None if either will do.
 
@@ -172,7 +172,8 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
     problems = []
     sizes: dict[int, str] = {}
     misshapen = False
-    # First find the numbers of samples: each size with the first path that has it. The remedies below quote them.
+    # First collect the numbers of samples, each with the path of the first leaf that has so many. The remedies below
+    # quote them.
     for shape, leaf in zip(shapes, leaves, strict=True):
         if stacked and shape[1:] == leaf.shape and len(shape) == len(leaf.shape) + 1:
             sizes.setdefault(shape[0], root + leaf.path)
@@ -189,7 +190,7 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
             got = f"{path}: got {dtype} {list(shape)}, expected {leaf.dtype} {expected}"
             problems.append(f"{got}; {', and '.join(remedies)}")
     problems = _truncate(problems)
-    # After truncating, so that it is never cut off.
+    # Append this after truncating, so that it is never cut off.
     if len(sizes) > 1:
         found = ", ".join(f"{size} at {path}" for size, path in sizes.items())
         problems.append(f"leaves differ in the number of samples: {found}; send the same number of each")
@@ -202,7 +203,8 @@ def leaves_error(root: str, leaves: Sequence[Leaf], values: Sequence[Any], batch
 def _hint_if_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int, ...]]) -> list[str]:
     """Return a remedy if the shapes suggest that the example itself is a batch; else nothing.
 
-    That is so if all leaves of the example share a first dimension, and the batch fits without it.
+    They do if all leaves of the example have the same first dimension, and the batch fits the example without that
+    dimension.
     """
     pairs = list(zip(shapes, (leaf.shape for leaf in leaves), strict=True))
     ours = {example[:1] for _, example in pairs}
@@ -219,7 +221,7 @@ def _hint_if_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int
 
 
 def _expected_shape(leaf: Leaf, batched: bool | None) -> str:
-    """Return the shape that a leaf of a batch (True), of one sample (False) or of either (None) must have."""
+    """Describe the shape that a leaf must have: in a batch (True), in one sample (False), or in either (None)."""
     single, stacked = f"{list(leaf.shape)}", _format_batch_shape(leaf.shape)
     if batched is None:
         return f"{single} or {stacked}"
@@ -237,13 +239,13 @@ def _how_to_reshape(
 
     Args:
         value: the leaf.
-        leaf: the example's.
+        leaf: the leaf of the example.
         shape: the shape of ``value``.
         stacked: whether the data counts as a batch.
         sizes: the numbers of samples that other leaves have.
         batched: as for `leaves_error`.
     """
-    # How many dimensions the value has more than the leaf of one sample.
+    # How many more dimensions the value has than the leaf of one sample.
     extra = len(shape) - len(leaf.shape)
     if batched is False and extra > 0 and shape[extra:] == leaf.shape:
         return "one sample is expected: send those of a batch one by one"
@@ -258,11 +260,11 @@ def _how_to_reshape(
         return f"{_how_to_resize(leaf, shape, extra)}, and repeat it once per sample"
     if extra > 1 and shape[extra:] == leaf.shape:
         return f"make one batch dimension of the first {extra}: {_reshape_call(leaf, math.prod(shape[:extra]))}"
-    return "reshape it; or is the example not one sample?"
+    return "reshape it, or check that the example is one sample"
 
 
 def _reshape_call(leaf: Leaf, rows: int) -> str:
-    """Return the call that reshapes to ``rows`` samples, with -1 for the rows where torch can infer it."""
+    """Return the call that reshapes to ``rows`` samples. It says -1 for the number of rows if torch can infer it."""
     if math.prod(leaf.shape):  # with an empty leaf, torch cannot infer it
         rows = -1
     return f"x.reshape({', '.join(map(str, (rows, *leaf.shape)))})"
@@ -276,7 +278,7 @@ def _how_to_resize(leaf: Leaf, shape: tuple[int, ...], skip: int) -> str:
     """Return the remedy for a shape with the right number of dimensions but wrong sizes.
 
     Args:
-        leaf: the example's.
+        leaf: the leaf of the example.
         shape: the shape of the value.
         skip: how many batch dimensions ``shape`` begins with.
     """

@@ -3,9 +3,9 @@
 * The wire order is optree's: dict keys sorted, OrderedDict and sequences in their own order, ``None`` dropped.
 * Leaves match by key path. Mappings of any type are interchangeable, and so are list, tuple and namedtuple. Whatever
   the order of a batch's keys, its leaves travel in the example's order.
-* The same structure comes again and again, so a spec learns the order of its leaves once. The fast path tries the last
-  structure first.
-* The comparison only finds that a batch is wrong. `mismatch` finds out what is wrong, after that.
+* Most batches have the structure of the batch before. So a spec learns the leaf order of each structure once, and the
+  fast path tries only the last structure.
+* The comparison only decides whether a batch is wrong. If it is, `mismatch` finds out what is wrong.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from .pytree import (
 # How many structures a spec remembers. A loader yields one or two. The limit keeps batches of ever new structures from
 # filling the memory.
 _MAX_STRUCTURES = 64
-# After this many misses in a row the fast path is not tried any more. A miss is slow, because optree formats both
-# structures for an error that nobody reads.
+# A miss is a batch without the last structure. After this many misses in a row, the fast path is not tried any more.
+# A miss is slow, because optree formats both structures for an error that nobody reads.
 _MAX_MISSES = 8
 
 # The sets of leaf types that the fast paths accept.
@@ -113,7 +113,7 @@ class SampleSpec:
     def __init__(self, example: Any, root: str = "batch") -> None:
         # What error messages call the data.
         self.root = root
-        # The structure of the example, with opened containers as dicts.
+        # The structure of the example. Containers that optree takes for leaves are dicts in it.
         flat, self.treespec = flatten(example)
         offset = 0
         leaves = []
@@ -129,7 +129,8 @@ class SampleSpec:
         self.payload_size = offset
         if offset == 0:
             raise ValueError(f"a sample has no bytes: {self.describe()}; the example needs a leaf that is not empty")
-        # What `match` compares with, prepared once.
+        # Prepared once for `match`: the wire dtypes, whether numpy lacks the dtype of any leaf, and the order of leaves
+        # that are in wire order already.
         self._dtypes = [leaf.wire_dtype for leaf in leaves]
         self._any_torch_only = any(leaf.torch_only for leaf in leaves)
         self._identity_order = tuple(range(len(leaves)))
@@ -140,9 +141,10 @@ class SampleSpec:
         )
         # How many batches in a row did not have the structure of the one before.
         self._misses = 0
-        # By structure, the index in a batch's leaves of each leaf of the example.
+        # For each known structure: at which index among the batch's leaves each leaf of the example is.
         self._orders: dict[Any, tuple[int, ...]] = {}
-        # The last result of `_expected_shapes`: the number of rows, -2 for one sample, and the shapes.
+        # The last result of `_expected_shapes`: the number of rows and the shapes. The number is -1 before the first
+        # result, and -2 for one sample without a batch dimension.
         self._cached_shapes: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -177,7 +179,7 @@ class SampleSpec:
             peer: the server, as messages name it.
 
         Raises:
-            SpecMismatchError: it does not; the message names both sides, leaf by leaf.
+            SpecMismatchError: the server expects other samples; the message names both sides, leaf by leaf.
         """
         same_length = len(theirs) == len(self.leaves)
         if not same_length or any(got != leaf.wire for got, leaf in zip(theirs, self.leaves, strict=True)):
@@ -186,8 +188,8 @@ class SampleSpec:
     def try_numpy_leaves(self, sample: Any) -> list[Array] | None:
         """Return the leaves of one sample if it passes the fastest check; None means that you have to call `match`.
 
-        The fastest check accepts a correct sample with the last structure and only numpy leaves. None does not mean
-        that the sample is wrong.
+        The fastest check accepts only a correct sample that has the last structure and only numpy leaves. A sample that
+        it does not accept may still be correct.
         """
         leaves = self._try_flatten_as_last(sample)
         if leaves is None or self._any_torch_only or not _NUMPY_TYPES.issuperset(map(type, leaves)):
@@ -201,12 +203,12 @@ class SampleSpec:
 
         Args:
             batch: one sample, or samples stacked along a new first dimension that all leaves share.
-            batched: True for stacked samples, False for one sample, None to decide by the rank of the first leaf.
+            batched: True for stacked samples, False for one sample, None to decide by the first leaf's dimensions.
 
         Raises:
             SpecMismatchError: structure, shape or dtype differ; the message names path, got, expected and remedy.
             TypeError: a leaf is not a dense array of numbers.
-            RuntimeError: the device of a tensor cannot be used here, or not now.
+            RuntimeError: the device of a tensor cannot be used after a fork, or while this thread captures a graph.
         """
         leaves = self.leaves
         arrays = self._try_fast_arrays(batch)
@@ -230,7 +232,7 @@ class SampleSpec:
         """Return the arrays of a match; blocks until those on a device are copied to the host.
 
         Raises:
-            RuntimeError: the device cannot be used here, or not now.
+            RuntimeError: the device cannot be used after a fork, or while this thread captures a graph.
         """
         arrays = []
         for array, leaf in zip(match.arrays, self.leaves, strict=True):
@@ -241,7 +243,7 @@ class SampleSpec:
         return arrays
 
     def _try_fast_arrays(self, batch: Any) -> list[Any] | None:
-        """Return the arrays of a batch with the last structure and only plain tensors, or only numpy arrays; else None.
+        """Return the arrays if the batch has the last structure and only plain tensors or only numpy arrays, else None.
 
         A training loop sends such batches again and again. All others take `_to_arrays`.
         """
@@ -256,7 +258,7 @@ class SampleSpec:
         if types == _TENSORS:
             try:
                 arrays = [tensor.numpy() for tensor in flat]
-            except Exception:  # another device or layout, a gradient, a lazy negation, a mode: `_to_arrays` handles it
+            except Exception:  # other device or layout, gradient, lazy negation, dispatch mode: left to `_to_arrays`
                 return None
             for tensor, array in zip(flat, arrays, strict=True):
                 # Almost every tensor fills a storage of its own. That is quick to see.
@@ -293,7 +295,7 @@ class SampleSpec:
     def _try_flatten_as_last(self, tree: Any) -> list[Any] | None:
         """Return the leaves in wire order if the tree has the last structure, else None.
 
-        A leaf may turn out to be a container: ``flatten_up_to`` does not look below the places of the leaves.
+        A returned leaf may be a container: ``flatten_up_to`` looks no deeper than the leaves of the last structure.
         """
         last = self._last_structure
         if last is None or self._misses >= _MAX_MISSES:
@@ -312,7 +314,7 @@ class SampleSpec:
             return False
         if not on_device:
             return [array.dtype for array in arrays] == self._dtypes
-        # A tensor has its leaf's dtype: only such tensors stay on their device.
+        # A tensor needs no check: only a tensor with its leaf's dtype stays on its device.
         pairs = zip(arrays, self._dtypes, strict=True)
         return all(isinstance(array, torch.Tensor) or array.dtype == dtype for array, dtype in pairs)
 
@@ -325,8 +327,8 @@ class SampleSpec:
         flat, treespec, opened = flatten_with_opened(batch)
         last = self._last_structure
         known = last is not None and treespec == last[0]
-        # An opened container misses in `_try_flatten_as_last` even though the structure is the last one. Such batches
-        # must go on counting as misses, so that the fast path is given up.
+        # `_try_flatten_as_last` fails for a batch with a container that had to be opened, even if the structure is the
+        # last one. Do not reset the misses for it, so that the fast path is given up.
         if known and not opened:
             self._misses = 0
         order = self._orders.get(treespec)
@@ -346,7 +348,7 @@ class SampleSpec:
         return shapes
 
     def _learn_order(self, treespec: Any) -> tuple[int, ...]:
-        """Return where the leaves of the example are among the leaves of a new structure.
+        """Return, for each leaf of the example, its index among the leaves of a new structure.
 
         Remembers the answer, but not for custom containers, because optree does not compare their keys.
 

@@ -2,11 +2,11 @@
 
 * Tests replace these functions with those of a fake device.
 * We use the API that all accelerators share, ``torch.accelerator``. CUDA gets its own code only where that API lacks
-  something: sleeping until an event is done, relaxing a thread's capture mode, and on older releases of PyTorch finding
-  out whether a graph is being captured.
+  something: to sleep until an event is done, to relax a thread's capture mode (`_relax_capture_mode`), and, on older
+  releases of PyTorch, to find out whether a graph is being captured.
 * A forked child must not use a device that its parent has used, and must not free the parent's pinned memory.
-* While any thread captures a graph, a call to the device may end the capture. `check_usable` raises before we make one
-  in the capturing thread. `dedicate_thread` prevents it in threads of our own.
+* While a thread captures a graph, a call to the device from any thread may end the capture. In the capturing thread,
+  `check_usable` raises before we make such a call. In threads of our own, `dedicate_thread` prevents this.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ import torch
 
 _log = logging.getLogger(__name__)
 
-# Accelerators that have no streams. We treat them as if there were none.
+# Accelerators that have no streams. We treat such a machine as if it had no accelerator.
 _WITHOUT_STREAMS = {"mps"}
 # Exact types: a subclass may change what any operation does.
 _DENSE_TYPES = {torch.Tensor, torch.nn.Parameter}
 
-# PyTorch relaxes the capture mode of its own threads, but offers no call for ours. So we call the driver: its library,
-# and the function that sets the mode of the calling thread.
+# PyTorch relaxes the capture mode of its own threads, but offers no call for ours. So we call the driver. For
+# each platform: the driver's library, and its function that sets the mode of the calling thread.
 _CAPTURE_MODE_FUNCTIONS = {
     "cuda": ("libcuda.so.1", "cuThreadExchangeStreamCaptureMode"),
     "hip": ("libamdhip64.so", "hipThreadExchangeStreamCaptureMode"),
 }
-# The mode to set: only captures that the calling thread itself began can fail because of its calls.
+# The mode to set. In this mode, a thread's calls can end only captures that the thread itself began.
 _CAPTURE_MODE_THREAD_LOCAL = 1
 
-# ``device``: the one that `dedicate_thread` has made current in this thread.
+# Its attribute ``device`` is the device that `dedicate_thread` has made current in this thread.
 _this_thread = threading.local()
 
 # All pinned memory of this process. The keys are ids, because ``==`` of tensors compares their elements.
@@ -72,12 +72,12 @@ class PinnedMemoryError(RuntimeError):
 
 
 def check_usable(device: torch.device) -> None:
-    """Check that tensors on ``device`` can be read here and now.
+    """Check that this thread can read tensors on ``device`` now.
 
     Raises:
         RuntimeError: this process was forked from one that used the device, or this thread is capturing a graph.
     """
-    # The fork comes first: in such a child, other calls to the device fail with less helpful errors.
+    # Check for a fork first: in a forked child, other calls to the device fail with less helpful errors.
     _check_not_forked(device)
     _check_not_capturing(device, current_stream(device))
 
@@ -134,7 +134,8 @@ def empty_like(tensor: torch.Tensor, stream: torch.Stream) -> torch.Tensor:
 def record_current_stream(tensor: torch.Tensor) -> None:
     """Tell PyTorch that this thread's current stream uses ``tensor``.
 
-    After you drop the tensor, its memory is not reused before the stream has done all work that it has by then.
+    After you drop the tensor, PyTorch reuses its memory only when the stream has done all work that was enqueued before
+    the drop.
     """
     tensor.record_stream(current_stream(tensor.device))
 
@@ -195,10 +196,10 @@ def dedicate_thread(device: torch.device) -> None:
 
 
 def _relax_capture_mode() -> None:
-    """Keep calls of this thread from ending a graph capture of another thread, as they do by default."""
+    """Keep this thread's calls from ending another thread's graph capture. By default they may end it."""
     library, function = _CAPTURE_MODE_FUNCTIONS["hip" if torch.version.hip else "cuda"]
     try:
-        # RTLD_NOLOAD: only the driver that PyTorch has loaded already will do.
+        # RTLD_NOLOAD loads nothing: we want only the driver that PyTorch has loaded already.
         driver = ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
         status = getattr(driver, function)(ctypes.byref(ctypes.c_int(_CAPTURE_MODE_THREAD_LOCAL)))
     except (OSError, AttributeError) as error:

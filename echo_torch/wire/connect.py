@@ -3,7 +3,7 @@
 * We try every address that the name resolves to, in order, IPv6 included. An address may not use up the time of the
   addresses after it.
 * A name lookup cannot be interrupted. So it runs on a daemon thread, which we leave behind when the deadline passes.
-* Everything else waits in short pieces (`wait_ready`), so that a `RevocableDeadline` is checked often enough.
+* Everything else waits in short pieces (`wait_ready`), so that it soon notices when a `RevocableDeadline` is revoked.
 * The deadline limits the whole handshake. Bytes that trickle in do not extend it.
 * A function that raises, for whatever reason, closes the sockets that it made. Sockets that you pass in stay open.
 * Every message names the peer as ``host:port``.
@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-# The first lookup of a name would import this on its thread, and a child forked meanwhile could not import it.
+# Import this now. Otherwise the first lookup of a name imports it on its thread, and a child that is forked meanwhile
+# cannot import it.
 import encodings.idna  # noqa: F401
 import errno
 import ipaddress
@@ -40,12 +41,12 @@ from .tls_socket import TlsSocket, do_tls_handshake
 
 # Seconds between tries while a server is not listening yet: the first pause, and the longest.
 _RETRY_DELAYS_S = (0.05, 1.0)
-# Seconds to try again while nobody knows the name. The name of a container comes with the container; but most such
-# names are mistyped.
+# Seconds to try again while nobody knows the name. A container's name exists only once the container runs, so waiting
+# may help. But most unknown names are mistyped, so we do not wait longer.
 UNKNOWN_NAME_RETRY_S = 2.0
 # What the resolver says of a name that nobody knows.
 _UNKNOWN_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
-# Errors of the resolver that may pass: besides, no name server answers yet, or it is short of something.
+# Errors of the resolver that may pass: an unknown name, a name server that does not answer yet, or no resources.
 _PASSING_LOOKUPS = _UNKNOWN_NAME | {socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_MEMORY, socket.EAI_SYSTEM}
 # Errors of the system that may pass: the server, its host, or the network between is not there yet, a firewall is being
 # set up, or this process or system is short of something.
@@ -62,8 +63,8 @@ ResolvedAddress = tuple[socket.AddressFamily, Any]
 Addresses = tuple[tuple[str, int], ...]
 """Host and port of each learner."""
 
-# All sockets that were made here and still exist. A forked child closes its copies. Otherwise the peer would not learn
-# that this process has ended before the child has, too.
+# All sockets that were made here and still exist. A forked child closes its copies. Otherwise the connection
+# would stay open after this process has ended, until the child ends, too.
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
@@ -91,7 +92,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def _why_no_host(host: str) -> str:
-    """Return how to mend a host that can be no name; empty if it can be one."""
+    """Return the remedy for a host that cannot be a name; empty if it can be one."""
     inner, bracket, _ = host.removeprefix("[").partition("]")
     name, colon, rest = host.rpartition(":")
     if not host:
@@ -116,7 +117,7 @@ def expand_addresses(host: Any, port: Any) -> Addresses:
 
     Args:
         host: a name or address, or a list of them.
-        port: a number, or a list or range of them. A single host or port goes with all of the other.
+        port: a number, or a list or range of them. One host is paired with every port, one port with every host.
 
     Raises:
         TypeError: a host is not a string, or a port is not a whole number.
@@ -134,7 +135,7 @@ def expand_addresses(host: Any, port: Any) -> Addresses:
     for pair in pairs:
         check_address(*pair)
         if pairs.count(pair) > 1:
-            raise ValueError(f"host, port: got {peer_name(*pair)} twice, expected another address for each learner")
+            raise ValueError(f"host, port: got {peer_name(*pair)} twice, expected a different address for each learner")
     return tuple(pairs)
 
 
@@ -178,12 +179,12 @@ def connect_and_handshake(
             return _attempt(host, port, peer, deadline, tls)
         except OSError as error:
             left, spent = deadline.remaining(), time.monotonic() - began
-            # Too little time is left for another try to do anything but time out: this error says more.
+            # With so little time left, another try would only time out. This error says more.
             if not (retry_refused and may_pass(error, tls=tls)) or left <= _RETRY_DELAYS_S[0]:
                 raise
             if isinstance(error, socket.gaierror) and error.errno in _UNKNOWN_NAME and spent >= UNKNOWN_NAME_RETRY_S:
                 raise socket.gaierror(error.errno, f"{error.strerror}, tried for {spent:.1f} s") from None
-        # Half of the time that is left stays for the next try.
+        # Leave at least half of the remaining time for the next try.
         time.sleep(min(backoff.next_delay(), left / 2))
 
 
@@ -207,9 +208,9 @@ def may_pass(error: OSError, *, was_connected: bool = False, tls: TLS | None = N
         tls: settings for TLS; None for a plain connection.
     """
     if isinstance(error, ConnectionClosedError):
-        # It hung up before its greeting was complete. A server does so while it starts again, a proxy with TLS while it
-        # finds nobody behind it, and a host that too many clients call at once resets the connection. Anybody else is
-        # no echo server.
+        # The peer hung up before its greeting was complete. Three kinds of peer do so for a while: a server that starts
+        # again, a TLS proxy with no server behind it, and a host to which too many clients connect at once, which
+        # resets the connection. Any other peer is no echo server.
         return was_connected or tls is not None or isinstance(error.__cause__, ConnectionResetError)
     if isinstance(error, socket.gaierror):
         return error.errno in _PASSING_LOOKUPS
@@ -287,7 +288,7 @@ def connect(
         A connected, non-blocking socket.
 
     Raises:
-        OSError: no address answered. Of several errors, the one that tells you most.
+        OSError: no address answered. If they failed differently, this is the error that tells you most.
         TimeoutError: the deadline passed.
         ConnectionClosedError: the peer reset the connection as soon as it was made.
     """
@@ -331,7 +332,7 @@ def _connect_one(
         except BlockingIOError:
             if not wait_ready(sock, select.POLLOUT, deadline):
                 raise TimeoutError("timed out") from None
-            # The socket is ready in either case; only this tells whether it is connected.
+            # The socket becomes ready whether connecting succeeds or fails. Only SO_ERROR tells which.
             problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if problem:
                 raise OSError(problem, os.strerror(problem)) from None

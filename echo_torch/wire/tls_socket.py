@@ -2,10 +2,11 @@
 
 ``ssl.SSLSocket`` does not work for us:
 
-* It encrypts and writes in one call, and runs signal handlers in between. An interrupt there loses how many bytes were
-  written or read, so the connection cannot continue. In memory, the size of the buffer tells what OpenSSL has
-  encrypted. C code moves bytes from one place to the next (`call_and_append`), so no interrupt comes between.
-* If the kernel does not take all bytes, the same write has to be repeated. Here, the bytes wait in memory.
+* It encrypts and writes in one call, and runs signal handlers in between. An interrupt there loses the count of bytes
+  that were written or read, so the connection cannot continue. Here, OpenSSL writes to a buffer in memory, and the size
+  of the buffer tells how much it has encrypted. C code moves bytes from one place to the next (`call_and_append`), so
+  no interrupt comes between.
+* If the kernel does not take all bytes, you have to repeat the same write. Here, the bytes wait in memory.
 * A forked child must drop its copy without sending anything. Closing this socket only closes a descriptor.
 
 Nothing here blocks, except the handshake, which waits until its deadline. Only one thread at a time may use a socket.
@@ -32,15 +33,15 @@ from .tls import TLS, HostnameMismatchError, permanent_error
 # With this flag, ``send`` on a closed connection raises an error and sends no SIGPIPE.
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
-# The most bytes that one call of `encrypt` takes. They may have to wait in memory for the socket. The limit is not one
-# TLS record (16 KB), because each encryption and each system call takes the GIL twice, and waits for it while other
-# threads are busy.
+# The most bytes to pass to one call of `encrypt`. They may have to wait in memory for the socket. The limit is larger
+# than one TLS record (16 KB), so that there are fewer calls. Each encryption and each system call takes the GIL twice,
+# and waits for it while other threads are busy.
 MAX_ENCRYPT_BYTES = 256 * 1024
 # The most bytes that one system call reads.
 _READ_BYTES = 64 * 1024
-# Before our TLS handshake, we wait for a greeting for so many seconds, and so many round trips more. A TLS server sends
-# none. A plain echo server sends it at once, and would take our TLS handshake for samples. One round trip is for the
-# greeting's way here, and one for delays.
+# Before our TLS handshake, we wait for a greeting: this many seconds plus this many round trips. A TLS server sends no
+# greeting. A plain echo server sends one at once, and would read our TLS handshake as samples. One round trip is for
+# the greeting's way here, and one is for delays.
 GREETING_WAIT_S = 0.05
 GREETING_WAIT_ROUND_TRIPS = 2
 # Seconds for a second connection that only adds details to an error.
@@ -50,10 +51,10 @@ _READ_NAMES_S = 1.0
 class TlsSocket(socket.socket):
     """A TCP socket that speaks TLS after `do_tls_handshake`.
 
-    Connect it first. Until then, and for everything but the methods below, it is a plain socket.
+    Connect it before the handshake. Until the handshake, and in all methods not defined below, it is a plain socket.
     """
 
-    # Whether `start_tls` has made the objects of OpenSSL.
+    # Whether `start_tls` has set OpenSSL up.
     _tls_started = False
 
     def start_tls(self, context: ssl.SSLContext, name: str, tls: TLS) -> None:
@@ -67,7 +68,7 @@ class TlsSocket(socket.socket):
         Raises:
             HandshakeError: no certificate can be for ``name``.
         """
-        # Two buffers of encrypted bytes: those that are not decrypted yet, and those that `flush` has not taken yet.
+        # Two buffers of encrypted bytes: received ones to decrypt, and ones to send that `flush` has not taken yet.
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         # OpenSSL's state. It reads from the first buffer and writes to the second.
         try:
@@ -80,9 +81,9 @@ class TlsSocket(socket.socket):
         self.at_eof = False
         # At most one piece, taken from `_outgoing` and not sent completely.
         self._unsent: deque[bytes] = deque()
-        # How many bytes of it the last system call sent; empty once `_unsent_offset` includes them.
+        # How many bytes of that piece the last system call sent. Empty as soon as `_unsent_offset` includes them.
         self._send_result: deque[int] = deque()
-        # How many bytes of it are sent.
+        # How many bytes of that piece are sent.
         self._unsent_offset = 0
         self._tls_started = True
 
@@ -102,18 +103,18 @@ class TlsSocket(socket.socket):
         return self._outgoing.pending
 
     def encrypt(self, data: memoryview) -> int:
-        """Encrypt ``data``, at most `MAX_ENCRYPT_BYTES`; return how many bytes it took. `flush` sends them."""
+        """Encrypt ``data`` for `flush` to send; return how many bytes it took. Pass at most `MAX_ENCRYPT_BYTES`."""
         return self._ssl_object.write(data)
 
     def flush(self) -> bool:
         """Send all encrypted bytes that the kernel takes; return whether none are left.
 
-        If an interrupt ends a call, the next one completes it.
+        If an interrupt ends a call, the next call continues where it stopped.
 
         Raises:
             OSError: the connection is lost.
         """
-        # An interrupt may have come between the system call and the counting.
+        # In the last call, an interrupt may have come between the system call and the counting.
         self._account_for_sent()
         while self._unsent or self._outgoing.pending:
             if not self._unsent:
@@ -200,13 +201,13 @@ class TlsSocket(socket.socket):
     # Closing.
 
     def shutdown(self, how: int) -> None:
-        """Tell the peer that this is the end, if it can be sent at once, and shut the socket down.
+        """Send TLS's closing alert (close_notify) if the kernel takes it at once, and shut the socket down.
 
-        Otherwise the peer could not tell a proper end from a lost connection.
+        Without the alert, the peer cannot tell a proper end from a lost connection.
         """
-        # Only if nothing else waits to be sent: this must come after all data.
+        # Send the alert only if nothing else waits to be sent: it must come after all data.
         if self._tls_started and not self._unsent and not self.unflushed_bytes:
-            # Raises if the peer has not closed its side yet, or if the connection is broken. Neither matters here.
+            # `unwrap` raises if the peer has not closed its side yet, or if the connection is broken. Ignore both.
             with contextlib.suppress(OSError, ValueError):
                 self._ssl_object.unwrap()
             with contextlib.suppress(OSError):
@@ -227,7 +228,7 @@ def do_tls_handshake(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: 
     Raises:
         TimeoutError: the deadline passed.
         CertificateError: one side refuses the other's certificate, or a file of ``tls`` is not usable.
-        HandshakeError: the server does not speak TLS, or no version that we speak.
+        HandshakeError: the server does not speak TLS, or none of the versions that we speak.
         ConnectionClosedError: the peer hung up.
     """
     name = tls.server_name or host
@@ -250,7 +251,7 @@ def do_tls_handshake(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: 
 
 
 def _check_no_greeting(sock: TlsSocket, deadline: Deadline) -> None:
-    """Raise HandshakeError if the server speaks first, as only one without TLS does."""
+    """Raise HandshakeError if the server speaks first. Only a server without TLS does."""
     wait_s = GREETING_WAIT_S + GREETING_WAIT_ROUND_TRIPS * round_trip_seconds(sock)
     if not wait_ready(sock, select.POLLIN, deadline.within(wait_s)):
         return
@@ -277,7 +278,8 @@ def _advance_handshake(sock: TlsSocket, tls: TLS, name: str) -> bool:
         if permanent is None:
             raise
         raise permanent from error
-    # Complete only if our last bytes are sent: flush in any case, and before the caller waits for an answer.
+    # Flush in any case. The handshake is complete only when our last bytes are sent. If it is not, the caller waits for
+    # an answer to these bytes.
     return sock.flush() and complete
 
 
