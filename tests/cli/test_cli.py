@@ -312,8 +312,14 @@ def test_doctor_of_a_host_that_does_not_answer(run) -> None:
     assert (code, err) == (1, f"FAILED: {peer}: nothing answers there (no connection within 0.3 s); {remedy}\n")
 
 
-@pytest.mark.parametrize("host", ["nobody.invalid", "nobody..invalid"])
-def test_doctor_of_a_name_that_does_not_resolve(run, host: str) -> None:
+def test_doctor_of_what_can_be_no_name(run) -> None:
+    code, out, err = run("doctor", "nobody..invalid:50051")
+    assert (code, out) == (2, "")
+    assert "argument HOST:PORT: host: got 'nobody..invalid', expected a name or an address" in err
+
+
+def test_doctor_of_a_name_that_does_not_resolve(run) -> None:
+    host = "nobody.invalid"
     code, out, err = run("doctor", f"{host}:50051")
     assert (code, out) == (1, "")
     problem = rf"FAILED: {host}:50051: the name does not resolve \(.+\); check it, or give an IP address\n"
