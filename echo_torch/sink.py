@@ -362,6 +362,8 @@ class EchoSink(LoaderSender):
         close_without_masking(error, functools.partial(self.close, timeout), self.peer)
 
     def __getstate__(self) -> dict[str, Any]:
+        # The copy may be for a child.
+        self._session().prepare_for_children()
         return {**self.__dict__, "_sessions": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

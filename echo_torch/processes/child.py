@@ -88,12 +88,6 @@ class FlagFiles:
         # Pid of the parent whose flags this process shares; None unless this process is a daemonic child.
         self._parent = find_parent_pid(origin) if multiprocessing.current_process().daemon else None
 
-    def set_closed(self) -> None:
-        """Tell this process's daemonic children, later ones included, that the sink is closed."""
-        # A daemonic process cannot have daemonic children.
-        if not multiprocessing.current_process().daemon:
-            ledger.set_flag(self._token, os.getpid(), ledger.SINK_CLOSED)
-
     @property
     def closed_by_parent(self) -> bool:
         """Whether the parent has closed the sink."""
@@ -152,6 +146,8 @@ class Reporter:
         self._entry = ledger.create_entry(token, parent, multiprocessing.current_process().daemon, learners)
         # Returns whether the parent has died.
         self._parent_died = make_death_check(parent)
+        # Whether somebody has removed the file, so that the parent may not see it.
+        self.entry_removed = False
         # The session, by a weak reference. If nobody else holds the session, it is dropped, and the thread closes it.
         self._session = weakref.ref(session)
         # The session's connection; NOT_CONNECTED until it is open.
@@ -264,11 +260,14 @@ class Reporter:
 
     def _is_orphaned(self) -> bool:
         """Whether this child is daemonic, and its parent has died without a request to finish."""
-        # The check costs system calls. So make at most one in `IDLE_POLL_S`, however often the thread polls.
-        if not self._entry["daemon"] or not self._next_parent_check.expired:
+        # The checks cost system calls. So make them at most once in `IDLE_POLL_S`, however often the thread polls.
+        if not self._next_parent_check.expired:
             return False
         self._next_parent_check = Deadline(IDLE_POLL_S)
-        return self._parent_died()
+        parent_died = self._parent_died()
+        # At its own end, the parent removes all files.
+        self.entry_removed = self._entry.was_removed and not parent_died
+        return bool(self._entry["daemon"]) and parent_died
 
     def _run_close(self, close: Callable[[], None]) -> None:
         """Close the connection on another thread, and report the acks that come meanwhile."""

@@ -10,10 +10,13 @@ Each sink has a folder for its files. It lies in the temporary folder of the pro
   worker, to deliver and close. Such a child does not end by itself: it ends with its parent.
 * A child locks its file for life, see `file_locks`. So its parent learns of its death, and every file has one writer.
 * A file gets its name once it is locked. Until then the name begins with a dot.
+* A parent makes the folder before its first child starts, and marks it as its own by the file
+  ``<pid of the parent>.0.parent``. So a folder that is missing later was removed by somebody else, and nobody removes
+  or takes the folder of a sink that lives.
 * The parent removes a file once it has counted what the file says. If parent and child are dead, the next sink that
-  makes a folder removes the file. A sink makes its folder for its first child, or when it closes.
+  makes a folder removes the file.
 * ``<pid of the parent>.0.<flag>`` is an empty file, a flag for children that start later. The parent removes it, with
-  the folder, when it drops the sink or ends.
+  the folder, when it drops a closed sink, or ends.
 * Ctrl-C may interrupt a parent anywhere in this module. Its descriptors do not leak, because they belong to objects
   that C code closes.
 """
@@ -47,6 +50,7 @@ FIELDS = (
     "daemon",  # 1 if the child is daemonic
     "closed",  # 1 once the child has written its last report
     "finish",  # set to 1 by the parent: deliver everything and close
+    "counted",  # set to 1 by the parent before it removes the file, because it needs no more reports
     "error_kind",  # an index into `ERROR_KINDS`; 0 if the connection has not failed
     "error_bytes",  # length of the error's text
     "learners",  # how many learners the child sends to
@@ -68,6 +72,8 @@ _PEER_COUNTS = struct.Struct(f"={len(PeerCounts._fields)}q")
 SINK_CLOSED = "closed"
 # The flag of a parent whose children did not find the learner: later ones wait for it only briefly.
 LEARNER_GONE = "gone"
+# The file by which a parent marks a folder as its own.
+_PARENT = "parent"
 # How the names of all folders begin.
 _PREFIX = "echo_torch-"
 # Where the folder lies if a process cannot write to the temporary folder of the sink.
@@ -121,6 +127,11 @@ class LedgerEntry:
         """Store what the child sent to each learner; not atomic either."""
         packed = b"".join(_PEER_COUNTS.pack(*counts) for counts in peers)
         self._bytes[_PEER_COUNTS_AT : _PEER_COUNTS_AT + len(packed)] = packed
+
+    @property
+    def was_removed(self) -> bool:
+        """In the child: whether somebody other than the parent has removed the file."""
+        return self._descriptor is not None and not self["counted"] and os.fstat(self._descriptor).st_nlink == 0
 
     @property
     def child_pid(self) -> int:
@@ -198,17 +209,17 @@ def create_entry(token: str, parent: int, daemon: bool = False, learners: int = 
         OSError: the file cannot be made or locked.
     """
     folder = folder_path(token)
+    try:
+        _check_owner(folder)
+    except FileNotFoundError:
+        what = (
+            f"no folder {folder}; it was removed, or could not be made: set TMPDIR to a folder that can be written to"
+        )
+        raise FileNotFoundError(errno.ENOENT, what) from None
     # Pids are used again, so the name has a random part.
     name = f"{parent}.{os.getpid()}.{secrets.token_hex(8)}"
     path = folder / f".{name}"
-    while True:
-        try:
-            _make_folder(folder)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            break
-        except FileNotFoundError:  # another process removed the folder while it was empty: make it again
-            if not folder.parent.is_dir():
-                raise
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # Write all bytes now, so that the file has no holes. If the disk is full, a write through the map into a hole
         # kills the process.
@@ -240,13 +251,14 @@ def create_entry(token: str, parent: int, daemon: bool = False, learners: int = 
 
 
 def entry_paths(token: str, parent: int) -> list[Path]:
-    """Return the files of the children of process ``parent``."""
-    try:
-        folder = folder_path(token)
-        names = os.listdir(folder)
-        _check_owner(folder)
-    except FileNotFoundError:  # no child has made the folder yet, or it was just removed because it was empty
-        return []
+    """Return the files of the children of process ``parent``, which has called `make_folder`.
+
+    Raises:
+        OSError: they cannot be seen, because somebody has removed or taken the folder, for instance.
+    """
+    folder = folder_path(token)
+    names = os.listdir(folder)
+    _check_owner(folder)
     mine, flags = f"{parent}.", f"{parent}.0."
     paths = (folder / name for name in names if name.startswith(mine) and not name.startswith(flags))
     return [path for path in paths if not path.is_symlink()]
@@ -256,7 +268,7 @@ def set_flag(token: str, parent: int, flag: str) -> None:
     """Set a flag for later children of ``parent``; does nothing if the folder cannot be written to."""
     with contextlib.suppress(OSError):
         folder = folder_path(token)
-        _make_folder(folder)
+        _check_owner(folder)
         (folder / f"{parent}.0.{flag}").touch(0o600)
 
 
@@ -271,8 +283,32 @@ def has_flag(token: str, parent: int, flag: str) -> bool:
     return False
 
 
-def remove_files(token: str, parent: int) -> None:
-    """Remove the files of process ``parent`` and its children, counted or not, and the folder if it is empty then."""
+def make_folder(token: str, parent: int) -> None:
+    """Make the folder for the children of process ``parent``, unless it exists, and mark it as used by that process.
+
+    Raises:
+        OSError: the folder cannot be made, or is not this user's alone.
+    """
+    folder, marker = folder_path(token), f"{parent}.0.{_PARENT}"
+    if not folder.exists():
+        remove_leftovers(folder.parent)
+        # The folder gets its name once it is marked. Until then the name begins with a dot, and nobody sweeps it.
+        unnamed = folder.with_name(f".{folder.name}")
+        unnamed.mkdir(mode=0o700)
+        (unnamed / marker).touch(0o600)
+        unnamed.rename(folder)
+    _check_owner(folder)
+    (folder / marker).touch(0o600)
+
+
+def remove_files(token: str, parent: int, keep_living: bool = False) -> None:
+    """Remove the files of process ``parent`` and its children, counted or not, and the folder if it is empty then.
+
+    Args:
+        token: names the folder.
+        parent: pid of the process that reads the files.
+        keep_living: whether to keep what living and later children need: their files, flags, and the folder.
+    """
     # A forked copy of the parent inherits the finalizers that call this, and must leave the files alone.
     if os.getpid() != parent:
         return
@@ -280,10 +316,14 @@ def remove_files(token: str, parent: int) -> None:
         folder = folder_path(token)
         _check_owner(folder)
         for path in folder.iterdir():
-            if path.name.startswith(f"{parent}."):
+            mine, flags = f"{parent}.", f"{parent}.0."
+            if path.name.startswith(mine) and not keep_living:
                 path.unlink(missing_ok=True)
-            elif path.name.startswith(f".{parent}."):  # its child is making the file, or died at it
-                call_if_unlocked(path, path.unlink)
+            # Its child is making the file, or died at it; or, with ``keep_living``, may still live.
+            elif path.name.lstrip(".").startswith(mine):
+                if not path.name.startswith(flags):
+                    with contextlib.suppress(FileNotFoundError):
+                        call_if_unlocked(path, path.unlink)
             else:  # it reports to another process, such as a child with children of its own
                 _remove_if_dead(path)
         folder.rmdir()
@@ -291,7 +331,9 @@ def remove_files(token: str, parent: int) -> None:
 
 def remove_leftovers(home: Path) -> None:
     """Remove what crashed runs have left in ``home``: files whose child and parent are both dead, and empty folders."""
-    for folder in home.glob(f"{_PREFIX}*"):
+    for folder in (*home.glob(f"{_PREFIX}*"), *home.glob(f".{_PREFIX}*/*.{_PARENT}")):
+        # A folder without its name yet is looked at once it is marked.
+        folder = folder if folder.name.startswith(_PREFIX) else folder.parent
         # Skip a folder that belongs to another user, is in use, or has files with names that are not ours.
         with contextlib.suppress(OSError, ValueError):
             _check_owner(folder)
@@ -307,14 +349,6 @@ def _remove_if_dead(path: Path) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         call_if_unlocked(path, path.unlink)
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.exists():
-        remove_leftovers(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    _check_owner(folder)
 
 
 def _check_owner(folder: Path) -> None:

@@ -2,6 +2,10 @@
 
 * Every call first looks for new files, and for children that have ended. A child that ended with everything acked is
   added to the totals, and its file is removed. Any other is kept until `ChildProcesses.wait` has raised its failure.
+* A process without children has no folder and looks at none. The folder is made just before the first child starts: at
+  a fork, or when the sink is pickled.
+* What cannot be looked at, because the folder was removed or no descriptors are left, is no success: `wait` raises, and
+  the counts say what is known.
 * Ctrl-C may interrupt any line here. So a child moves from the open entries to the totals in one assignment, after its
   file is gone, and its failure is marked as reported in the last step before it is raised.
 """
@@ -9,6 +13,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import multiprocessing.util
 import os
 import threading
@@ -68,8 +73,16 @@ class ChildProcesses:
         self._state: _State = {}, dict.fromkeys(SUMMED_FIELDS, 0), Times(), []
         # File names of the open entries whose failure was raised.
         self._reported: set[str] = set()
-        # Not at exit, where children may still deliver: `get_or_create` sees to that.
-        weakref.finalize(self, ledger.remove_files, token, self._parent).atexit = False
+        # Whether children may have been started, so that there is a folder.
+        self._has_folder = False
+        # Whether the sink is closed, so that later children must not send.
+        self._closed = False
+        # Why the children's files could not be looked at the last time; None if they could.
+        self._blindness: OSError | None = None
+        # Children may live on, or start later, with a sink that is dropped here. Not at exit, where they may still
+        # deliver: `get_or_create` sees to that.
+        self._finalizer = weakref.finalize(self, ledger.remove_files, token, self._parent, keep_living=True)
+        self._finalizer.atexit = False
 
     @classmethod
     def get_or_create(cls, peer: str, token: str, acked_at_risk: int) -> ChildProcesses:
@@ -81,6 +94,32 @@ class ChildProcesses:
             _cleanup_registered.add(key)
             multiprocessing.util.Finalize(None, ledger.remove_files, (token, key[0]), exitpriority=-1)
         return _shared.get(key) or _shared.setdefault(key, cls(peer, token, acked_at_risk))
+
+    def prepare(self) -> None:
+        """Make the folder, because a child may start now. If that fails, the child says so when it sends."""
+        if not self._has_folder and os.getpid() == self._parent:
+            # First: from here on, a folder that is missing is no sign that there are no children.
+            self._has_folder = True
+            try:
+                ledger.make_folder(self._token, self._parent)
+            except OSError as error:  # children cannot report, and so do not send
+                self._has_folder = False
+                _log.debug("%s: no folder for the reports of children: %s", self._peer, error)
+            if self._closed:
+                ledger.set_flag(self._token, self._parent, ledger.SINK_CLOSED)
+
+    def set_closed(self) -> None:
+        """Tell this process's daemonic children, later ones included, that the sink is closed."""
+        self._closed = True
+        # A daemonic process cannot have daemonic children.
+        if multiprocessing.current_process().daemon or os.getpid() != self._parent:
+            return
+        if self._has_folder:
+            ledger.set_flag(self._token, self._parent, ledger.SINK_CLOSED)
+        # With the sink, the folder goes.
+        self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, ledger.remove_files, self._token, self._parent)
+        self._finalizer.atexit = False
 
     def counts(self) -> dict[str, int]:
         """Return the sums of the children's counts, by the names of `ledger.SUMMED_FIELDS`."""
@@ -127,11 +166,11 @@ class ChildProcesses:
             # samples in order until the connection ends, and any samples after that. In the other order, a child that
             # ends between the two lines could look done although it has lost some of the first ones.
             done = [(entry, goal) for entry, goal in goals if entry["acked"] >= goal]
-            finished = [(entry, goal) for entry, goal in goals if _is_finished(entry)]
+            finished = [(entry, goal) for entry, goal in goals if self._is_finished(entry)]
             self._raise_failures([entry for entry, goal in finished if _has_lost_samples(entry, goal)])
             goals = [one for one in goals if one not in done and one not in finished]
-            if not goals:
-                return
+            if not goals or self._blindness is not None:
+                break
             acked_now = sum(entry["acked"] for entry, _ in goals)
             # Any change restarts the stall clock. That includes the drop when a child leaves the goals.
             if acked_now != acked:
@@ -140,6 +179,9 @@ class ChildProcesses:
                 raise self._timeout_error(goals, deadline, stall_timeout)
             time.sleep(min(pause, deadline.remaining()))
             pause = min(2 * pause, POLL_INTERVAL_S)
+        if self._blindness is not None:
+            what = "what child processes sent cannot be looked at, so some of it may be un-acked"
+            raise ConnectionClosedError(f"{self._peer}: {what}: {self._blindness}") from self._blindness
 
     def _raise_failures(self, entries: list[LedgerEntry]) -> None:
         """Raise one error for those of ``entries`` whose failure was not raised yet, if there are any."""
@@ -162,7 +204,7 @@ class ChildProcesses:
     def wait_for_close(self, deadline: Deadline) -> None:
         """Wait for the children that were asked to close, and log those that do not within `CLOSE_ANSWER_S`."""
         asked, answer_by = [entry for entry in self._poll() if entry["finish"]], deadline.within(CLOSE_ANSWER_S)
-        while asked := [entry for entry in asked if not (entry["closed"] or entry.is_dead)]:
+        while asked := [entry for entry in asked if not (entry["closed"] or self._is_dead(entry))]:
             if answer_by.expired:
                 who = ", ".join(str(entry.child_pid) for entry in asked)
                 _log.warning("%s: processes %s did not answer for %g s", self._peer, who, answer_by.timeout)
@@ -179,37 +221,58 @@ class ChildProcesses:
         """Count the children that have ended, look for new ones, and return the open entries."""
         # A forked copy has none of these children. It must not touch the lock either, which the fork may have copied
         # while another thread held it.
-        if os.getpid() != self._parent:
+        if not self._has_folder or os.getpid() != self._parent:
             return []
         with self._lock:
-            for entry in list(self._state[0].values()):
-                self._count_and_remove_if_done(entry)
-            for path in entry_paths(self._token, self._parent):
-                entries, ended, times, peers = self._state
-                if path.name not in entries:
-                    try:
-                        new = LedgerEntry(path)
-                    except FileNotFoundError:
-                        continue
-                    except OSError as error:  # too many files are open, for instance
-                        raise OSError(error.errno, f"{self._peer}: a child's file: {error.strerror}") from error
-                    self._state = {**entries, path.name: new}, ended, times, peers
-                    # Do this for each file at once: more children may have ended than files can be open.
-                    self._count_and_remove_if_done(new)
+            try:
+                for entry in list(self._state[0].values()):
+                    self._count_and_remove_if_done(entry)
+                for path in entry_paths(self._token, self._parent):
+                    entries, ended, times, peers = self._state
+                    if path.name not in entries:
+                        try:
+                            new = LedgerEntry(path)
+                        except FileNotFoundError:
+                            continue
+                        self._state = {**entries, path.name: new}, ended, times, peers
+                        # Do this for each file at once: more children may have ended than files can be open.
+                        self._count_and_remove_if_done(new)
+                self._blindness = None
+            except OSError as error:
+                self._note_blindness(error)
             return list(self._state[0].values())
+
+    def _note_blindness(self, error: OSError) -> None:
+        """Note and log that the files cannot be looked at: the folder was removed, or no descriptors are left."""
+        if self._blindness is None:
+            _log.warning("%s: what child processes sent cannot be looked at: %s", self._peer, error)
+        self._blindness = error.with_traceback(None)
+
+    def _is_dead(self, entry: LedgerEntry) -> bool:
+        """Whether a child has ended or closed its file, as far as that can be seen."""
+        try:
+            return entry.is_dead
+        except OSError as error:
+            self._note_blindness(error)
+            return False
+
+    def _is_finished(self, entry: LedgerEntry) -> bool:
+        """Whether no more acks of the child can come."""
+        return bool(entry["closed"] or entry["error_kind"] or self._is_dead(entry))
 
     def _count_and_remove_if_done(self, entry: LedgerEntry) -> None:
         """Count and remove a child that has ended, unless it lost samples and no `wait` has raised that yet."""
-        if (entry["closed"] or entry.is_dead) and (
+        if (entry["closed"] or self._is_dead(entry)) and (
             entry["sent"] == entry["acked"] or entry.path.name in self._reported
         ):
             self._count_and_remove(entry)
 
     def _count_and_remove(self, entry: LedgerEntry) -> None:
         name = entry.path.name
-        died = entry.is_dead and not entry["closed"]
+        died = not entry["closed"] and self._is_dead(entry)
         # Remove the file first. An interrupt before the assignment to `_state` leaves the entry open, and it is counted
         # at the next look; the other way round, the file would be found again and counted twice.
+        entry["counted"] = 1
         entry.path.unlink(missing_ok=True)
         entries, ended, times, peers = self._state
         total = {field: ended[field] + entry[field] for field in SUMMED_FIELDS}
@@ -253,6 +316,15 @@ class ChildProcesses:
         return error
 
 
+def _prepare_all() -> None:
+    """Before a fork: any sink of this process may get a child now."""
+    for children in list(_shared.values()):
+        children.prepare()
+
+
+os.register_at_fork(before=_prepare_all)
+
+
 def _add_counts(one: list[PeerCounts], other: list[PeerCounts]) -> list[PeerCounts]:
     return [mine.plus(theirs) for mine, theirs in zip_longest(one, other, fillvalue=PeerCounts())]
 
@@ -264,8 +336,3 @@ def _has_lost_samples(entry: LedgerEntry, goal: int) -> bool:
     sent: then only a child with everything acked has lost none.
     """
     return entry["acked"] < (goal if entry["learners"] == 1 else entry["sent"])
-
-
-def _is_finished(entry: LedgerEntry) -> bool:
-    """Whether no more acks of the child can come."""
-    return bool(entry["closed"] or entry["error_kind"] or entry.is_dead)

@@ -110,6 +110,8 @@ class Session:
         # The lock is reentrant: without this check a signal handler would enter a half-changed watermark.
         if owned_by_this_thread(watermark.lock):
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
+        if self._reporter is not None and self._reporter.entry_removed:
+            raise self._cannot_report("its file was removed")
         # A step of the caller's begins before the check, so that a refused batch holds the watermark down.
         if step is not None:
             step = watermark.begin_step(step)
@@ -200,18 +202,23 @@ class Session:
     def _close(self, deadline: Deadline) -> None:
         self.closed = True  # first: a thread that is connecting just now sees it, and closes its connection
         problems: list[Exception] = []
-        # The flag before the request: it stops the children that start too late to be asked.
-        self._flag_files.set_closed()
-        self._children.request_close()
-        # The children close while this process does. Take every step, even if an earlier one fails.
-        for step in (functools.partial(self.route.close, deadline), functools.partial(self.finish_exit, deadline)):
+        steps: list[Callable[[], None]] = [
+            # The flag before the request: it stops the children that start too late to be asked.
+            self._children.set_closed,
+            self._children.request_close,
+            # The children close while this process does.
+            functools.partial(self.route.close, deadline),
+            functools.partial(self.finish_exit, deadline),
+            self._children.count_and_remove_all,
+        ]
+        # Take every step, even if an earlier one fails.
+        for step in steps:
             try:
                 step()
             except Exception as error:
                 problems.append(error)
         if self._reporter is not None:
             self._reporter.report_end(problems[0] if problems else None)
-        self._children.count_and_remove_all()
         raise_first(problems)
 
     def begin_exit(self) -> None:
@@ -321,8 +328,7 @@ class Session:
             except ConnectionClosedError:
                 raise self._mark_closed_by_parent() from None
             except OSError as error:
-                me = f"process {os.getpid()}"
-                raise RuntimeError(f"{self.peer}: {me} cannot tell process {parent} what it sends: {error}") from error
+                raise self._cannot_report(str(error)) from error
             # An interrupt here must not leave the file open: the parent would take this process for one that still
             # sends.
             try:
@@ -331,6 +337,14 @@ class Session:
                 reporter.report_end()
                 raise
             self._reporter = reporter
+
+    def _cannot_report(self, why: str) -> RuntimeError:
+        me, parent = os.getpid(), find_parent_pid(self._origin)
+        return RuntimeError(f"{self.peer}: process {me} cannot tell process {parent} what it sends: {why}")
+
+    def prepare_for_children(self) -> None:
+        """Make what children need to report to this process, because one may start now."""
+        self._children.prepare()
 
     # Reading and saving the state.
 

@@ -163,7 +163,7 @@ def workers_in_an_epoch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         with running(EXAMPLES / "workers.py", "--epochs", "1000") as process:
             assert process.stdout is not None
             assert "listens on port" in process.stdout.readline()
-            eventually(lambda: len(ledgers(home)) == 2)
+            eventually(lambda: len(ledgers(home)) == 3)
             yield process, home
 
 

@@ -676,7 +676,7 @@ def test_epochs_leave_nothing(fast: DigitLearner, home: Path, request: pytest.Fi
             assert len(list(batches)) == COUNT // BATCH
             if epoch % 2:
                 sink.wait()
-                assert len(ledgers(home)) == 1, "the folder"
+                assert len(ledgers(home)) == 2, "the folder and its mark"
             if epoch == 3:
                 gc.collect()
                 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -780,7 +780,7 @@ def test_main_is_killed_and_the_next_run_removes_what_it_left(home: Path) -> Non
             program.ready()
             program.process.kill()
             assert program.end()[0] == -signal.SIGKILL
-            assert len(ledgers(home)) == 3
+            assert len(ledgers(home)) == 4
             check_arrived(server, program)
         with Program(server.port, home, "end") as program:
             assert program.end() == (0, "")

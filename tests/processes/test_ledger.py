@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import pickle
 import random
 import re
 import resource
@@ -64,6 +65,7 @@ class Child:
     """A process that keeps a file of the ledger; a context manager that kills it."""
 
     def __init__(self, token: str, parent: int | None = None, learners: int = 1) -> None:
+        ledger.make_folder(token, parent or os.getpid())
         self._pipe, theirs = FORK.Pipe()
         self._process = FORK.Process(
             target=_run_child, args=(theirs, token, parent or os.getpid(), learners), daemon=True
@@ -119,7 +121,9 @@ def _run_child(pipe: Pipe, token: str, parent: int, learners: int) -> None:
 
 @pytest.fixture
 def token() -> Iterator[str]:
+    """With the folder that a parent makes before its first child."""
     made = ledger.new_token()
+    ledger.make_folder(made, os.getpid())
     yield made
     ledger.remove_files(made, os.getpid())
 
@@ -196,6 +200,7 @@ def test_files_are_private_and_have_no_holes(token: str) -> None:
 @pytest.mark.parametrize("how", ["open to all", "a link", "a file"])
 def test_a_folder_of_unsafe_ownership_is_refused(token: str, home: Path, how: str) -> None:
     folder = ledger.folder_path(token)
+    ledger.remove_files(token, os.getpid())
     other = home / "other"
     if how == "open to all":
         folder.mkdir()
@@ -209,6 +214,8 @@ def test_a_folder_of_unsafe_ownership_is_refused(token: str, home: Path, how: st
     if how != "a file":
         with pytest.raises(PermissionError, match="expected a folder of this user's, for nobody else"):
             ledger.entry_paths(token, os.getpid())
+        with pytest.raises(PermissionError):
+            ledger.make_folder(token, os.getpid())
     assert not other.exists() or not list(other.iterdir())
     (folder.unlink if how != "open to all" else folder.rmdir)()
     if other.exists():
@@ -230,8 +237,13 @@ def test_an_unusable_temporary_folder_raises_in_the_child(
     monkeypatch.setattr(tempfile, "tempdir", str(missing))
     monkeypatch.setattr(ledger, "_FALLBACK_FOLDER", str(missing))
     lost = str(missing / Path(token).name)
-    assert ledger.entry_paths(lost, os.getpid()) == []
-    assert in_child(lambda: ledger.create_entry(lost, os.getppid())).startswith("FileNotFoundError: ")
+    with pytest.raises(FileNotFoundError):
+        ledger.make_folder(lost, os.getpid())
+    with pytest.raises(FileNotFoundError):
+        ledger.entry_paths(lost, os.getpid())
+    said = in_child(lambda: ledger.create_entry(lost, os.getppid()))
+    assert said.startswith("FileNotFoundError: ")
+    assert "set TMPDIR to a folder that can be written to" in said
     missing.touch()
     assert "Error: " in in_child(lambda: ledger.create_entry(lost, os.getppid()))
     missing.unlink()
@@ -271,7 +283,7 @@ def test_without_file_locks_children_and_waits_raise(
             assert said.startswith("OSError: ")
             assert "does not support locks, set TMPDIR" in said
             assert ledger.entry_paths(token, os.getpid()) == [child.path]
-            with pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
+            with pytest.raises(ConnectionClosedError, match=f"cannot be looked at, .*{os.strerror(errno.ENOLCK)}"):
                 children.wait(Deadline(LONG_S), None)
 
 
@@ -291,7 +303,7 @@ def test_only_files_of_crashed_runs_are_removed(home: Path) -> None:
         (foreign / f"{dead}.{dead}.0").touch()
         ledger.remove_leftovers(home)
         assert orphan.path.exists(), "it lives"
-        assert len(list(orphan.path.parent.iterdir())) == 1
+        assert [path.name for path in orphan.path.parent.iterdir()] == [orphan.path.name]
         orphan.kill()
         with Child(tokens[3]) as first:
             assert first.path.exists()
@@ -369,7 +381,7 @@ def test_a_killed_child_is_raised_once_and_counted(token: str, children: ChildPr
         children.wait(Deadline(LONG_S), None)
         assert children.counts() == {**counts, "maybe_lost": counts["maybe_lost"] + 2}
         assert children.times() == times
-        assert not two.path.parent.exists() or not list(two.path.parent.iterdir())
+        assert [path.name for path in two.path.parent.iterdir()] == [f"{os.getpid()}.0.parent"]
 
 
 def test_later_acks_of_one_learner_do_not_hide_the_loss_of_another(token: str, children: ChildProcesses) -> None:
@@ -489,7 +501,6 @@ def test_acked_never_exceeds_sent_while_children_write(token: str, children: Chi
 
 def test_an_unfinished_file_is_removed_with_its_parent(token: str, home: Path) -> None:
     folder = ledger.folder_path(token)
-    folder.mkdir(mode=0o700)
     (folder / f".{os.getpid()}.1.0").touch()
     ledger.remove_files(token, os.getpid())
     assert not folder.exists()
@@ -519,6 +530,7 @@ def test_another_user_gets_a_folder_of_its_own(token: str) -> None:
     def as_another() -> tuple[int, bool]:
         os.setuid(65534)
         me = os.getpid()
+        ledger.make_folder(token, me)
         before = len(ledger.entry_paths(token, me))
         entry = ledger.create_entry(token, me)
         found = ledger.entry_paths(token, me) == [entry.path]
@@ -541,8 +553,7 @@ def test_a_full_disk_raises_in_the_child(token: str) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert not list(ledger.folder_path(token).iterdir())
-    ledger.remove_files(token, os.getpid())
+    assert [path.name for path in ledger.folder_path(token).iterdir()] == [f"{os.getpid()}.0.parent"]
 
 
 def test_more_children_than_files_can_be_open(token: str, children: ChildProcesses) -> None:
@@ -567,7 +578,9 @@ def test_more_children_than_files_can_be_open(token: str, children: ChildProcess
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(token: str) -> None:
+@pytest.mark.parametrize("closed", [True, False])
+def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(token: str, closed: bool) -> None:
+    """Of a sink that was not closed, a child may live on: its file stays until it or the process ends."""
     first, second = (
         ChildProcesses.get_or_create(PEER, token, ACKED_AT_RISK),
         ChildProcesses.get_or_create(PEER, token, ACKED_AT_RISK),
@@ -576,10 +589,13 @@ def test_copies_of_a_sink_count_each_child_once_and_the_last_removes_the_files(t
         one.set(sent=3, acked=3, closed=1)
         two.set(sent=4, acked=4)
         assert first.counts()["sent"] == second.counts()["sent"] == 7
+        if closed:
+            first.set_closed()
         del first
         assert two.path.exists()
         del second
-        assert not two.path.parent.exists()
+        assert not one.path.exists()
+        assert two.path.exists() == two.path.parent.exists() == (not closed)
 
 
 def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
@@ -1032,3 +1048,151 @@ def test_a_non_daemonic_child_keeps_sending_after_its_parent_closed() -> None:
         process.join()
         assert process.exitcode == 0
     assert numbers(peer) == list(range(20))
+
+
+# What somebody else does to the folder, and what cannot be looked at.
+
+
+def removed(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def send_and_wait(sink: EchoSink, sent: Any, go: Any) -> None:
+    sink.send(samples(0, 10))
+    sent.set()
+    assert go.wait(LONG_S)
+    time.sleep(0.3)  # its thread looks every 0.1 s
+    with pytest.raises(RuntimeError, match=r"cannot tell process \d+ what it sends: its file was removed"):
+        sink.send(samples(10, 10))
+    sink.wait(LONG_S)
+    sink.close()
+
+
+@pytest.mark.parametrize("whole_temporary_folder", [False, True])
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_folder_that_is_removed_unseen_is_no_success(
+    home: Path, whole_temporary_folder: bool, on_error: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The parent has never looked, and a child has sent: it must not seem that there was none."""
+    with Peer(acking) as peer:
+        sink = sink_to(peer, on_error=on_error)
+        sent, go = FORK.Event(), FORK.Event()
+        process = FORK.Process(target=send_and_wait, args=(sink, sent, go))
+        process.start()
+        assert sent.wait(LONG_S)
+        (folder,) = home.glob("echo_torch-*")
+        removed(home if whole_temporary_folder else folder)
+        for call in (sink.wait, sink.close):
+            if on_error == "raise":
+                with pytest.raises(
+                    ConnectionClosedError, match=f"what child processes sent cannot be looked at.*{folder.name}"
+                ):
+                    call(LONG_S)
+            else:
+                caplog.clear()
+                call(LONG_S)
+                assert any("cannot be looked at" in text for text in caplog.messages)
+        assert sink.stats().samples_sent == 0
+        go.set()
+        process.join()
+        assert process.exitcode == 0
+        del sink
+        home.mkdir(exist_ok=True)
+
+
+def test_a_child_whose_file_was_seen_is_waited_for_when_the_folder_is_gone(
+    token: str, children: ChildProcesses
+) -> None:
+    """What it writes is memory that both share."""
+    with Child(token) as child:
+        child.set(sent=5, acked=3)
+        assert children.counts()["sent"] == 5
+        removed(child.path.parent)
+        with running(lambda: children.wait(Deadline(LONG_S), None)) as outcomes:
+            child.set(sent=5, acked=5)
+        assert isinstance(outcomes[0], ConnectionClosedError)
+        assert children.counts()["acked"] == 5
+
+
+def test_a_sink_without_children_needs_no_folder_and_no_descriptor(home: Path) -> None:
+    with Peer(acking) as peer:
+        sink = sink_to(peer).connect()
+        sink.send(samples(0, 10))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(open_descriptors()), hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                os.open("/dev/null", os.O_RDONLY)
+            sink.wait(LONG_S)
+            assert sink.stats().samples_acked == 10
+            assert sink.state_dict()["acked_through"] == 0
+            sink.close(LONG_S)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not list(home.iterdir())
+
+
+def test_without_descriptors_the_connection_is_closed_and_then_said_what_cannot_be_looked_at(home: Path) -> None:
+    with Peer(acking) as peer:
+        sink = sink_to(peer).connect()
+        sink.send(samples(0, 10))
+        process = FORK.Process(target=int)
+        process.start()
+        process.join()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # even those that the close frees are too many
+        try:
+            with pytest.raises(ConnectionClosedError, match=r"cannot be looked at.*Too many open files"):
+                sink.close(LONG_S)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("echo_torch 127")]
+        assert sink.stats().samples_acked == 10
+        sink.close()
+
+
+def test_the_folder_of_a_living_sink_is_not_swept(home: Path) -> None:
+    """Nor can somebody else take its name, therefore. It is empty between two children."""
+    with Peer(acking) as peer:
+        sink, other = sink_to(peer), sink_to(peer)
+        for each in (sink, other):
+            pickle.dumps(each)
+        assert len(list(home.glob("echo_torch-*"))) == 2
+        other.close()
+        ledger.remove_leftovers(home)
+        assert len(list(home.glob("echo_torch-*"))) == 2
+        del other, each
+        (folder,) = home.glob("echo_torch-*")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert [path.name for path in folder.iterdir()] == [f"{os.getpid()}.0.parent"]
+        sink.close()
+        del sink
+    assert not list(home.iterdir())
+
+
+def test_a_folder_of_a_crashed_run_is_swept_even_before_it_has_its_name(home: Path) -> None:
+    dead = in_child(os.getpid)
+    for name in (f"echo_torch-{32 * 'a'}-{os.getuid()}", f".echo_torch-{32 * 'b'}-{os.getuid()}"):
+        (home / name).mkdir(mode=0o700)
+        (home / name / f"{dead}.0.parent").touch()
+    being_made = home / f".echo_torch-{32 * 'c'}-{os.getuid()}"
+    being_made.mkdir(mode=0o700)
+    ledger.remove_leftovers(home)
+    assert list(home.iterdir()) == [being_made]
+    being_made.rmdir()
+
+
+def test_a_temporary_folder_in_which_nothing_can_be_made_ends_a_childs_send(home: Path) -> None:
+    """At once: it does not try again and again. The parent's own connection is none the worse."""
+    tempfile.tempdir = "/proc"
+    with Peer(acking) as peer:
+        sink = sink_to(peer)
+        sink.send(samples(0, 10))
+        began = time.monotonic()
+        said = in_child(lambda: sink.send(samples(10, 10), timeout=LONG_S))
+        assert said.startswith("RuntimeError: ")
+        assert "set TMPDIR to a folder that can be written to" in said
+        assert time.monotonic() - began < LONG_S / 2
+        sink.wait(LONG_S)
+        sink.close()
+    assert numbers(peer) == list(range(10))
