@@ -74,7 +74,8 @@ class EchoSink(LoaderSender):
             sink must pickle.
         client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that returns a `Client`,
             such as ``echo.TcpClient``. Other clients than `TcpClient` have no timeouts, and only their own delivery
-            guarantees hold.
+            guarantees hold. If you override ``wait``, ``close`` or ``send_match`` in a subclass of `TcpClient`, the
+            sink passes a `Deadline` as their timeout: hand it on.
         connect_timeout: seconds to connect; None for no limit. The sink tries again while the learner does not listen
             yet.
         route: how batches are spread over several learners. ``"round_robin"`` sends to each in turn, and waits for one
@@ -217,16 +218,16 @@ class EchoSink(LoaderSender):
         With ``on_error="warn"``, it logs a learner that is gone or cannot be reached, and raises nothing. A learner
         that is there and acks nothing still raises DeliveryTimeoutError.
         """
-        deadline = as_deadline(timeout)
+        check_timeout("timeout", timeout)
         if step is not None:
-            check_count("step", step, least=0)
+            step = check_count("step", step, least=0)
         # The session calls this once the step has begun.
         make_match = functools.partial(self._match, batch, batched, skip_last)
         if not is_profiling():
-            self._session().send(make_match, step, deadline)
+            self._session().send(make_match, step, timeout)
             return
         with profiler_range("echo_torch.send"):
-            self._session().send(make_match, step, deadline)
+            self._session().send(make_match, step, timeout)
 
     def _send_from_loader(self, batch: Any) -> None:
         self.send(batch)

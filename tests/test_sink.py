@@ -1138,3 +1138,80 @@ def test_no_error_that_is_over_keeps_a_sink(fails: Callable[[EchoSink], None]) -
             assert left() is None
     finally:
         gc.enable()
+
+
+def test_a_step_may_be_any_whole_number() -> None:
+    """It is taken as it is now: a counter that is a tensor, or a small type that overflows, does not move the rest."""
+    with Peer(Script()) as peer, sink_for(peer) as sink:
+        counter = torch.tensor(0)
+        for _ in range(3):
+            sink.send(batch(1), step=counter)
+            counter += 1
+        sink.wait()
+        counter += 1000
+        assert sink.acked_through == 2
+        sink.send(batch(1), step=np.uint8(255))
+        sink.send(batch(1))
+        sink.wait()
+        assert sink.acked_through == 256
+
+
+def slow_select(data: Any) -> Any:
+    time.sleep(2 * SHORT_S)
+    return data
+
+
+def test_the_timeout_of_a_send_begins_after_select() -> None:
+    with Peer(Script()) as peer, sink_for(peer, select=slow_select) as sink:
+        sink.send(batch(1), timeout=SHORT_S)
+        sink.wait()
+        assert sink.stats().samples_acked == 1
+
+
+def test_a_signal_handler_cannot_enter_the_counting_of_dropped_samples(refusing: socket.socket) -> None:
+    """It would start to report to the parent a second time."""
+    sink = EchoSink("127.0.0.1", refusing.getsockname()[1], EXAMPLE, on_error="warn", connect_timeout=0.0)
+    # As if the handler had interrupted the holder.
+    with sink._session()._count_lock, pytest.raises(RuntimeError, match="signal handler"):
+        sink.send(batch(2))
+    sink.send(batch(3, 4))
+    assert sink.stats().dropped == 2
+    sink.close()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_failed_connect_keeps_no_sink_alive(on_error: Any, refusing: socket.socket) -> None:
+    gc.disable()
+    try:
+        sink = EchoSink("127.0.0.1", refusing.getsockname()[1], EXAMPLE, on_error=on_error, connect_timeout=SHORT_S)
+        with contextlib.suppress(ConnectionRefusedError):
+            sink.send(batch(1))
+        gone = weakref.ref(sink)
+        sink.close()
+        del sink
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_thread_that_finds_the_sink_closed_does_not_cut_short_what_others_sent() -> None:
+    """It waited for the connection that another thread opened, while a third closed the sink."""
+    with Peer(Script()) as peer:
+        for _ in range(30):
+            sink = sink_for(peer)
+            accepted: list[int] = []
+
+            def work(sink: EchoSink = sink, accepted: list[int] = accepted) -> None:
+                with contextlib.suppress(ConnectionClosedError):
+                    for _ in range(5):
+                        sink.send(batch(*range(40)))
+                        accepted.append(40)
+
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            threads += [threading.Thread(target=sink.close, args=(PATIENCE_S,)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            stats = sink.stats()
+            assert (stats.samples_sent, stats.in_flight, stats.maybe_lost) == (sum(accepted), 0, 0)

@@ -86,6 +86,8 @@ class Sender:
         self._sending_seconds = 0.0
         # Seconds that callers waited for room, for each cause in `echo_torch.metrics.timing`.
         self._blocked_seconds = [0.0, 0.0, 0.0, 0.0]
+        # Whether `close` raises without a timeout, too: at the end of a ``with`` block.
+        self._close_raises = False
         # The process that made this sender. A forked child must not use it.
         self._pid = os.getpid()
         # What callers share with the I/O thread.
@@ -99,6 +101,11 @@ class Sender:
     def closed(self) -> bool:
         """Whether `send` can only fail, because the client was closed or the peer is gone."""
         return self._ring.refuses_new_rows or self._connection.is_over or self._pid != os.getpid()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the connection is lost for good, or was closed and has ended."""
+        return self._connection.is_over
 
     @property
     def failure(self) -> ConnectionClosedError | None:
@@ -267,13 +274,18 @@ class Sender:
             ConnectionClosedError: the connection failed with samples un-acked, and no call has raised that yet. If all
                 are acked and only the last ones are at risk, this logs a warning instead.
         """
-        if timeout is CloseDefault.LOG:
-            try:
-                self.close(CLOSE_TIMEOUT_S)
-            except (ConnectionClosedError, DeliveryTimeoutError) as error:
-                _log.warning("%s", error)
+        if timeout is not CloseDefault.LOG:
+            self._close(as_deadline(timeout))
             return
-        connection, deadline = self._connection, as_deadline(timeout)
+        try:
+            self._close(Deadline(CLOSE_TIMEOUT_S))
+        except (ConnectionClosedError, DeliveryTimeoutError) as error:
+            if self._close_raises:
+                raise
+            _log.warning("%s", str(error))
+
+    def _close(self, deadline: Deadline) -> None:
+        connection = self._connection
         if self._pid != os.getpid():
             self._io_thread.detach_after_fork()
             return
@@ -291,7 +303,7 @@ class Sender:
             if connection.unacked and not already_reported:
                 raise
             if connection.at_risk and connection.failure_will_be_reported and not already_reported:
-                _log.warning("%s", error)
+                _log.warning("%s", str(error))
         except DeliveryTimeoutError:
             self._io_thread.stop()
             raise
@@ -436,6 +448,7 @@ class Sender:
                 type(failure)(f"{failure}; {call}() with {connection.describe_unacked()}")
             ) from failure
         if connection.is_over or (self._ring.refuses_new_rows and call == "send"):
+            connection.failure_reported = connection.failure_reported or call == "close"
             what = f"{self._peer}: {call}() on a client that was closed; {connection.describe_unacked()}"
             raise self._with_unacked(ConnectionClosedError(what))
 

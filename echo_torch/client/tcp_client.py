@@ -30,7 +30,7 @@ from echo_torch.wire.tls import TLS, check_tls
 
 from .io_thread import IoThread
 from .reconnect import Reconnector
-from .sender import CLOSE_TIMEOUT_S, Sender
+from .sender import Sender
 
 _log = logging.getLogger(__name__)
 
@@ -183,11 +183,11 @@ class TcpClient(Sender):
                 match = self._spec.match(data, batched=False)
             except SpecMismatchError as error:
                 raise _with_payload_size(error, data, self._spec.payload_size) from None
-            self.send_match(match, timeout)
+            self.send_match(match, timeout=timeout)
             return
         self._put_rows(1, self._packer.make_filler(arrays, False), as_deadline(timeout))
 
-    def send_match(self, match: Match, timeout: Timeout = None) -> None:
+    def send_match(self, match: Match, *, timeout: Timeout = None) -> None:
         """Send a batch, or a sample, that `SampleSpec.match` has checked. Raises the same errors as `send_rows`.
 
         Args:
@@ -293,7 +293,8 @@ class TcpClient(Sender):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        close_without_masking(error, functools.partial(self.close, CLOSE_TIMEOUT_S), self._peer)
+        self._close_raises = True
+        close_without_masking(error, self.close, self._peer)
 
     def __repr__(self) -> str:
         return f"<TcpClient {self._peer} {'closed' if self.closed else 'open'}>"

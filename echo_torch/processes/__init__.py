@@ -7,7 +7,8 @@
 
 Rules:
 
-* Each file has one writer, the child, and one reader, its parent. Only ``finish`` goes the other way.
+* Each file has one writer, the child, and one reader, its parent. Only ``finish`` and ``counted`` go the other way.
+* The parent makes and marks the folder before a child can start. So a folder that is missing was removed by others.
 * Empty flag files tell children that start later that the sink was closed, or that its learner was not found.
 * The files survive fork, spawn and forkserver. They need no multiprocessing primitive, which would not pickle.
 * A forked child compares process ids before it touches a lock.

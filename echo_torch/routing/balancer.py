@@ -137,7 +137,7 @@ class Balancer:
 
     # Sending.
 
-    def send_match(self, match: Match, deadline: Deadline) -> None:
+    def send_match(self, match: Match, *, timeout: Deadline) -> None:
         if self._closing:
             raise self._to_public_error(NoLearnerLeftError("closed"))
         done = 0
@@ -145,7 +145,7 @@ class Balancer:
         for number, (first, rows) in enumerate(shares):
             share = match if rows is None else match.take(rows)
             try:
-                self._send_share(share, first, deadline)
+                self._send_share(share, first, timeout)
             except (ConnectionClosedError, DeliveryTimeoutError) as error:
                 # The batch was split, so the samples not accepted are no simple end of it: name them.
                 if rows is not None:
@@ -180,7 +180,7 @@ class Balancer:
                 learner, others = self._choose_learner(first, rows - done)
                 limit = deadline.within(SEND_SLICE_S) if others else deadline
                 try:
-                    learner.route.send_match(match.slice_rows(done, rows) if done else match, limit)
+                    learner.route.send_match(match.slice_rows(done, rows) if done else match, timeout=limit)
                     return
                 except DeliveryTimeoutError as error:
                     if not others:
@@ -206,7 +206,10 @@ class Balancer:
             self._loss_reported = self._loss_reported or isinstance(error, NoLearnerLeftError)
             public_error = self._to_public_error(error, "send", deadline)
             public_error.rows_accepted += done
-            raise public_error from error.__cause__
+            try:
+                raise public_error from error.__cause__
+            finally:
+                del public_error  # its traceback holds this frame
 
     def _choose_learner(self, first: int, rows: int) -> tuple[Learner, bool]:
         """Choose the learner for the next samples.
@@ -266,7 +269,8 @@ class Balancer:
                 try:
                     learner.route.wait(deadline)
                 except ConnectionClosedError:
-                    if not self._failover_enabled or self._failover.closed:
+                    has_ended = learner.client is not None and learner.client.has_ended
+                    if not self._failover_enabled or self._failover.closed or not has_ended:
                         raise
                     again = True  # the others must get its samples
             # Another caller may have handed over a lost learner's samples to one that this loop had waited for before.

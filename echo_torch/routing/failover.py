@@ -115,7 +115,7 @@ class Failover:
         if self.owned_by_this_thread:
             raise RuntimeError("called by a signal handler or finalizer that interrupted failover of the same sink")
         for index, learner in enumerate(self._learners):
-            if learner.undelivered is None and learner.client is not None and learner.client.failure is not None:
+            if learner.undelivered is None and learner.client is not None and learner.client.has_ended:
                 self._take_over(index, learner, learner.client)
         return sum(undelivered.remaining for _, _, undelivered in self._lost_learners)
 
@@ -131,7 +131,7 @@ class Failover:
             self._lost_learners = lost
             learner.undelivered = undelivered
         text = "the learner is gone; its share, and %d samples that it may not have stored, go to the others: %s"
-        _log.warning(text, undelivered.remaining, client.failure)
+        _log.warning(text, undelivered.remaining, client.failure or "its connection was closed")
 
     def pass_on_some(self) -> int:
         """Hand over some rows without waiting; return how many, 0 if no learner has room.

@@ -45,7 +45,7 @@ class Route(Protocol):
     def closed(self) -> bool:
         """Whether nothing more can be sent, as far as is known."""
 
-    def send_match(self, match: Match, deadline: Deadline, /) -> None:
+    def send_match(self, match: Match, *, timeout: Deadline) -> None:
         """Send the samples of a batch; raises ConnectionClosedError or DeliveryTimeoutError."""
 
     def wait(self, deadline: Deadline, /) -> None:
@@ -118,7 +118,7 @@ class OtherClientRoute:
         if self._sent > self._acked and not self._closed:
             self.wait(NEVER)
 
-    def send_match(self, match: Match, deadline: Deadline) -> None:
+    def send_match(self, match: Match, *, timeout: Deadline) -> None:
         started_at = time.monotonic()
         done = 0
         if owned_by_this_thread(self._send_lock):
@@ -128,8 +128,8 @@ class OtherClientRoute:
                 arrays = self._spec.to_host(match)
                 for done in range(match.rows):
                     # Not before the first sample: a send whose timeout is 0 makes progress too.
-                    if deadline.expired and done:
-                        raise DeliveryTimeoutError(f"{self._peer}: send() not done within {deadline.timeout:g} s")
+                    if timeout.expired and done:
+                        raise DeliveryTimeoutError(f"{self._peer}: send() not done within {timeout.timeout:g} s")
                     leaves = [array[done, ...] for array in arrays] if match.batched else arrays
                     self._client.send(self._spec.unflatten(leaves))
                     self._sent += 1
@@ -206,7 +206,7 @@ class NoRoute:
     def poll_or_raise(self) -> None:
         """Do nothing: nothing was sent."""
 
-    def send_match(self, match: Match, deadline: Deadline) -> None:
+    def send_match(self, match: Match, *, timeout: Deadline) -> None:
         raise ConnectionClosedError(f"{self._peer}: could not be connected to")
 
     def wait(self, deadline: Deadline) -> None:

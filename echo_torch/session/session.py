@@ -24,7 +24,7 @@ from echo_torch.routing.connector import Connector
 from echo_torch.routing.route import NOT_CONNECTED, Route
 from echo_torch.samples.spec import Match, SampleSpec
 from echo_torch.support import shutdown
-from echo_torch.support.deadline import Deadline, clamp_timeout
+from echo_torch.support.deadline import Deadline, as_deadline, clamp_timeout
 from echo_torch.support.interrupts import owned_by_this_thread
 from echo_torch.support.validation import check_count
 
@@ -97,13 +97,13 @@ class Session:
             raise self._closed_error("the connection was lost")
         self._learner_gone = False
 
-    def send(self, make_match: Callable[[], Match], step: int | None, deadline: Deadline) -> None:
+    def send(self, make_match: Callable[[], Match], step: int | None, timeout: float | None) -> None:
         """Check a batch and send it, after connecting if need be; raises as `EchoSink.send`.
 
         Args:
             make_match: checks the batch.
             step: the number of the batch; None for the next.
-            deadline: when to stop connecting and waiting for room.
+            timeout: most seconds to connect and to wait for room; None for no limit. They begin after the check.
         """
         # Keep this watermark to the end: `load_state_dict` may put another in its place.
         watermark = self._watermark
@@ -127,7 +127,7 @@ class Session:
             # Count only now, so that a refused batch uses up no number.
             if step is None:
                 step = watermark.begin_step(None)
-            route = self._deliver(match, deadline)
+            route = self._deliver(match, as_deadline(timeout))
         except BaseException:
             # Ctrl-C as well: part of the batch may be sent, so hold the watermark down and report what was accepted.
             if step is not None:
@@ -153,7 +153,7 @@ class Session:
             self.count_dropped(match.rows, error)
             return None
         try:
-            route.send_match(match, deadline)
+            route.send_match(match, timeout=deadline)
             return route
         except ConnectionClosedError as error:
             if self._raise_on_loss or self.closed:
@@ -188,7 +188,7 @@ class Session:
         except ConnectionError as error:
             if self._raise_on_loss:
                 raise
-            _log.warning("%s", error)
+            _log.warning("%s", str(error))
 
     def close(self, deadline: Deadline) -> None:
         """Close the connection while the daemonic children close theirs; raises as `EchoSink.close`."""
@@ -235,7 +235,7 @@ class Session:
         try:
             self.close(Deadline(CHILD_CLOSE_S))
         except Exception as error:
-            _log.warning("%s", error)
+            _log.warning("%s", str(error))
 
     def _closed_error(self, how: str) -> ConnectionClosedError:
         """Make the error for a call on a closed sink or connection; it names the number of un-acked samples."""
@@ -255,6 +255,11 @@ class Session:
         An error also marks the learner as gone, unless the route is still open, because another learner may have taken
         over, or another thread is still connecting.
         """
+        if owned_by_this_thread(self._count_lock):
+            what = (
+                "called by a signal handler or finalizer that interrupted counting of the same sink in the same thread"
+            )
+            raise RuntimeError(what)
         with self._count_lock:
             self._start_reporter()
             self.totals.dropped += rows
@@ -262,18 +267,19 @@ class Session:
                 return
             if not isinstance(error, _StillConnectingError):
                 self._learner_gone = self.route.closed
+        # As text: a record that somebody keeps would keep the error's frames, and with them the batch.
         if not self._learner_gone:
-            _log.warning("%s", error)
+            _log.warning("%s", str(error))
             return
         self._flag_files.set_learner_gone(True)
-        _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", error)
+        _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", str(error))
 
     def _get_route(self, deadline: Deadline) -> Route:
         """Return the route; open it under the lock if there is none yet. Raises as `connect`."""
         if self.route is NOT_CONNECTED and not self.closed:
             lock = self._lock
-            # The lock is reentrant: without this check a signal handler would connect a second time.
-            if owned_by_this_thread(lock):
+            # The locks are reentrant: without this check a signal handler would connect a second time.
+            if owned_by_this_thread(lock) or owned_by_this_thread(self._count_lock):
                 what = "called by a signal handler or finalizer that interrupted connecting in the same thread"
                 raise RuntimeError(what)
             try:
@@ -292,8 +298,9 @@ class Session:
                 except RuntimeError:
                     pass
                 raise
-            # `close` may have run while this thread was connecting, and found no route to close.
-            if self.closed:
+            # `close` may have run while this thread was connecting, and found no route to close. A route that has been
+            # sent anything was there for `close` to find: whoever sent had seen that the sink was open.
+            if self.closed and not self.route.progress()[0]:
                 self.route.close(Deadline(0))
         if self.closed:
             raise self._closed_error("this sink was closed")

@@ -302,11 +302,15 @@ def connect(
             failures.append(error)
     # There is at least one failure, because getaddrinfo returns at least one address or raises.
     failure = max(failures, key=_failure_rank)
-    if isinstance(failure, TimeoutError) and deadline.expired:
-        raise TimeoutError(f"{peer}: no connection within {deadline.timeout:g} s") from failure
-    if isinstance(failure, ConnectionResetError):  # the connection was made, and then reset
-        raise ConnectionClosedError(f"{peer} broke the connection off before the handshake: {failure}") from failure
-    raise _with_peer_name(failure, peer)
+    try:
+        if isinstance(failure, TimeoutError) and deadline.expired:
+            raise TimeoutError(f"{peer}: no connection within {deadline.timeout:g} s") from failure
+        if isinstance(failure, ConnectionResetError):  # the connection was made, and then reset
+            raise ConnectionClosedError(f"{peer} broke the connection off before the handshake: {failure}") from failure
+        raise _with_peer_name(failure, peer)
+    finally:
+        failures.clear()  # their tracebacks hold this frame, and this frame holds them
+        del failure
 
 
 def _failure_rank(failure: OSError) -> int:

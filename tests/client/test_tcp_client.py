@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calls import HANG_TIMEOUT_S, Gate, alarms, check_error, running, until
+from calls import HANG_TIMEOUT_S, Gate, alarms, check_error, eventually, running, until
 from leaks import assert_threads_end
 from learner_process import Learner
 from peers import Peer, PeerConnection
@@ -979,3 +979,44 @@ def test_a_signal_handler_inside_a_call_is_turned_away() -> None:
             assert client.counts().sent == 4
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+class Overriding(TcpClient):
+    """As users write them: ``close`` without a timeout, as the stock client has it."""
+
+    closes = 0
+
+    def close(self) -> None:  # type: ignore[override]
+        type(self).closes += 1
+        super().close()
+
+
+def test_a_subclass_may_override_close_without_a_timeout() -> None:
+    """It is called once for each close, by a ``with`` block too."""
+    with Peer(acking) as peer:
+        with Overriding(peer.host, peer.port, sample(0)) as client:
+            client.send(sample(1))
+        assert Overriding.closes == 1
+        client.close()
+        assert Overriding.closes == 2
+
+
+def test_a_with_block_raises_what_close_alone_would_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echo_torch.client.sender.CLOSE_TIMEOUT_S", 0.1)
+    with Peer(lambda conn: (conn.send_handshake(sample(0)), conn.receive_all())) as peer:
+        client = connect(peer)
+        with pytest.raises(DeliveryTimeoutError, match="1 samples un-acked"), client:
+            client.send(sample(0))
+
+
+def test_an_abandoned_client_says_once_what_is_un_acked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echo_torch.support.shutdown.DELIVER_AT_EXIT_S", 0.1)
+    with Peer(lambda conn: (conn.send_handshake(sample(0)), conn.receive_all())) as peer:
+        client = connect(peer)
+        client.send(sample(0))
+        client.abandon()
+        eventually(lambda: client.has_ended)
+        with pytest.raises(ConnectionClosedError, match="1 samples un-acked"):
+            client.close(HANG_TIMEOUT_S)
+        client.close(HANG_TIMEOUT_S)
+        assert client.failure is None

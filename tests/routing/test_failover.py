@@ -22,6 +22,7 @@ from peers import Peer, PeerConnection
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, TcpClient
 from echo_torch.client import sender
+from echo_torch.routing.balancer import Balancer
 from echo_torch.routing.failover import Failover, Learner
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.support.deadline import NEVER
@@ -373,3 +374,17 @@ def test_only_samples_acked_by_lost_learners_are_lost(seed: int, route: Any) -> 
         assert got == wanted
         sink.close()
         assert sink.stats().in_flight == 0
+
+
+def test_a_learner_whose_connection_ended_in_order_is_taken_over_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the process's exit ends it, with samples un-acked, while a thread still waits: that wait must end."""
+    monkeypatch.setattr("echo_torch.support.shutdown.DELIVER_AT_EXIT_S", BRIEF_S)
+    with Peer(hears) as silent, Peer(acks) as other:
+        clients = [TcpClient(peer.host, peer.port, EXAMPLE) for peer in (silent, other)]
+        balancer = Balancer("both", [Learner(client) for client in clients], False, failover=True, stall_timeout=None)
+        clients[0].send_rows([np.arange(4)])
+        with running(lambda: balancer.wait(NEVER)) as outcomes:
+            clients[0].abandon()
+        assert outcomes == [None]
+        assert numbers(other) == [0, 1, 2, 3]
+        balancer.close(NEVER)

@@ -51,7 +51,7 @@ def route_to(client: Any) -> OtherClientRoute:
 
 def send(route: OtherClientRoute, *indexes: int) -> None:
     spec = SampleSpec(EXAMPLE)
-    route.send_match(spec.match({"index": np.array(indexes, np.int64)}), NEVER)
+    route.send_match(spec.match({"index": np.array(indexes, np.int64)}), timeout=NEVER)
 
 
 def test_a_concurrent_close_waits_for_the_first_one() -> None:
