@@ -1215,3 +1215,22 @@ def test_a_thread_that_finds_the_sink_closed_does_not_cut_short_what_others_sent
                 thread.join()
             stats = sink.stats()
             assert (stats.samples_sent, stats.in_flight, stats.maybe_lost) == (sum(accepted), 0, 0)
+
+
+def test_the_buffer_grows_by_itself_for_samples_that_need_more() -> None:
+    """By default it holds ``resend_acked + 2`` samples, however large, and no limit of 64 MiB stops them."""
+    large = {"x": np.zeros(7_000_000, np.uint8)}
+
+    class LargeScript(Script):
+        example = large
+
+    script = LargeScript()
+    with Peer(script) as peer:
+        with sink_for(peer, example=large) as sink:
+            for number in range(12):
+                large["x"][:] = number
+                sink.send(large)
+            sink.wait()
+            assert sink.stats().samples_acked == 12
+        received = np.frombuffer(script.connections[0].received, np.uint8).reshape(-1, 7_000_000)
+        assert received[:, ::999_999].tolist() == [[number] * 8 for number in (*range(12), *range(4, 12))]

@@ -85,7 +85,8 @@ class Connector:
         if self.tls is not None and not self._makes_tcp_client:
             raise ValueError("tls: only TcpClient has it; configure TLS in your own client instead")
         if self._makes_tcp_client:
-            rows_in_buffer(spec.payload_size, self.buffer_bytes or BUFFER_BYTES, self.resend_acked)
+            if self.buffer_bytes is not None:
+                rows_in_buffer(spec.payload_size, self.buffer_bytes, self.resend_acked)
         elif len(self.addresses) > 1 and (self.least_inflight or self.failover):
             what = "failover" if self.failover else "route='least_inflight'"
             raise ValueError(f"{what}: got client={self.make_client!r}, expected echo_torch.TcpClient")
@@ -162,9 +163,8 @@ class Connector:
     def _client_options(self, spec: SampleSpec, deadline: Deadline) -> dict[str, Any]:
         """Return the keyword arguments that only `TcpClient` takes."""
         in_worker = get_worker_info() is not None
-        default = BUFFER_BYTES
-        if in_worker:
-            default = max(WORKER_BUFFER_BYTES, min_buffer_bytes(spec.payload_size, self.resend_acked))
+        least = min_buffer_bytes(spec.payload_size, self.resend_acked)
+        default = max(WORKER_BUFFER_BYTES if in_worker else BUFFER_BYTES, least)
         return {
             # In seconds, as a subclass of `TcpClient` may read it; to the millisecond, because messages quote it.
             "connect_timeout": None if deadline.timeout is None else round(deadline.remaining(), 3),
