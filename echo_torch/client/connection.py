@@ -86,6 +86,8 @@ class Connection:
         self.failure_reported = False
         # Whether a caller was waiting when the failure came. Its call raises the failure.
         self.failure_will_be_reported = False
+        # Whether a `send` waits for room.
+        self.send_is_blocked = False
         # Whether the I/O thread polls for acks, or is about to.
         self.io_thread_polls_acks = False
         # Whether the I/O thread soon queries the device's copies, and goes on until all are done.

@@ -39,7 +39,9 @@ ABANDONED_HEARTBEAT_S = 0.05
 # of training.
 COPY_POLL_SHARE = 0.5
 COPY_POLL_S = (0.001, 0.01)
-# Seconds without an ack after which the log says that a caller waits, and between two such warnings.
+# Seconds without an ack after which the log says that a caller waits, and between two such warnings. The first is for a
+# blocked `send`, which holds up the training. A `wait` may have to sit out an evaluation of the learner.
+SEND_STALL_WARNING_S = 5.0
 STALL_WARNING_S = 30.0
 # Seconds to try to reconnect if only the closing tail is left to send. A hiccup of the network takes less, and a server
 # that restarts has lost its queue anyway.
@@ -279,14 +281,11 @@ class IoThread:
         return self._stopping or self._connection.failure is not None
 
     def _warn_of_stall(self) -> None:
-        """Log a warning if a caller waits and nothing was acked for `STALL_WARNING_S`."""
+        """Log a warning if a caller waits and nothing was acked for too long."""
         pump, now = self._connection.pump, time.monotonic()
         stalled_s = now - pump.progress_at
-        if (
-            self._connection.ring.has_waiters
-            and pump.awaits_acks
-            and min(stalled_s, now - self._warned_at) >= STALL_WARNING_S
-        ):
+        limit_s = SEND_STALL_WARNING_S if self._connection.send_is_blocked else STALL_WARNING_S
+        if self._connection.ring.has_waiters and pump.awaits_acks and min(stalled_s, now - self._warned_at) >= limit_s:
             self._warned_at = now
             text = "%s: nothing acked for %.0f s, %s; is the learner draining?"
             _log_safely(logging.WARNING, text, self.peer, stalled_s, self._connection.describe_unacked())
@@ -316,8 +315,8 @@ class IoThread:
         # Unregister before closing: the descriptor's number may belong to another file right after.
         connection.ack_poller.set_socket(None)
         close_socket(connection.pump.sock)
-        text = "%s: connection lost (%s); trying for %g s to reconnect"
-        _log_safely(logging.INFO, text, self.peer, cause, reconnector.give_up_after_s)
+        text = "%s: connection lost (%s); trying for up to %g s to reconnect, %d samples un-acked"
+        _log_safely(logging.WARNING, text, self.peer, cause, reconnector.give_up_after_s, connection.unacked)
         try:
             sock = reconnector.connect(lambda: self._should_give_up(reconnector))
         except (HandshakeError, SpecMismatchError) as error:

@@ -339,6 +339,7 @@ class Sender:
         ring, soft_limit = self._ring, self._connection.soft_limit
         threshold = self._threshold_for_room(rows)
         began, acked, bottleneck = time.monotonic(), ring.acked, self._connection.bottleneck
+        self._connection.send_is_blocked = True
         try:
             soft_deadline = soft_limit.deadline_for(threshold)
             if soft_deadline is None:
@@ -350,6 +351,7 @@ class Sender:
                     "send", threshold, NEVER, min(soft_deadline, deadline, key=lambda moment: moment.at)
                 )
         finally:
+            self._connection.send_is_blocked = False
             self._blocked_seconds[bottleneck] += time.monotonic() - began
         soft_limit.update_after_wait(threshold, acked, began)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import encodings.idna  # noqa: F401
 import errno
 import ipaddress
+import logging
 import os
 import queue
 import select
@@ -39,8 +40,12 @@ from .protocol import Handshake, WireLeaves
 from .tls import TLS
 from .tls_socket import TlsSocket, do_tls_handshake
 
+_log = logging.getLogger(__name__)
+
 # Seconds between tries while a server is not listening yet: the first pause, and the longest.
 _RETRY_DELAYS_S = (0.05, 1.0)
+# Seconds of tries after which the log says that the server is not there yet.
+_WARN_AFTER_S = 1.0
 # Seconds to try again while nobody knows the name. A container's name exists only once the container runs, so waiting
 # may help. But most unknown names are mistyped, so we do not wait longer.
 UNKNOWN_NAME_RETRY_S = 2.0
@@ -173,17 +178,21 @@ def connect_and_handshake(
     """
     check_address(host, port)
     peer = peer_name(host, port)
-    backoff, began = Backoff(*_RETRY_DELAYS_S), time.monotonic()
+    backoff, began, warned = Backoff(*_RETRY_DELAYS_S), time.monotonic(), False
     while True:
         try:
             return _attempt(host, port, peer, deadline, tls)
         except OSError as error:
             left, spent = deadline.remaining(), time.monotonic() - began
-            # With so little time left, another try would only time out. This error says more.
-            if not (retry_refused and may_pass(error, tls=tls)) or left <= _RETRY_DELAYS_S[0]:
+            if not (retry_refused and may_pass(error, tls=tls)):
                 raise
-            if isinstance(error, socket.gaierror) and error.errno in _UNKNOWN_NAME and spent >= UNKNOWN_NAME_RETRY_S:
-                raise socket.gaierror(error.errno, f"{error.strerror}, tried for {spent:.1f} s") from None
+            unknown = isinstance(error, socket.gaierror) and error.errno in _UNKNOWN_NAME
+            # With so little time left, another try would only time out. This error says more.
+            if left <= _RETRY_DELAYS_S[0] or (unknown and spent >= UNKNOWN_NAME_RETRY_S):
+                raise _tried_in_vain(error, spent) from error.__cause__
+            if spent >= _WARN_AFTER_S and not warned:
+                warned = True
+                _log.warning("%s: %s; trying for up to %.0f s more", peer, error.strerror or str(error), left)
         # Leave at least half of the remaining time for the next try.
         time.sleep(min(backoff.next_delay(), left / 2))
 
@@ -197,6 +206,15 @@ def _attempt(host: str, port: int, peer: str, deadline: Deadline, tls: TLS | Non
     except BaseException:
         sock.close()
         raise
+
+
+def _tried_in_vain(error: OSError, spent: float) -> OSError:
+    """Return the error to raise after several tries: the same, with the remedy and how long they took."""
+    if error.errno is None:
+        return error
+    remedy = "; nobody listens there: start the learner first, or check the port"
+    what = f"{error.strerror}{remedy if isinstance(error, ConnectionRefusedError) else ''}"
+    return type(error)(error.errno, f"{what}; tried for {spent:.1f} s (connect_timeout)")
 
 
 def may_pass(error: OSError, *, was_connected: bool = False, tls: TLS | None = None) -> bool:

@@ -65,7 +65,7 @@ A server that dies and starts again at its port
     test_faults::test_a_server_that_does_not_start_again_in_time_is_the_end
     test_lost_connections::test_the_last_acked_and_all_unacked_are_sent_again_in_order
     test_lost_connections::test_many_cuts_at_any_byte
-    test_lost_connections::test_each_reconnect_is_one_warning_with_cause_and_counts
+    test_lost_connections::test_a_loss_and_its_end_are_one_warning_each_with_cause_and_counts
     test_lost_connections::test_another_server_is_the_end_at_once
     test_lost_connections::test_when_the_time_is_up_who_waits_is_told
 
@@ -411,8 +411,9 @@ def test_a_server_that_is_killed_and_starts_again_gets_what_was_not_stored(
             assert learner.take(64)["id"].tolist() == list(range(24, 88))
             counts = sender.counts() if isinstance(sender, TcpClient) else sender.stats()
             assert (counts.reconnects, counts.resent, counts.maybe_duplicated, counts.maybe_lost) == (1, 40, 40, 0)
-            (warning,) = warnings_of(caplog)
-            assert warning.startswith(f"{sender.peer}: connection lost")
+            lost, warning = warnings_of(caplog)
+            assert lost.startswith(f"{sender.peer}: connection lost")
+            assert "32 samples un-acked" in lost
             assert "40 samples are sent again" in warning
             sender.close()
 

@@ -472,7 +472,7 @@ def test_a_name_that_nobody_knows_is_tried_for_2_seconds(refusing: socket.socket
         Failing(patch, error, refusing.getsockname())
         patch.setattr(time, "monotonic", lambda: now)
         patch.setattr(time, "sleep", sleep)
-        with pytest.raises(socket.gaierror, match=r"not known \(learner:7\), tried for [23]\.\d s"):
+        with pytest.raises(socket.gaierror, match=r"not known \(learner:7\); tried for [23]\.\d s"):
             connect_and_handshake("learner", 7, Deadline(LONG_TIMEOUT_S), retry_refused=True)
     assert 2.0 <= now - began <= 4.0
 
@@ -776,3 +776,28 @@ def test_bad_addresses_are_named(host: Any, port: Any, kind: type[Exception], me
     with pytest.raises(kind) as caught:
         expand_addresses(host, port)
     assert message in str(caught.value)
+
+
+def test_a_server_that_is_not_there_is_said_after_a_second_and_at_the_end(
+    refusing: socket.socket, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, and what to do about it; as one error without others behind it. On a clock that only sleeping moves."""
+    now = time.monotonic()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        patch.setattr(time, "sleep", sleep)
+        with pytest.raises(ConnectionRefusedError) as caught:
+            connect_and_handshake("127.0.0.1", local_port(refusing), Deadline(10.0), retry_refused=True)
+    peer = f"127.0.0.1:{local_port(refusing)}"
+    (said,) = caplog.messages
+    assert re.fullmatch(rf"{peer}: Connection refused \({peer}\); trying for up to [89] s more", said)
+    remedy = "nobody listens there: start the learner first, or check the port"
+    assert re.search(rf"\({peer}\); {remedy}; tried for (9\.\d|10\.0) s \(connect_timeout\)$", str(caught.value))
+    assert caught.value.errno == errno.ECONNREFUSED
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
