@@ -88,7 +88,7 @@ class EchoSink(LoaderSender):
             all.
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for never.
         on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and to drop and count all later
-            samples.
+            samples. While the connection is being opened again, only samples that find no room are dropped.
         reconnect: seconds for which the sink tries to open a lost connection again; 0 for not at all. At most 2 in a
             DataLoader worker. It then sends again what may not be stored, so a learner may get samples twice. Put an
             index into your samples if that matters.
@@ -215,8 +215,9 @@ class EchoSink(LoaderSender):
             DeliveryTimeoutError: there was no room in time; has ``rows_accepted``, too.
             OSError, HandshakeError: as `connect` raises them.
 
-        With ``on_error="warn"``, it logs a learner that is gone or cannot be reached, and raises nothing. A learner
-        that is there and acks nothing still raises DeliveryTimeoutError.
+        With ``on_error="warn"``, it logs a learner that is gone or cannot be reached, and raises nothing. While a lost
+        connection is being opened again, it drops what finds no room in the buffer. A learner that is there and acks
+        nothing still raises DeliveryTimeoutError.
         """
         check_timeout("timeout", timeout)
         if step is not None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import eventually
 from peers import Peer, PeerConnection
 
 from echo_torch import (
@@ -1234,3 +1235,60 @@ def test_the_buffer_grows_by_itself_for_samples_that_need_more() -> None:
             assert sink.stats().samples_acked == 12
         received = np.frombuffer(script.connections[0].received, np.uint8).reshape(-1, 7_000_000)
         assert received[:, ::999_999].tolist() == [[number] * 8 for number in (*range(12), *range(4, 12))]
+
+
+def test_warn_does_not_sit_out_a_lost_connection_in_a_full_buffer(caplog: pytest.LogCaptureFixture) -> None:
+    """It drops what finds no room until the learner is back, which then gets what the buffer holds."""
+    first, again = LeavingScript(hears=4, acks=4), Script()
+    scripts: Iterator[Script] = iter([first])
+    with Peer(lambda conn: next(scripts, again)(conn)) as peer:
+        sink = sink_for(peer, on_error="warn", reconnect=PATIENCE_S, resend_at_close=False, **rows(10))
+        sink.connect()
+        peer.refuse()
+        sink.send(batch(0, 1, 2, 3))
+        eventually(lambda: any("connection lost" in text for text in caplog.messages))
+        began = time.monotonic()
+        sink.send(batch(*range(4, 24)))  # 4 are acked, and the buffer holds 10
+        for number in range(24, 44):
+            sink.send(batch(number))
+        assert time.monotonic() - began < 1.0
+        assert (sink.stats().samples_sent, sink.stats().dropped) == (14, 30)
+        full = [text for text in caplog.messages if "the buffer is full: samples are dropped" in text]
+        assert len(full) == 1
+        peer.listen()
+        sink.wait(PATIENCE_S)
+        sink.send(batch(44))
+        sink.wait(PATIENCE_S)
+        assert (sink.stats().samples_acked, sink.stats().dropped) == (15, 30)
+        assert any("connected again; 30 samples were dropped" in text for text in caplog.messages)
+        sink.close()
+        assert again.received_ids() == [*range(14), 44]
+
+
+def test_warn_notices_a_connection_that_is_lost_while_a_send_waits() -> None:
+    """At most a second of a training loop is lost to it."""
+    leave = threading.Event()
+
+    class StuckScript(Script):
+        def converse(self, conn: PeerConnection) -> None:
+            conn.receive(10 * SIZE)
+            assert leave.wait(PATIENCE_S)
+            conn.close()
+
+    with Peer(StuckScript()) as peer:
+        sink = sink_for(peer, on_error="warn", reconnect=PATIENCE_S, resend_at_close=False, **rows(10)).connect()
+        peer.refuse()
+        sink.send(batch(*range(10)))
+        sender = threading.Thread(target=sink.send, args=(batch(10, 11),))
+        sender.start()
+        sender.join(SHORT_S)
+        assert sender.is_alive(), "a learner that only acks nothing is waited for"
+        began = time.monotonic()
+        leave.set()
+        sender.join(PATIENCE_S)
+        assert time.monotonic() - began < 1.0
+        assert (sink.stats().samples_sent, sink.stats().dropped) == (10, 2)
+        with pytest.raises(DeliveryTimeoutError):
+            sink.wait(0)
+        with contextlib.suppress(DeliveryTimeoutError):
+            sink.close(0)

@@ -95,6 +95,11 @@ class Balancer:
         lost = (learner.route.closed for learner in self._learners)
         return all(lost) if self._failover_enabled else any(lost)
 
+    @property
+    def reconnecting(self) -> bool:
+        lost = (learner.is_disconnected for learner in self._learners)
+        return not self.closed and (all(lost) if self._failover_enabled else any(lost))
+
     def counts(self) -> Counts:
         return self._failover.counts(all_lost=self._is_lost)
 

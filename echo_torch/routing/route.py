@@ -45,6 +45,10 @@ class Route(Protocol):
     def closed(self) -> bool:
         """Whether nothing more can be sent, as far as is known."""
 
+    @property
+    def reconnecting(self) -> bool:
+        """Whether the connection is lost and is being opened again, so that room comes only after that."""
+
     def send_match(self, match: Match, *, timeout: Deadline) -> None:
         """Send the samples of a batch; raises ConnectionClosedError or DeliveryTimeoutError."""
 
@@ -67,6 +71,9 @@ class OtherClientRoute:
         spec: what a sample is.
         peer: how messages name the learner.
     """
+
+    # Such a client does not open its connection again.
+    reconnecting = False
 
     def __init__(self, client: Client, spec: SampleSpec, peer: str) -> None:
         # The client.
@@ -184,6 +191,7 @@ class NoRoute:
 
     # Nothing can be sent.
     closed = True
+    reconnecting = False
 
     def __init__(self, peer: str = "", lost: bool = False) -> None:
         # How messages name the learner.

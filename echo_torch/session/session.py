@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from echo_torch.errors import ConnectionClosedError, raise_first
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
 from echo_torch.metrics.stats import SinkStats
 from echo_torch.processes.child import CHILD_CLOSE_S, FlagFiles, Reporter, find_parent_pid
 from echo_torch.processes.parent import ChildProcesses
@@ -32,6 +32,9 @@ from .totals import Totals
 from .watermark import Watermark
 
 _log = logging.getLogger(__name__)
+
+# Seconds after which a `send` without room looks whether the connection is lost, with ``on_error="warn"``.
+LOSS_CHECK_S = 0.25
 
 
 class _StillConnectingError(TimeoutError):
@@ -64,6 +67,8 @@ class Session:
         self._first_batch_logged = False
         # Whether the learner is lost and the log says so; stays False if the loss is raised instead.
         self._learner_gone = False
+        # Samples dropped since the connection was lost, while it was being opened again.
+        self._dropped_while_lost = 0
         # The highest step up to which everything is acked.
         self._watermark = Watermark()
         # The children that send for the same sink.
@@ -152,14 +157,40 @@ class Session:
                 raise
             self.count_dropped(match.rows, error)
             return None
-        try:
-            route.send_match(match, timeout=deadline)
-            return route
-        except ConnectionClosedError as error:
-            if self._raise_on_loss or self.closed:
-                raise
-            self.count_dropped(match.rows - error.rows_accepted, error)
-            return None
+        done = 0
+        while True:
+            # With ``on_error="warn"``, do not sit out a lost connection in a full buffer. Look for it now and then.
+            # Not if the rows go to several learners: those that are left are then no simple end of the batch.
+            limit = deadline
+            if not self._raise_on_loss and match.shards is None:
+                limit = deadline.within(0.0 if route.reconnecting else LOSS_CHECK_S)
+            try:
+                route.send_match(match.slice_rows(done, match.rows) if done else match, timeout=limit)
+                if self._dropped_while_lost:
+                    _log.warning("%s: connected again; %d samples were dropped", self.peer, self._dropped_while_lost)
+                    self._dropped_while_lost = 0
+                return route
+            except ConnectionClosedError as error:
+                if self._raise_on_loss or self.closed:
+                    raise
+                self.count_dropped(match.rows - done - error.rows_accepted, error)
+                return None
+            except DeliveryTimeoutError as error:
+                done += error.rows_accepted
+                if not self._raise_on_loss and route.reconnecting:
+                    self._drop_while_lost(match.rows - done)
+                    return None
+                if limit is deadline or deadline.expired or not limit.expired:
+                    error.rows_accepted = done
+                    raise
+
+    def _drop_while_lost(self, rows: int) -> None:
+        """Count samples as dropped for which there is no room until the connection stands again; log the first."""
+        if not self._dropped_while_lost:
+            what = "the connection is lost and the buffer is full: samples are dropped until it is open again"
+            _log.warning("%s: %s (on_error='warn')", self.peer, what)
+        self._dropped_while_lost += rows
+        self.count_dropped(rows)
 
     def _report_sent(self) -> None:
         """Report the number of samples sent to the parent, if there is one.
