@@ -30,7 +30,7 @@ from .support.deadline import NEVER, as_deadline
 from .support.tracing import disable_compile, is_profiling, profiler_range
 from .support.validation import check_count, check_seconds, check_timeout
 from .tee import Tee
-from .wire.connect import expand_addresses
+from .wire.connect import pair_hosts_and_ports
 from .wire.tls import TLS, check_tls
 from .workers import LoaderSender, SinkCollate
 
@@ -124,7 +124,7 @@ class EchoSink(LoaderSender):
         resend_at_close: bool = True,
         tls: TLS | None = None,
     ) -> None:
-        addresses = expand_addresses(host, port)
+        addresses = pair_hosts_and_ports(host, port)
         check_routing(route, failover)
         for name, function in {"select": select, "client": client}.items():
             if not callable(function) and not (name == "select" and function is None):

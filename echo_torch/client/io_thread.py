@@ -20,7 +20,7 @@ from typing import Any
 from echo_torch.errors import ConnectionClosedError, HandshakeError, SpecMismatchError
 from echo_torch.support import shutdown
 from echo_torch.support.deadline import Deadline
-from echo_torch.wire.connect import close_socket
+from echo_torch.wire.connect import shutdown_and_close
 from echo_torch.wire.keepalive import unreachable_reason
 
 from .connection import COALESCE_S, Connection
@@ -98,7 +98,7 @@ class IoThread:
         # Ctrl-C strikes the main thread only. ``Thread.start`` waits in Python code, which an interrupt can leave with
         # a lock held, and an interrupted ``socketpair`` can leave descriptors that nobody owns. So a helper thread
         # calls both, and this thread waits for it in C code.
-        shutdown.register_child_finalizer()
+        shutdown.ensure_child_finalizer()
         started = threading.Lock()
         outcome: list[BaseException] = []
 
@@ -214,7 +214,7 @@ class IoThread:
                 was_coalescing, connection.is_coalescing = connection.is_coalescing, False
                 written = ring.written
                 # Copies first: rows whose copy is done can be written by this very pump. Only this thread may ask
-                # (`accelerator.query_from_dedicated_thread`).
+                # (`accelerator.dedicate_thread_and_query`).
                 try:
                     ring.poll_copies()
                 except RuntimeError as error:
@@ -314,7 +314,7 @@ class IoThread:
         connection, cause = self._connection, self._connection.lost_error
         # Unregister before closing: the descriptor's number may belong to another file right after.
         connection.ack_poller.set_socket(None)
-        close_socket(connection.pump.sock)
+        shutdown_and_close(connection.pump.sock)
         text = "%s: connection lost (%s); trying for up to %g s to reconnect, %d samples un-acked"
         _log_safely(logging.WARNING, text, self.peer, cause, reconnector.give_up_after_s, connection.unacked)
         try:
@@ -348,7 +348,7 @@ class IoThread:
         connection = self._connection
         with connection.io_lock:
             failed = connection.failure is not None
-            close_socket(connection.pump.sock)
+            shutdown_and_close(connection.pump.sock)
             connection.ended_at = time.monotonic()
         # If samples may be lost, and no call may come any more to raise that, log it.
         if connection.at_risk and (self.abandoned or (failed and not connection.failure_will_be_reported)):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from echo_torch.support.backoff import Backoff
 from echo_torch.support.deadline import POLL_INTERVAL_S, Deadline, RevocableDeadline
-from echo_torch.wire.connect import may_pass
+from echo_torch.wire.connect import is_transient
 from echo_torch.wire.tls import TLSFileError
 
 # Seconds between tries: the first pause and the longest. After a hiccup, nobody notices the first. With the longest, a
@@ -100,7 +100,7 @@ class Reconnector:
             try:
                 sock = self._dial(deadline.within(self._try_timeout))
             except (OSError, TLSFileError) as error:
-                if isinstance(error, OSError) and not may_pass(error, was_connected=True):
+                if isinstance(error, OSError) and not is_transient(error, was_connected=True):
                     raise
                 last_error = error
             else:

@@ -22,10 +22,10 @@ from echo_torch.ring.ring import SERVER_QUEUE_SAMPLES, Ring, rows_in_buffer
 from echo_torch.ring.staging import Stager, StagingError
 from echo_torch.samples.leaf import Array
 from echo_torch.samples.pytree import flatten
-from echo_torch.samples.spec import Match, SampleSpec, check_numpy
+from echo_torch.samples.spec import Match, SampleSpec, check_numpy_leaves
 from echo_torch.support.deadline import Deadline, Timeout, as_deadline
 from echo_torch.support.validation import check_count, check_seconds, check_timeout
-from echo_torch.wire.connect import close_socket, connect_and_handshake, peer_name
+from echo_torch.wire.connect import connect_and_handshake, peer_name, shutdown_and_close
 from echo_torch.wire.tls import TLS, check_tls
 
 from .io_thread import IoThread
@@ -118,7 +118,7 @@ class TcpClient(Sender):
         retry_refused: bool = False,
         tls: TLS | None = None,
     ) -> None:
-        check_numpy(data_sample)
+        check_numpy_leaves(data_sample)
         # The structure, shapes and dtypes of one sample.
         self._spec = SampleSpec(data_sample, root="data")
         window = check_count("max_inflight_msgs", max_inflight_msgs, least=1)
@@ -157,7 +157,7 @@ class TcpClient(Sender):
             # When the client is dropped, the thread delivers the rest. At exit, `shutdown` sees to that instead.
             weakref.finalize(self, _mark_abandoned, self._io_thread).atexit = False
         except BaseException:
-            close_socket(sock)
+            shutdown_and_close(sock)
             raise
         # Start the thread last, when everything that it uses is in place. A failed start closes the socket by itself.
         self._io_thread.start()
@@ -309,7 +309,7 @@ def _dial(
         spec.check_server(theirs, peer_name(host, port))
         return sock
     except BaseException:
-        close_socket(sock)
+        shutdown_and_close(sock)
         raise
 
 

@@ -40,7 +40,7 @@ class TlsPump(Pump):
     def __init__(self, sock: socket.socket, ring: Ring, window: int, latencies: LatencyHistogram | None = None) -> None:
         super().__init__(sock, ring, window, latencies)
         # Encrypted bytes in memory just before the `encrypt` that `_send_results` records.
-        self._unflushed_before = 0
+        self._outgoing_before = 0
         # Whether the ack buffer may hold acks that the counters do not contain.
         self._decrypting = False
 
@@ -100,7 +100,7 @@ class TlsPump(Pump):
                 return
             view = ring.unwritten_view(self._partial_bytes, limit, min(max_bytes, MAX_ENCRYPT_BYTES))
             # Record the intent before the call: after an interrupt, `_recover_encrypted` finds out what happened.
-            self._unflushed_before = self.sock.unflushed_bytes
+            self._outgoing_before = self.sock.outgoing_pending
             self._send_results.append(len(view))
             encrypted = self.sock.encrypt(view)
             self._send_results[0] = encrypted
@@ -122,7 +122,7 @@ class TlsPump(Pump):
         Raises:
             ConnectionClosedError: some of them, which OpenSSL does only in a mode that nothing here enables.
         """
-        encrypted = self.sock.unflushed_bytes - self._unflushed_before
+        encrypted = self.sock.outgoing_pending - self._outgoing_before
         # No new bytes: the interrupt came before the encryption.
         if self._send_results and not encrypted:
             self._send_results.clear()

@@ -77,7 +77,7 @@ class DeviceCopy:
         self._event = self._stream.record_event()
 
     def done(self) -> bool:
-        return self._event is not None and self._free_if_done(accelerator.query_from_dedicated_thread(self._event))
+        return self._event is not None and self._free_if_done(accelerator.dedicate_thread_and_query(self._event))
 
     def has_stopped(self) -> bool:
         # An interrupt may have stopped the caller before it recorded the event. An event recorded now comes after

@@ -124,7 +124,7 @@ def to_wire_array(value: Any, leaf: Leaf, root: str) -> Array:
                 accelerator.check_usable(value.device)
             try:
                 if covers_all_elements(value):
-                    return to_host(value, leaf)
+                    return tensor_to_wire_array(value, leaf)
             except Exception as error:  # a subclass of Tensor may raise anything
                 checked_dtypes(value, root + leaf.path)  # raises a more precise error, if it knows one
                 raise _unreadable_error(value, root + leaf.path, error) from None
@@ -146,7 +146,7 @@ def to_wire_array(value: Any, leaf: Leaf, root: str) -> Array:
     return np.broadcast_to(_WRONG_DTYPE, shape_of(value))
 
 
-def to_host(tensor: torch.Tensor, leaf: Leaf) -> Array:
+def tensor_to_wire_array(tensor: torch.Tensor, leaf: Leaf) -> Array:
     """Return a tensor of the leaf's dtype as an array of its wire dtype; blocks until it is copied from its device."""
     if not leaf.torch_only:
         return tensor.numpy(force=True)

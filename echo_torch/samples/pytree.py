@@ -34,11 +34,11 @@ def in_transform_or_fake_mode() -> bool:
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Return the leaves and the treespec, after opening containers that optree takes for leaves."""
-    leaves, treespec, _ = flatten_with_opened(tree)
+    leaves, treespec, _ = flatten_with_opened_flag(tree)
     return leaves, treespec
 
 
-def flatten_with_opened(tree: Any) -> tuple[list[Any], Any, bool]:
+def flatten_with_opened_flag(tree: Any) -> tuple[list[Any], Any, bool]:
     """Return what `flatten` does, and whether any container had to be opened."""
     leaves, treespec = optree.tree_flatten(tree)
     # Most trees have nothing to open. Only the others pay for a second pass.

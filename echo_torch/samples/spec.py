@@ -28,14 +28,14 @@ from .leaf import (
     covers_all_elements,
     in_native_order,
     shape_of,
-    to_host,
+    tensor_to_wire_array,
     to_wire_array,
     uncovered_error,
 )
 from .mismatch import leaves_error, server_spec_error, structure_error
 from .pytree import (
     flatten,
-    flatten_with_opened,
+    flatten_with_opened_flag,
     format_key_path,
     has_only_builtin_containers,
     in_transform_or_fake_mode,
@@ -238,7 +238,7 @@ class SampleSpec:
         for array, leaf in zip(match.arrays, self.leaves, strict=True):
             if isinstance(array, torch.Tensor):
                 accelerator.check_usable(array.device)
-                array = to_host(array, leaf)
+                array = tensor_to_wire_array(array, leaf)
             arrays.append(array)
         return arrays
 
@@ -251,7 +251,7 @@ class SampleSpec:
         if flat is None or in_transform_or_fake_mode():
             return None
         types = set(map(type, flat))
-        if types == _TENSORS and accelerator.is_on_accelerator(flat[0]):
+        if types == _TENSORS and accelerator.is_dense_on_accelerator(flat[0]):
             return self._try_fast_device_tensors(flat)
         if self._any_torch_only:
             return None
@@ -273,7 +273,9 @@ class SampleSpec:
     def _try_fast_device_tensors(self, flat: list[Any]) -> list[Any] | None:
         """Return the tensors if all are on an accelerator in the right dtype, else None."""
         pairs = zip(flat, self.leaves, strict=True)
-        if not all(tensor.dtype is leaf.dtype and accelerator.is_on_accelerator(tensor) for tensor, leaf in pairs):
+        if not all(
+            tensor.dtype is leaf.dtype and accelerator.is_dense_on_accelerator(tensor) for tensor, leaf in pairs
+        ):
             return None
         return list(map(self._detach_covered, flat, self.leaves))
 
@@ -288,7 +290,7 @@ class SampleSpec:
         in_transform = in_transform_or_fake_mode()
         values = []
         for value, leaf in zip(flat, self.leaves, strict=True):
-            stays = not in_transform and accelerator.is_on_accelerator(value) and value.dtype is leaf.dtype
+            stays = not in_transform and accelerator.is_dense_on_accelerator(value) and value.dtype is leaf.dtype
             values.append(self._detach_covered(value, leaf) if stays else to_wire_array(value, leaf, self.root))
         return values
 
@@ -324,7 +326,7 @@ class SampleSpec:
         Raises:
             SpecMismatchError: the batch does not have the key paths of the example.
         """
-        flat, treespec, opened = flatten_with_opened(batch)
+        flat, treespec, opened = flatten_with_opened_flag(batch)
         last = self._last_structure
         known = last is not None and treespec == last[0]
         # `_try_flatten_as_last` fails for a batch with a container that had to be opened, even if the structure is the
@@ -411,7 +413,7 @@ def _leaf_example(leaf: Any) -> Any:
     return np.zeros(np.shape(leaf)[1:], np.asarray(leaf).dtype)
 
 
-def check_numpy(data_sample: Any) -> None:
+def check_numpy_leaves(data_sample: Any) -> None:
     """Raise TypeError unless every leaf is a numpy array, as ``echo.TcpClient`` requires of its ``data_sample``."""
     leaves, treespec = flatten(data_sample)
     for leaf, key in zip(leaves, key_paths(treespec), strict=True):

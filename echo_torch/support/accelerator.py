@@ -2,8 +2,8 @@
 
 * Tests replace these functions with those of a fake device.
 * We use the API that all accelerators share, ``torch.accelerator``. CUDA gets its own code only where that API lacks
-  something: to sleep until an event is done, to relax a thread's capture mode (`_relax_capture_mode`), and, on older
-  releases of PyTorch, to find out whether a graph is being captured.
+  something: to sleep until an event is done, to keep a thread's calls out of other threads' captures
+  (`_set_thread_local_capture_mode`), and, on older releases of PyTorch, to find out whether a graph is being captured.
 * A forked child must not use a device that its parent has used, and must not free the parent's pinned memory.
 * While a thread captures a graph, a call to the device from any thread may end the capture. In the capturing thread,
   `check_usable` raises before we make such a call. In threads of our own, `dedicate_thread` prevents this.
@@ -56,7 +56,7 @@ def device_type() -> str | None:
     return None if device is None or device.type in _WITHOUT_STREAMS else device.type
 
 
-def is_on_accelerator(value: Any) -> bool:
+def is_dense_on_accelerator(value: Any) -> bool:
     """Whether ``value`` is a plain, dense tensor on the accelerator."""
     return (
         type(value) in _DENSE_TYPES
@@ -171,7 +171,7 @@ def _set_stream_context(stream: torch.Stream) -> Iterator[None]:
         torch.accelerator.set_device_index(device)
 
 
-def query_from_dedicated_thread(event: torch.Event) -> bool:
+def dedicate_thread_and_query(event: torch.Event) -> bool:
     """Whether all work before ``event`` is done. Only for a thread that does nothing else with devices.
 
     Makes the event's device current in this thread. Otherwise querying the event now, or freeing it later, would
@@ -191,11 +191,11 @@ def dedicate_thread(device: torch.device) -> None:
     if device != getattr(_this_thread, "device", None):
         torch.accelerator.set_device_index(device.index)
         if device.type == "cuda":
-            _relax_capture_mode()
+            _set_thread_local_capture_mode()
         _this_thread.device = device
 
 
-def _relax_capture_mode() -> None:
+def _set_thread_local_capture_mode() -> None:
     """Keep this thread's calls from ending another thread's graph capture. By default they may end it."""
     library, function = _CAPTURE_MODE_FUNCTIONS["hip" if torch.version.hip else "cuda"]
     try:

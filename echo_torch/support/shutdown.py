@@ -66,11 +66,11 @@ def unregister_connection(connection: Connection) -> None:
 
 def register_exit_handler(handler: ExitHandler) -> None:
     """Call ``handler`` at exit. Holds only a weak reference, so this keeps no handler alive."""
-    register_child_finalizer()
+    ensure_child_finalizer()
     _exit_handlers.add(handler)
 
 
-def register_child_finalizer() -> None:
+def ensure_child_finalizer() -> None:
     """Make sure that a child of multiprocessing runs our steps at exit.
 
     Such a child ends without `atexit`, but it does run multiprocessing's own finalizers.
@@ -78,10 +78,10 @@ def register_child_finalizer() -> None:
     global _finalizer_pid
     if multiprocessing.parent_process() is not None and _finalizer_pid != os.getpid():
         _finalizer_pid = os.getpid()
-        multiprocessing.util.Finalize(None, _run_at_exit, exitpriority=0)
+        multiprocessing.util.Finalize(None, _on_exit, exitpriority=0)
 
 
-def _run_at_exit() -> None:
+def _on_exit() -> None:
     try:
         _run_all(list(_exit_handlers), Deadline(DELIVER_AT_EXIT_S))
     finally:
@@ -114,5 +114,5 @@ def _detach_all_after_fork() -> None:
     _exit_handlers.clear()
 
 
-atexit.register(_run_at_exit)
+atexit.register(_on_exit)
 os.register_at_fork(after_in_child=_detach_all_after_fork)

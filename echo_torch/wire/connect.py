@@ -117,7 +117,7 @@ def _why_no_host(host: str) -> str:
     return "a name has no such characters" if set(host) & set("[]:@,;") else ""
 
 
-def expand_addresses(host: Any, port: Any) -> Addresses:
+def pair_hosts_and_ports(host: Any, port: Any) -> Addresses:
     """Pair hosts with ports, one address for each learner.
 
     Args:
@@ -129,8 +129,8 @@ def expand_addresses(host: Any, port: Any) -> Addresses:
         ValueError: a port is out of range, a list is empty, the numbers of hosts and ports differ and neither is 1, or
             an address comes twice.
     """
-    hosts = [host] if isinstance(host, str) else _as_list("host", host)
-    ports = _as_list("port", port) if isinstance(port, (list, tuple, range)) else [port]
+    hosts = [host] if isinstance(host, str) else _checked_list("host", host)
+    ports = _checked_list("port", port) if isinstance(port, (list, tuple, range)) else [port]
     if 1 not in (len(hosts), len(ports)) and len(hosts) != len(ports):
         raise ValueError(
             f"host, port: got {len(hosts)} hosts and {len(ports)} ports, expected the same number, or one of either"
@@ -144,7 +144,7 @@ def expand_addresses(host: Any, port: Any) -> Addresses:
     return tuple(pairs)
 
 
-def _as_list(name: str, values: Any) -> list[Any]:
+def _checked_list(name: str, values: Any) -> list[Any]:
     if not isinstance(values, (list, tuple, range)):
         raise TypeError(f"{name}: got {values!r}, expected one, or a list of them")
     if not values:
@@ -161,8 +161,8 @@ def connect_and_handshake(
         host: name, IPv4 or IPv6 address.
         port: 1 to 65535.
         deadline: covers resolving, connecting and all handshakes.
-        retry_refused: try again until the deadline while the server is not there yet, as `may_pass` says. A name that
-            nobody knows is tried for `UNKNOWN_NAME_RETRY_S`.
+        retry_refused: try again until the deadline while the error is a transient one (`is_transient`): the server is
+            not there yet. A name that nobody knows is tried for `UNKNOWN_NAME_RETRY_S`.
         tls: settings for TLS; None for a plain connection.
 
     Returns:
@@ -184,7 +184,7 @@ def connect_and_handshake(
             return _attempt(host, port, peer, deadline, tls)
         except OSError as error:
             left, spent = deadline.remaining(), time.monotonic() - began
-            if not (retry_refused and may_pass(error, tls=tls)):
+            if not (retry_refused and is_transient(error, tls=tls)):
                 raise
             unknown = isinstance(error, socket.gaierror) and error.errno in _UNKNOWN_NAME
             # With so little time left, another try would only time out. This error says more.
@@ -217,7 +217,7 @@ def _tried_in_vain(error: OSError, spent: float) -> OSError:
     return type(error)(error.errno, f"{what}; tried for {spent:.1f} s (connect_timeout)")
 
 
-def may_pass(error: OSError, *, was_connected: bool = False, tls: TLS | None = None) -> bool:
+def is_transient(error: OSError, *, was_connected: bool = False, tls: TLS | None = None) -> bool:
     """Whether an error of connecting may pass, so that another try may succeed.
 
     Args:
@@ -433,7 +433,7 @@ def _handshake_timeout(sock: socket.socket, handshake: Handshake, peer: str, dea
     return TimeoutError(f"{what}{hint}")
 
 
-def close_socket(sock: socket.socket) -> None:
+def shutdown_and_close(sock: socket.socket) -> None:
     """End the connection and free the descriptor, in whatever state the socket is.
 
     Not for a forked child: ``shutdown`` would end its parent's connection.

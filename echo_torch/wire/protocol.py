@@ -131,7 +131,7 @@ class Handshake:
         self._data += data
         self._check_greeting()
         while self.leaves is None and self.missing == 0:
-            self._parse_header()
+            self._parse_next()
 
     def _check_greeting(self) -> None:
         magic = bytes(self._data[: len(MAGIC)])
@@ -142,7 +142,7 @@ class Handshake:
                 f"unsupported echo wire version {self._data[len(MAGIC)]}; this client speaks {VERSION}"
             )
 
-    def _parse_header(self) -> None:
+    def _parse_next(self) -> None:
         """Parse the next header, whose bytes are complete, and set how many bytes the step after it needs."""
         if self._parsed == 0:  # the greeting's own header
             self._arrays_left = _HEADER.unpack_from(self._data)[2]

@@ -54,10 +54,10 @@ class TlsSocket(socket.socket):
     Connect it before the handshake. Until the handshake, and in all methods not defined below, it is a plain socket.
     """
 
-    # Whether `start_tls` has set OpenSSL up.
-    _tls_started = False
+    # Whether `init_tls` has set OpenSSL up.
+    _tls_initialized = False
 
-    def start_tls(self, context: ssl.SSLContext, name: str, tls: TLS) -> None:
+    def init_tls(self, context: ssl.SSLContext, name: str, tls: TLS) -> None:
         """Set up OpenSSL in memory. Sends nothing yet.
 
         Args:
@@ -85,7 +85,7 @@ class TlsSocket(socket.socket):
         self._send_result: deque[int] = deque()
         # How many bytes of that piece are sent.
         self._unsent_offset = 0
-        self._tls_started = True
+        self._tls_initialized = True
 
     @property
     def ssl_object(self) -> ssl.SSLObject:
@@ -95,7 +95,7 @@ class TlsSocket(socket.socket):
     # Sending.
 
     @property
-    def unflushed_bytes(self) -> int:
+    def outgoing_pending(self) -> int:
         """How many encrypted bytes `flush` has not taken yet.
 
         `encrypt` adds to them, and so do OpenSSL's answers to the peer.
@@ -206,7 +206,7 @@ class TlsSocket(socket.socket):
         Without the alert, the peer cannot tell a proper end from a lost connection.
         """
         # Send the alert only if nothing else waits to be sent: it must come after all data.
-        if self._tls_started and not self._unsent and not self.unflushed_bytes:
+        if self._tls_initialized and not self._unsent and not self.outgoing_pending:
             # `unwrap` raises if the peer has not closed its side yet, or if the connection is broken. Ignore both.
             with contextlib.suppress(OSError, ValueError):
                 self._ssl_object.unwrap()
@@ -235,7 +235,7 @@ def do_tls_handshake(sock: TlsSocket, tls: TLS, host: str, peer: str, deadline: 
     try:
         context = tls.context()
         _check_no_greeting(sock, deadline)
-        sock.start_tls(context, name, tls)
+        sock.init_tls(context, name, tls)
         while not _advance_handshake(sock, tls, name):
             _wait_for_peer(sock, peer, deadline)
     except HostnameMismatchError as error:
@@ -304,7 +304,7 @@ def _fetch_certificate_names(sock: TlsSocket, context: ssl.SSLContext, tls: TLS,
         with contextlib.suppress(BlockingIOError):
             other.connect(sock.getpeername())
         if wait_ready(other, select.POLLOUT, deadline):
-            other.start_tls(context, name, tls)
+            other.init_tls(context, name, tls)
             while not _advance_handshake(other, tls, name):
                 _wait_for_peer(other, "", deadline)
             return certificate_names(other.ssl_object)

@@ -73,7 +73,7 @@ class FakeDevice:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         _install(
             monkeypatch,
-            is_on_accelerator=lambda value: id(value) in self._memory,
+            is_dense_on_accelerator=lambda value: id(value) in self._memory,
             current_stream=lambda device: self.current,
             new_stream=lambda device: FakeStream(self),
             run_on_current_stream=self.enqueue,
@@ -168,7 +168,7 @@ def install_immediate_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put all tensors on a device that is never late."""
     _install(
         monkeypatch,
-        is_on_accelerator=lambda value: isinstance(value, torch.Tensor),
+        is_dense_on_accelerator=lambda value: isinstance(value, torch.Tensor),
         current_stream=lambda device: ImmediateStream(),
         new_stream=lambda device: ImmediateStream(),
         run_on_current_stream=lambda work: work(),
@@ -178,7 +178,7 @@ def install_immediate_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _install(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
     functions["empty_pinned"] = lambda size: torch.full((size,), 0xA5, dtype=torch.uint8)
-    functions["query_from_dedicated_thread"] = lambda event: event.query()
+    functions["dedicate_thread_and_query"] = lambda event: event.query()
     functions["check_usable"] = lambda device: None
     for name, function in functions.items():
         monkeypatch.setattr(accelerator, name, function)

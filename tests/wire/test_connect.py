@@ -22,7 +22,13 @@ from echo_torch import EchoSink, TcpClient
 from echo_torch.errors import ConnectionClosedError, HandshakeError
 from echo_torch.support.deadline import Deadline
 from echo_torch.wire import keepalive
-from echo_torch.wire.connect import close_socket, connect_and_handshake, expand_addresses, may_pass, peer_name
+from echo_torch.wire.connect import (
+    connect_and_handshake,
+    is_transient,
+    pair_hosts_and_ports,
+    peer_name,
+    shutdown_and_close,
+)
 from echo_torch.wire.protocol import ACK, WireLeaf
 
 pytestmark = pytest.mark.usefixtures("descriptors")
@@ -430,8 +436,8 @@ class Failing:
 @pytest.mark.parametrize("error", PASSES.values(), ids=PASSES)
 def test_what_may_pass_is_tried_again(error: OSError, monkeypatch) -> None:
     """A container that comes up, a network that is being set up; at the first connect as at any later one."""
-    assert may_pass(error)
-    assert may_pass(error, was_connected=True)
+    assert is_transient(error)
+    assert is_transient(error, was_connected=True)
     with Peer(send_greeting) as peer:
         failing = Failing(monkeypatch, error, (peer.host, peer.port), times=2)
         sock, leaves = connect_and_handshake("learner", 7, Deadline(LONG_TIMEOUT_S), retry_refused=True)
@@ -451,7 +457,7 @@ def test_what_does_not_pass_in_time_is_raised_as_it_is(error: OSError, refusing:
 
 @pytest.mark.parametrize("error", FINAL.values(), ids=FINAL)
 def test_what_cannot_pass_is_raised_at_once(error: OSError, refusing: socket.socket, monkeypatch) -> None:
-    assert not may_pass(error)
+    assert not is_transient(error)
     failing = Failing(monkeypatch, error, refusing.getsockname())
     with pytest.raises(type(error)):
         connect_and_handshake("learner", 7, Deadline(LONG_TIMEOUT_S), retry_refused=True)
@@ -525,7 +531,7 @@ def test_a_host_that_can_be_none_is_refused_with_the_right_form(make: Any, host:
     "host", ["learner", "learner.example.", "a_b-c", "10.0.0.7", "::1", "fe80::1%eth0", "bücher.example"]
 )
 def test_a_host_that_can_be_one_is_taken(host: str) -> None:
-    assert expand_addresses(host, 50051) == ((host, 50051),)
+    assert pair_hosts_and_ports(host, 50051) == ((host, 50051),)
 
 
 def test_a_refused_connection_is_not_retried_by_default(refusing: socket.socket, monkeypatch) -> None:
@@ -720,9 +726,9 @@ def test_close_socket_frees_the_socket_in_any_state(state: str) -> None:
             assert gone.wait(PATIENCE_S)
         if state == "closed":
             sock.close()
-        close_socket(sock)
+        shutdown_and_close(sock)
         assert sock.fileno() == -1
-        close_socket(sock)
+        shutdown_and_close(sock)
 
 
 def test_close_socket_is_seen_by_the_peer_although_a_copy_is_open() -> None:
@@ -736,7 +742,7 @@ def test_close_socket_is_seen_by_the_peer_although_a_copy_is_open() -> None:
     with Peer(listen) as peer:
         sock = socket.create_connection((peer.host, peer.port))
         with sock.dup():
-            close_socket(sock)
+            shutdown_and_close(sock)
             assert saw_eof.wait(PATIENCE_S)
 
 
@@ -755,7 +761,7 @@ def test_close_socket_is_seen_by_the_peer_although_a_copy_is_open() -> None:
     ],
 )
 def test_a_single_host_or_port_goes_with_all_of_the_other(host: Any, port: Any, expected: Any) -> None:
-    assert expand_addresses(host, port) == expected
+    assert pair_hosts_and_ports(host, port) == expected
 
 
 @pytest.mark.parametrize(
@@ -774,7 +780,7 @@ def test_a_single_host_or_port_goes_with_all_of_the_other(host: Any, port: Any, 
 )
 def test_bad_addresses_are_named(host: Any, port: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind) as caught:
-        expand_addresses(host, port)
+        pair_hosts_and_ports(host, port)
     assert message in str(caught.value)
 
 

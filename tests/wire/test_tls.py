@@ -543,7 +543,7 @@ def test_undecrypted_bytes_are_not_read_without_limit(tls: TLS) -> None:
         address = (socket.AF_INET, ("127.0.0.1", peer.port))
         with connect([address], "it", deadline, TlsSocket) as sock:
             assert isinstance(sock, TlsSocket)
-            sock.start_tls(tls.context(), "127.0.0.1", tls)
+            sock.init_tls(tls.context(), "127.0.0.1", tls)
             for _ in range(100):
                 assert wait_ready(sock, select.POLLIN, deadline)
                 sock.receive_encrypted()
