@@ -153,6 +153,20 @@ class SinkStats:
     peers: tuple[PeerStats, ...] = _uncompared_field(())
     """The counts of each learner."""
 
+    def __str__(self) -> str:
+        """A few aligned lines for people: counts, rates, latency, verdict; ``repr`` has everything."""
+        lines = {
+            "samples": f"{self.samples_sent:,} sent, {self.samples_acked:,} acked, {self.in_flight:,} in flight, "
+            f"{self.dropped:,} dropped",
+            "bytes": f"{self.bytes_sent / 1e6:,.1f} MB sent, {self.bytes_acked / 1e6:,.1f} MB acked",
+            "rate": f"{self.sent_per_second:,.0f} samples/s sent, {self.acked_per_second:,.0f} acked",
+            "ack after": f"{self.ack_p50_seconds * 1e3:,.1f} ms (median), {self.ack_p99_seconds * 1e3:,.1f} ms (99 %)",
+            "losses": f"{self.reconnects:,} reconnects, {self.resent:,} sent again, at most {self.maybe_duplicated:,} "
+            f"stored twice and {self.maybe_lost:,} lost",
+            "verdict": self.bottleneck,
+        }
+        return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
     @property
     def bottleneck(self) -> str:
         """What limits the rate, in words: the learner, the network, the device or the training, and by how much.

@@ -111,6 +111,8 @@ class SampleSpec:
     """
 
     def __init__(self, example: Any, root: str = "batch") -> None:
+        if example is None:
+            raise TypeError("example: got None, expected one sample, such as dataset[0]")
         # What error messages call the data.
         self.root = root
         # The structure of the example. Containers that optree takes for leaves are dicts in it.

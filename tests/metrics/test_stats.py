@@ -316,3 +316,19 @@ def test_an_ack_is_of_all_rows_written_before_it() -> None:
     histogram.record_acked(999, 10.0)
     assert sum(histogram.counts) == 5
     assert math.isclose(quantile(histogram.counts, 1.0), 9.0, rel_tol=0.21)
+
+
+def test_printed_stats_are_a_few_aligned_lines() -> None:
+    stats = SinkStats(
+        12_345, 493_800, 12_000, 480_000, 345, 6, 0.0, reconnects=2, resent=40, maybe_duplicated=48, maybe_lost=1,
+        ack_p50_seconds=0.0012, ack_p99_seconds=0.0345, sent_per_second=1234.4, acked_per_second=1200.0,
+    )  # fmt: skip
+    assert str(stats).splitlines() == [
+        "samples   12,345 sent, 12,000 acked, 345 in flight, 6 dropped",
+        "bytes     0.5 MB sent, 0.5 MB acked",
+        "rate      1,234 samples/s sent, 1,200 acked",
+        "ack after 1.2 ms (median), 34.5 ms (99 %)",
+        "losses    2 reconnects, 40 sent again, at most 48 stored twice and 1 lost",
+        "verdict   idle: nothing was sent",
+    ]
+    assert repr(stats).startswith("SinkStats(samples_sent=12345, ")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import default_collate
 
-from echo_torch import SpecMismatchError, numpy_example
+from echo_torch import EchoSink, SpecMismatchError, numpy_example
 from echo_torch.samples.pytree import flatten
 from echo_torch.samples.spec import SampleSpec
 from echo_torch.wire.protocol import MAX_ARRAYS, WireLeaf, WireLeaves, encode_handshake
@@ -225,7 +225,12 @@ def test_numpy_example_is_zeroed_and_keeps_the_structure() -> None:
     assert got["r"] == {"act": np.zeros(()), "obs": np.zeros((), np.int64)}
 
 
-@pytest.mark.parametrize("example", [{}, None, {"x": torch.zeros(0, 3)}, [None, np.zeros((2, 0))]], ids=repr)
+def test_no_example_is_refused_as_that() -> None:
+    with pytest.raises(TypeError, match=r"^example: got None, expected one sample, such as dataset\[0\]$"):
+        EchoSink("learner", 7, None)
+
+
+@pytest.mark.parametrize("example", [{}, {"x": torch.zeros(0, 3)}, [None, np.zeros((2, 0))]], ids=repr)
 def test_a_sample_without_bytes_is_refused(example: Any) -> None:
     """The server would flood the client with acks for it."""
     with pytest.raises(ValueError, match="no bytes"):
