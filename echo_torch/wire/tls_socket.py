@@ -39,6 +39,12 @@ NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 MAX_ENCRYPT_BYTES = 256 * 1024
 # The most bytes that one system call reads.
 _READ_BYTES = 64 * 1024
+# The most bytes that a peer may send before data comes: more than its certificates, its session tickets and one record.
+# A flood of key updates, of which each costs us new keys and perhaps an answer, ends there.
+MAX_BYTES_WITHOUT_DATA = 256 * 1024
+# The most encrypted bytes that may wait for a peer that does not read: one `encrypt`, and as much again for OpenSSL's
+# answers to that peer.
+MAX_UNFLUSHED_BYTES = 2 * MAX_ENCRYPT_BYTES
 # Before our TLS handshake, we wait for a greeting: this many seconds plus this many round trips. A TLS server sends no
 # greeting. A plain echo server sends one at once, and would read our TLS handshake as samples. One round trip is for
 # the greeting's way here, and one is for delays.
@@ -85,6 +91,8 @@ class TlsSocket(socket.socket):
         self._send_result: deque[int] = deque()
         # How many bytes of that piece are sent.
         self._unsent_offset = 0
+        # Bytes received since there was data; an interrupt may lose some of the count.
+        self._bytes_without_data = 0
         self._tls_initialized = True
 
     @property
@@ -154,9 +162,15 @@ class TlsSocket(socket.socket):
 
         Raises:
             OSError: the connection is lost.
+            ConnectionClosedError: the peer sends records without end and no data, or does not read our answers.
         """
+        if self._bytes_without_data > MAX_BYTES_WITHOUT_DATA:
+            raise ConnectionClosedError(f"the peer sent {self._bytes_without_data} bytes of TLS records without data")
+        if self._outgoing.pending > MAX_UNFLUSHED_BYTES:
+            raise ConnectionClosedError(f"the peer left {self._outgoing.pending} bytes of TLS records unread")
         if self.at_eof or self._incoming.pending >= _READ_BYTES:
             return
+        pending = self._incoming.pending
         try:
             # The `map`s move the bytes from the kernel into memory in C, so no interrupt can lose them.
             if not any(map(self._incoming.write, map(super().recv, (_READ_BYTES,)))):
@@ -164,6 +178,7 @@ class TlsSocket(socket.socket):
                 self._incoming.write_eof()
         except BlockingIOError:
             pass
+        self._bytes_without_data += self._incoming.pending - pending
 
     def decrypt_into(self, buffer: bytearray) -> int:
         """Decrypt received bytes into ``buffer``; return how many, or 0 if the peer has closed TLS properly.
@@ -172,7 +187,9 @@ class TlsSocket(socket.socket):
             ssl.SSLWantReadError: no complete record is there.
             ssl.SSLError: the connection is broken, or the peer hung up without closing TLS.
         """
-        return self._ssl_object.read(len(buffer), buffer)  # type: ignore[return-value]
+        count: int = self._ssl_object.read(len(buffer), buffer)  # type: ignore[assignment]
+        self._bytes_without_data = 0
+        return count
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Return up to ``size`` decrypted bytes, or ``b""`` if the peer has hung up. Ignores ``flags``.
@@ -194,6 +211,7 @@ class TlsSocket(socket.socket):
             if permanent is None:
                 raise
             raise permanent from error
+        self._bytes_without_data = 0
         # Reading may have made OpenSSL answer the peer.
         self.flush()
         return data

@@ -8,17 +8,18 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import re
 import select
 import socket
 import ssl
 import struct
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optree
 import pytest
 from calls import HANG_TIMEOUT_S, Gate, eventually, running
 from cutting import Cutter
@@ -26,6 +27,7 @@ from learner_process import Learner
 from numbered import FILLER, digest, example, fillers, samples
 from peers import Peer, PeerConnection, Script, Scripts, greeting
 from terminator import Terminator, server_context
+from tls_records import ServerRecords, log_secrets
 from torch.utils.data import DataLoader
 
 from echo_torch import (
@@ -41,7 +43,8 @@ from echo_torch.cli import main
 from echo_torch.support.deadline import Deadline
 from echo_torch.wire.connect import connect, do_handshake
 from echo_torch.wire.poll import wait_ready
-from echo_torch.wire.tls_socket import TlsSocket, do_tls_handshake
+from echo_torch.wire.protocol import ACK
+from echo_torch.wire.tls_socket import MAX_BYTES_WITHOUT_DATA, MAX_UNFLUSHED_BYTES, TlsSocket, do_tls_handshake
 
 SIZE = 29
 SHORT_TIMEOUT_S = 0.3
@@ -553,51 +556,6 @@ def test_undecrypted_bytes_are_not_read_without_limit(tls: TLS) -> None:
     assert said - left < 1 << 18
 
 
-FLOOD_S = 1.5
-"""Seconds that a peer floods."""
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_a_flood_of_key_updates_costs_no_memory(certificates: Path, tls: TLS) -> None:
-    """Each asks for one in return. OpenSSL's own server sends them, one for each line that begins with K."""
-    certificate = str(certificates / "server.pem")
-    server = subprocess.Popen(
-        ["openssl", "s_server", "-tls1_3", "-accept", "127.0.0.1:0", "-cert", certificate, "-key", certificate],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-    try:
-        port = int(next(line for line in server.stdout if b"ACCEPT" in line).split(b":")[1])
-        server.stdin.write(greeting(example(SIZE)))  # s_server sends it once a client has connected
-        server.stdin.flush()
-        client = client_to(port, tls)
-        client.send({name: leaf[0] for name, leaf in samples(0, 1, SIZE).items()})
-        before, cpu_before, updates = resident_bytes(), time.process_time(), 0
-        deadline = Deadline(FLOOD_S)
-        while not deadline.expired:
-            server.stdin.write(b"K\n")
-            server.stdin.flush()
-            updates += 1
-            time.sleep(0.0005)
-        assert updates > 200
-        assert not client.closed
-        assert resident_bytes() - before < 8 << 20
-        assert time.process_time() - cpu_before < FLOOD_S
-        began = time.monotonic()
-        with pytest.raises(DeliveryTimeoutError, match="1 samples un-acked"):
-            client.close(SHORT_TIMEOUT_S)
-        assert time.monotonic() - began < HANG_TIMEOUT_S
-    finally:
-        server.kill()
-        server.communicate()
-
-
 def test_a_stalled_handshake_can_be_cancelled(certificates: Path, tls: TLS, descriptors: None) -> None:
     """Here by closing a client that reconnects."""
     stalling = Gate()
@@ -665,6 +623,132 @@ def test_no_busy_loop_while_the_socket_is_full(certificates: Path, tls: TLS) -> 
         going.open()
         client.wait(HANG_TIMEOUT_S)
         assert peer.connections[0].received == rows.tobytes()
+
+
+# Floods: the peer is not trusted.
+
+
+def records_script(
+    script: Callable[[PeerConnection, ServerRecords, socket.socket], None], certificates: Path, folder: Path
+) -> Script:
+    """The script of a peer that makes its records by hand, and sends them by the socket below TLS."""
+    context = server_context(str(certificates / "server.pem"))
+    secrets = folder / "secrets"
+    log_secrets(context, secrets)
+
+    def run(conn: PeerConnection) -> None:
+        conn.sock = context.wrap_socket(conn.sock, server_side=True)
+        with socket.socket(fileno=os.dup(conn.sock.fileno())) as plain:
+            plain.settimeout(HANG_TIMEOUT_S)
+            script(conn, ServerRecords(secrets), plain)
+
+    return run
+
+
+def flood(_: PeerConnection, records: ServerRecords, plain: socket.socket) -> None:
+    """Key updates without end, and no answer is read."""
+    while True:
+        plain.sendall(b"".join(records.key_update() for _ in range(100)))
+
+
+def bytes_without_data(error: Exception) -> int:
+    found = re.search(r"the peer sent (\d+) bytes of TLS records without data", str(error))
+    assert found, error
+    return int(found[1])
+
+
+def test_a_flood_of_key_updates_ends_the_connection(
+    certificates: Path, tls: TLS, tmp_path: Path, descriptors: None
+) -> None:
+    """Nothing that waits for acks waits longer, and no more is held in memory than what was received."""
+
+    def script(conn: PeerConnection, records: ServerRecords, plain: socket.socket) -> None:
+        plain.sendall(records.data(greeting(example(SIZE))))
+        conn.receive(SIZE)
+        flood(conn, records, plain)
+
+    with Peer(records_script(script, certificates, tmp_path)) as peer:
+        client = client_to(peer.port, tls)
+        client.send({name: leaf[0] for name, leaf in samples(0, 1, SIZE).items()})
+        with pytest.raises(ConnectionClosedError) as caught:
+            client.wait(HANG_TIMEOUT_S)
+        assert 0 < bytes_without_data(caught.value) - MAX_BYTES_WITHOUT_DATA <= 1 << 16
+        assert caught.value.unacked == 1
+        began = time.monotonic()
+        client.close()
+        assert time.monotonic() - began < HANG_TIMEOUT_S / 2
+
+
+def test_a_flood_of_key_updates_does_not_hold_up_close(certificates: Path, tls: TLS, tmp_path: Path) -> None:
+    """Of a client that has nothing to read, and so reads nothing of it."""
+
+    def script(conn: PeerConnection, records: ServerRecords, plain: socket.socket) -> None:
+        plain.sendall(records.data(greeting(example(SIZE))))
+        flood(conn, records, plain)
+
+    with Peer(records_script(script, certificates, tmp_path)) as peer:
+        client = client_to(peer.port, tls)
+        began = time.monotonic()
+        client.close()
+        assert time.monotonic() - began < HANG_TIMEOUT_S / 2
+
+
+def test_a_flood_of_key_updates_in_place_of_a_greeting(
+    certificates: Path, tls: TLS, tmp_path: Path, descriptors: None
+) -> None:
+    with Peer(records_script(flood, certificates, tmp_path)) as peer:
+        with pytest.raises(ConnectionClosedError, match="broke the connection off during the handshake: ") as caught:
+            client_to(peer.port, tls, connect_timeout=HANG_TIMEOUT_S)
+        assert 0 < bytes_without_data(caught.value) - MAX_BYTES_WITHOUT_DATA <= 1 << 16
+
+
+def test_key_updates_between_acks_are_answered(certificates: Path, tls: TLS, tmp_path: Path) -> None:
+    """However many, as long as there are acks: this is more than a flood may be."""
+    rounds, updates = 12, 1000
+
+    def script(conn: PeerConnection, records: ServerRecords, plain: socket.socket) -> None:
+        plain.sendall(records.data(greeting(example(SIZE))))
+        for _ in range(rounds):
+            conn.receive(SIZE)
+            plain.sendall(b"".join(records.key_update() for _ in range(updates)) + records.data(ACK))
+        conn.receive_all()
+
+    assert rounds * updates * 27 > MAX_BYTES_WITHOUT_DATA
+    with Peer(records_script(script, certificates, tmp_path)) as peer, client_to(peer.port, tls) as client:
+        sent = samples(0, rounds, SIZE)
+        for number in range(rounds):
+            client.send({name: leaf[number] for name, leaf in sent.items()})
+            client.wait(HANG_TIMEOUT_S)
+    assert peer.connections[0].received == b"".join(
+        leaf[number].tobytes() for number in range(rounds) for leaf in optree.tree_leaves(sent)
+    )
+
+
+def test_answers_that_the_peer_does_not_read_are_bounded(certificates: Path, tls: TLS, tmp_path: Path) -> None:
+    """There is data between its key updates, so only the answers count; here, nothing sends them."""
+
+    def script(_: PeerConnection, records: ServerRecords, plain: socket.socket) -> None:
+        while True:
+            plain.sendall(b"".join(records.key_update() for _ in range(5000)) + records.data(ACK))
+
+    deadline = Deadline(HANG_TIMEOUT_S)
+    with Peer(records_script(script, certificates, tmp_path)) as peer:
+        address = (socket.AF_INET, ("127.0.0.1", peer.port))
+        with connect([address], "it", deadline, TlsSocket) as sock:
+            assert isinstance(sock, TlsSocket)
+            do_tls_handshake(sock, tls, "127.0.0.1", "it", deadline)
+            with pytest.raises(ConnectionClosedError, match="bytes of TLS records unread"):
+                read_without_flushing(sock, deadline)
+            assert 0 < sock.outgoing_pending - MAX_UNFLUSHED_BYTES <= 1 << 17
+
+
+def read_without_flushing(sock: TlsSocket, deadline: Deadline) -> None:
+    acks = bytearray(16)
+    while wait_ready(sock, select.POLLIN, deadline):
+        sock.receive_encrypted()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while sock.decrypt_into(acks):
+                pass
 
 
 # Processes.
