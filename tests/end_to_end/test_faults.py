@@ -413,7 +413,9 @@ def test_a_server_that_is_killed_and_starts_again_gets_what_was_not_stored(
             assert (counts.reconnects, counts.resent, counts.maybe_duplicated, counts.maybe_lost) == (1, 40, 40, 0)
             lost, warning = warnings_of(caplog)
             assert lost.startswith(f"{sender.peer}: connection lost")
-            assert "32 samples un-acked" in lost
+            unacked = re.search(r", (\d+) samples un-acked$", lost)  # of those sent meanwhile, some may be in it
+            assert unacked
+            assert 32 <= int(unacked[1]) <= 48
             assert "40 samples are sent again" in warning
             sender.close()
 
