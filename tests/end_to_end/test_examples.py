@@ -388,6 +388,7 @@ def test_benchmark_refuses_rounds_of_nothing(
     assert f"{option}: got {got}, expected" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_benchmark_fills_the_tables_of_a_device(
     benchmark: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -593,6 +594,7 @@ def test_cartpole_tells_truncated_from_terminated(agent: Any, monkeypatch: pytes
         assert not balanced
 
 
+@pytest.mark.slow
 def test_cartpole_finds_whole_weights_however_often_they_change(agent: Any) -> None:
     engines = importlib.import_module("cartpole_engines")
     mailbox = engines.SharedMailbox(torch.zeros(50_000))

@@ -684,6 +684,7 @@ def test_whatever_the_peer_does_calls_end_and_counts_add_up(play: Play) -> None:
         assert scene.received == expected
 
 
+@pytest.mark.slow
 @fuzz(80, threads=True)
 @given(plays(plans_that_end, plans_that_end | plans_of_another_peer, plans) | plays(plans_that_end, plans))
 def test_whatever_the_peer_does_when_it_is_called_again(play: Play) -> None:

@@ -275,6 +275,7 @@ def test_fork_while_threads_send_never_hangs_the_child() -> None:
         assert children == [[1_000_000 + number] for number in range(25)]
 
 
+@pytest.mark.slow
 def test_forks_among_large_samples_tear_none() -> None:
     """Of 4 MiB, each made of one number. Parent and child send at the same time; the children end in three ways."""
     words = 1 << 19

@@ -619,6 +619,7 @@ def test_a_forked_copy_neither_waits_nor_removes_anything(token: str) -> None:
         children.count_and_remove_all()
 
 
+@pytest.mark.slow
 def test_threads_that_wait_and_count_while_children_come_and_go(
     token: str, children: ChildProcesses, descriptors: None
 ) -> None:
