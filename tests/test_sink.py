@@ -1041,7 +1041,7 @@ def test_a_subclass_of_our_client_is_used_as_ours() -> None:
         with sink_for(peer, client=Mine, connect_timeout=7.0) as sink:
             sink.send(batch(1, 2))
         assert len(script.received_ids()) == 2 + 8
-        assert made[0]["connect_timeout"] == 7.0
+        assert made[0]["connect_timeout"] == pytest.approx(7.0, abs=0.5)  # of a deadline that runs already
 
 
 class FragileClient:
