@@ -293,10 +293,16 @@ def make_folder(token: str, parent: int) -> None:
     if not folder.exists():
         remove_leftovers(folder.parent)
         # The folder gets its name once it is marked. Until then the name begins with a dot, and nobody sweeps it.
-        unnamed = folder.with_name(f".{folder.name}")
+        unnamed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
         unnamed.mkdir(mode=0o700)
         (unnamed / marker).touch(0o600)
-        unnamed.rename(folder)
+        try:
+            unnamed.rename(folder)
+        except OSError:  # another thread, which forks at the same time, was faster
+            (unnamed / marker).unlink()
+            unnamed.rmdir()
+            if not folder.exists():
+                raise
     _check_owner(folder)
     (folder / marker).touch(0o600)
 

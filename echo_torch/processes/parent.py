@@ -75,6 +75,8 @@ class ChildProcesses:
         self._reported: set[str] = set()
         # Whether children may have been started, so that there is a folder.
         self._has_folder = False
+        # Whether the folder is complete.
+        self._folder_made = False
         # Whether the sink is closed, so that later children must not send.
         self._closed = False
         # Why the children's files could not be looked at the last time; None if they could.
@@ -97,13 +99,14 @@ class ChildProcesses:
 
     def prepare(self) -> None:
         """Make the folder, because a child may start now. If that fails, the child says so when it sends."""
-        if not self._has_folder and os.getpid() == self._parent:
+        if not self._folder_made and os.getpid() == self._parent:
             # First: from here on, a folder that is missing is no sign that there are no children.
             self._has_folder = True
             try:
                 ledger.make_folder(self._token, self._parent)
+                self._folder_made = True  # only now: another thread that forks must not take it for made before
             except OSError as error:  # children cannot report, and so do not send
-                self._has_folder = False
+                self._has_folder = self._folder_made
                 _log.debug("%s: no folder for the reports of children: %s", self._peer, error)
             if self._closed:
                 ledger.set_flag(self._token, self._parent, ledger.SINK_CLOSED)
@@ -318,8 +321,11 @@ class ChildProcesses:
 
 def _prepare_all() -> None:
     """Before a fork: any sink of this process may get a child now."""
-    for children in list(_shared.values()):
-        children.prepare()
+    # Not `values()`: another thread may add one meanwhile. This copies the references in one step.
+    for reference in _shared.valuerefs():
+        children = reference()
+        if children is not None:
+            children.prepare()
 
 
 os.register_at_fork(before=_prepare_all)

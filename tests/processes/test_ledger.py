@@ -1197,3 +1197,19 @@ def test_a_temporary_folder_in_which_nothing_can_be_made_ends_a_childs_send(home
         sink.wait(LONG_S)
         sink.close()
     assert numbers(peer) == list(range(10))
+
+
+def test_threads_that_fork_at_the_same_time_make_one_folder(token: str, home: Path) -> None:
+    ledger.remove_files(token, os.getpid())
+    for _ in range(50):
+        token = ledger.new_token()
+        children = ChildProcesses.get_or_create(PEER, token, ACKED_AT_RISK)
+        with running(*[children.prepare] * 4) as outcomes:
+            pass
+        assert outcomes == [None] * 4
+        folder = ledger.folder_path(token)
+        assert [path.name for path in folder.iterdir()] == [f"{os.getpid()}.0.parent"]
+        children.set_closed()
+        del children
+        assert not folder.exists()
+    assert not list(home.iterdir())
