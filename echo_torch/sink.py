@@ -299,7 +299,7 @@ class EchoSink(LoaderSender):
         match = self._spec.match(data, batched)
         if self._choose_learner is not None:
             match = match._replace(shards=check_shards(self._choose_learner(data), match.rows, self._learner_count))
-        return match.without_last(check_count("skip_last", skip_last, least=0)) if skip_last else match
+        return match.without_last_rows(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
     def _count_dropped(self, batch: Any, skip_last: int, accepted: int) -> None:
         """Count the samples of ``batch`` as dropped for which `send` found no room."""

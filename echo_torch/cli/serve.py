@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise CommandError(f"no id-echo to serve with ({error}); pip install 'echo-torch[server]'") from error
     transport = echo.TcpTransport(port=options.port)
-    server = echo.Server(options.example.numpy_sample(), batch_size=options.batch_size, transport=transport)
+    server = echo.Server(options.example.zeroed_numpy_sample(), batch_size=options.batch_size, transport=transport)
     try:
         server.start()
     except RuntimeError as error:

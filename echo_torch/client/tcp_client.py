@@ -177,7 +177,7 @@ class TcpClient(Sender):
             DeliveryTimeoutError: there was no room in time. Nothing was sent.
         """
         # The fast path: plain numpy leaves that fit. Everything else goes through `match`, which converts or explains.
-        arrays = self._spec.try_numpy_leaves(data)
+        arrays = self._spec.try_fast_numpy_leaves(data)
         if arrays is None:
             try:
                 match = self._spec.match(data, batched=False)

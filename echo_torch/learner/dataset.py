@@ -144,7 +144,7 @@ class EchoDataset(IterableDataset[Any]):
             if self._on_accelerator:
                 # The memory belongs to the copying stream. Nobody may reuse it while this thread's stream works on it.
                 for tensor in batch.tensors:
-                    accelerator.record_current_stream(tensor)
+                    accelerator.record_use_by_current_stream(tensor)
         return batch
 
     def _check_single_consumer(self, iterator: _BatchIterator) -> None:

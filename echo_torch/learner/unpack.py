@@ -145,11 +145,12 @@ class StreamUploader:
             accelerator.dedicate_thread(self._device)
             self._stream = accelerator.new_stream(self._device)
         sources = wrap_arrays(arrays, owner)
-        # The copies belong to this stream. `EchoDataset` calls `accelerator.record_current_stream` before you use them.
-        copies = [accelerator.empty_like(source, self._stream) for source in sources]
+        # The copies belong to this stream. `EchoDataset` tells the allocator which stream uses them:
+        # `accelerator.record_use_by_current_stream`.
+        copies = [accelerator.empty_like_on_stream(source, self._stream) for source in sources]
         for target, source in zip(copies, sources, strict=True):
             accelerator.run_on_stream(self._stream, functools.partial(target.copy_, source, non_blocking=True))
-        accelerator.synchronize(self._stream)
+        accelerator.synchronize_stream(self._stream)
         return copies
 
 

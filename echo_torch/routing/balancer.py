@@ -148,7 +148,7 @@ class Balancer:
         done = 0
         shares = self._split_by_learner(match)
         for number, (first, rows) in enumerate(shares):
-            share = match if rows is None else match.take(rows)
+            share = match if rows is None else match.take_rows(rows)
             try:
                 self._send_share(share, first, timeout)
             except (ConnectionClosedError, DeliveryTimeoutError) as error:

@@ -152,7 +152,7 @@ class Connector:
     def _open_one(self, spec: SampleSpec, address: Address, deadline: Deadline) -> Route:
         """Connect to one learner and wrap the client in the route that fits it."""
         window = max(1, min(self.max_inflight_msgs, WINDOW_BYTES // spec.payload_size))
-        arguments = (*address, spec.numpy_sample(), window)
+        arguments = (*address, spec.zeroed_numpy_sample(), window)
         client = self.make_client(
             *arguments, **(self._client_options(spec, deadline) if self._makes_tcp_client else {})
         )

@@ -79,7 +79,7 @@ class Match(NamedTuple):
         shards = self.shards[first:end] if isinstance(self.shards, np.ndarray) else self.shards
         return Match([array[first:end] for array in arrays], min(end, self.rows) - first, True, self.on_device, shards)
 
-    def take(self, rows: Array) -> Match:
+    def take_rows(self, rows: Array) -> Match:
         """Return copies of the samples with these indexes, without ``shards``; only for a batch."""
         arrays = [
             array[torch.from_numpy(rows).to(array.device)] if isinstance(array, torch.Tensor) else array[rows]
@@ -87,7 +87,7 @@ class Match(NamedTuple):
         ]
         return Match(arrays, len(rows), True, self.on_device)
 
-    def without_last(self, count: int) -> Match:
+    def without_last_rows(self, count: int) -> Match:
         """Return all but the last ``count`` samples.
 
         Raises:
@@ -165,7 +165,7 @@ class SampleSpec:
         """Return a description of all leaves on one line."""
         return "{" + ", ".join(map(str, self.leaves)) + "}"
 
-    def numpy_sample(self) -> Any:
+    def zeroed_numpy_sample(self) -> Any:
         """Return a sample of zeroed numpy arrays, as ``echo.Server`` and clients take it."""
         return optree.tree_unflatten(self.treespec, [np.zeros(leaf.shape, leaf.wire_dtype) for leaf in self.leaves])
 
@@ -187,7 +187,7 @@ class SampleSpec:
         if not same_length or any(got != leaf.wire for got, leaf in zip(theirs, self.leaves, strict=True)):
             raise server_spec_error(self.leaves, theirs, peer)
 
-    def try_numpy_leaves(self, sample: Any) -> list[Array] | None:
+    def try_fast_numpy_leaves(self, sample: Any) -> list[Array] | None:
         """Return the leaves of one sample if it passes the fastest check; None means that you have to call `match`.
 
         The fastest check accepts only a correct sample that has the last structure and only numpy leaves. A sample that
@@ -386,7 +386,7 @@ def numpy_example(example: Any) -> Any:
         TypeError: a leaf is not a dense array of numbers.
         ValueError: the sample has no bytes.
     """
-    return SampleSpec(example).numpy_sample()
+    return SampleSpec(example).zeroed_numpy_sample()
 
 
 def example_from_batch(batch: Any) -> Any:

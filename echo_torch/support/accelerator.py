@@ -125,13 +125,13 @@ def run_on_stream(stream: torch.Stream, work: Callable[[], object]) -> None:
         work()
 
 
-def empty_like(tensor: torch.Tensor, stream: torch.Stream) -> torch.Tensor:
+def empty_like_on_stream(tensor: torch.Tensor, stream: torch.Stream) -> torch.Tensor:
     """Allocate a tensor like ``tensor`` on the device of ``stream``, with memory that belongs to that stream."""
     with _stream_context(stream):
         return torch.empty_like(tensor, device=stream.device)
 
 
-def record_current_stream(tensor: torch.Tensor) -> None:
+def record_use_by_current_stream(tensor: torch.Tensor) -> None:
     """Tell PyTorch that this thread's current stream uses ``tensor``.
 
     After you drop the tensor, PyTorch reuses its memory only when the stream has done all work that was enqueued before
@@ -140,7 +140,7 @@ def record_current_stream(tensor: torch.Tensor) -> None:
     tensor.record_stream(current_stream(tensor.device))
 
 
-def synchronize(stream: torch.Stream) -> None:
+def synchronize_stream(stream: torch.Stream) -> None:
     """Block until all work in ``stream`` is done.
 
     On CUDA the thread sleeps. Other devices may keep a CPU core busy meanwhile.

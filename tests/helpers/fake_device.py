@@ -78,9 +78,9 @@ class FakeDevice:
             new_stream=lambda device: FakeStream(self),
             run_on_current_stream=self.enqueue,
             run_on_stream=self.run_on,
-            empty_like=self.empty_like,
-            synchronize=self.wait_for,
-            record_current_stream=self.used.append,
+            empty_like_on_stream=self.empty_like_on_stream,
+            synchronize_stream=self.wait_for,
+            record_use_by_current_stream=self.used.append,
             dedicate_thread=lambda device: None,
         )
 
@@ -124,7 +124,7 @@ class FakeDevice:
 
         stream.enqueue(copy)
 
-    def empty_like(self, tensor: torch.Tensor, stream: FakeStream) -> torch.Tensor:
+    def empty_like_on_stream(self, tensor: torch.Tensor, stream: FakeStream) -> torch.Tensor:
         """Return new memory, which holds something old."""
         there = self.put(tensor)
         there.view(-1).view(torch.uint8).fill_(0xA5)

@@ -620,7 +620,7 @@ def test_a_slot_is_kept_until_the_device_has_copied_it(device: FakeDevice) -> No
 
 
 def test_that_a_slot_given_back_too_soon_is_noticed(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "synchronize", lambda stream: None)
+    monkeypatch.setattr(accelerator, "synchronize_stream", lambda stream: None)
     with serving(num_buffers=2) as server, filling(server, *range(6)):
         kept = list(itertools.islice(EchoDataset(server, EXAMPLE, device="cpu"), 5))
         device.run()
@@ -636,10 +636,10 @@ def test_a_batch_for_which_the_device_has_no_room_is_an_error_once(
     def empty_like(tensor: torch.Tensor, stream: Any) -> torch.Tensor:
         if not next(room):
             raise torch.OutOfMemoryError("out of memory")
-        return device.empty_like(tensor, stream)
+        return device.empty_like_on_stream(tensor, stream)
 
-    monkeypatch.setattr(accelerator, "empty_like", empty_like)
-    monkeypatch.setattr(accelerator, "synchronize", lambda stream: device.run())
+    monkeypatch.setattr(accelerator, "empty_like_on_stream", empty_like)
+    monkeypatch.setattr(accelerator, "synchronize_stream", lambda stream: device.run())
     with serving() as server, filling(server, 0, 1, 2):
         batches = iter(EchoDataset(server, EXAMPLE, device="cpu"))
         assert number_of(next(batches)) == 0

@@ -70,7 +70,7 @@ def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def acks_everything(conn: PeerConnection) -> None:
-    conn.send_handshake(SampleSpec(EXAMPLE).numpy_sample())
+    conn.send_handshake(SampleSpec(EXAMPLE).zeroed_numpy_sample())
     conn.receive_all(SIZE)
 
 
@@ -183,7 +183,7 @@ def send_after_an_interrupt(device: FakeDevice, monkeypatch: pytest.MonkeyPatch)
     gate = Gate()
 
     def acks_late(conn: PeerConnection) -> None:
-        conn.send_handshake(SampleSpec(EXAMPLE).numpy_sample())
+        conn.send_handshake(SampleSpec(EXAMPLE).zeroed_numpy_sample())
         conn.receive(SIZE)
         gate.wait()
         conn.ack()
@@ -592,7 +592,7 @@ def test_a_connection_that_is_cut_while_the_device_is_late(device: FakeDevice) -
     cut = Gate()
 
     def leaves(conn: PeerConnection) -> None:
-        conn.send_handshake(SampleSpec(EXAMPLE).numpy_sample())
+        conn.send_handshake(SampleSpec(EXAMPLE).zeroed_numpy_sample())
         conn.receive(ROWS * SIZE)
         cut.wait()
         conn.reset()

@@ -68,7 +68,7 @@ def test_a_masked_array_is_no_batch(masked: Any, dtype: torch.dtype) -> None:
     spec = SampleSpec({"x": torch.zeros(3, dtype=dtype)})
     with pytest.raises(TypeError, match=r"batch\['x'\]: got a masked array.*\.filled"):
         spec.match({"x": masked})
-    assert spec.try_numpy_leaves({"x": masked}) is None
+    assert spec.try_fast_numpy_leaves({"x": masked}) is None
 
 
 class Rows(Mapping[str, Any]):

@@ -98,8 +98,10 @@ def test_leaves_are_in_optrees_order(lengths: Any) -> None:
     spec = SampleSpec(example)
     assert [leaf.shape for leaf in spec.leaves] == theirs
     assert [array.shape for array in spec.match(example).arrays] == theirs
-    assert optree.tree_structure(spec.numpy_sample()) == optree.tree_structure(example)
-    assert optree.tree_leaves(optree.tree_map(lambda leaf: leaf.nbytes, spec.numpy_sample())) == [n for (n,) in theirs]
+    assert optree.tree_structure(spec.zeroed_numpy_sample()) == optree.tree_structure(example)
+    assert optree.tree_leaves(optree.tree_map(lambda leaf: leaf.nbytes, spec.zeroed_numpy_sample())) == [
+        n for (n,) in theirs
+    ]
 
 
 @pytest.mark.parametrize(
