@@ -28,7 +28,7 @@ from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING
 from echo_torch.ring.ring import Ring, Waiter
 from echo_torch.support.interrupts import owned_by_this_thread
 
-from .flow import SoftLimit
+from .flow import NetworkWatch, SoftLimit
 from .reconnect import Reconnector
 from .resend import ClosingTail
 from .tls_pump import make_pump
@@ -78,8 +78,12 @@ class Connection:
         self.pump = make_pump(sock, ring, window)
         # Decides how far callers run ahead of the acks, and how much they write themselves.
         self.soft_limit = SoftLimit(ring, window)
+        # Tells whether the network or the learner is slow. The I/O lock guards it.
+        self.network_watch = NetworkWatch(sock)
         # Why the current socket is lost; None while it works.
         self.lost_error: OSError | None = None
+        # When the socket was lost or the connection failed, by ``time.monotonic``; None while it works.
+        self.lost_at: float | None = None
         # Why the connection is lost for good; None before that, and after an orderly end.
         self.failure: ConnectionClosedError | None = None
         # Whether a call has raised the failure, or no call needs to.
@@ -160,12 +164,15 @@ class Connection:
     @property
     def bottleneck(self) -> int:
         """What holds rows up, as one of the causes in `echo_torch.metrics.timing`."""
-        ring, pump = self.ring, self.pump
-        if ring.written < ring.ready:
-            return NETWORK if pump.socket_full else LEARNER
-        if ring.written < ring.packed:
+        ring = self.ring
+        if ring.ready == ring.written < ring.packed:
             return DEVICE
-        return LEARNER if ring.has_waiters else NOTHING
+        return self.slow_side if ring.written < ring.ready or ring.has_waiters else NOTHING
+
+    @property
+    def slow_side(self) -> int:
+        """Whether NETWORK or LEARNER is slow, if rows or callers wait for one of them."""
+        return NETWORK if self.network_watch.network_is_slow else LEARNER
 
     def describe_unacked(self) -> str:
         """Return the counts in words, and whether the connection is being opened again."""
@@ -281,12 +288,16 @@ class Connection:
 
         A lost connection is handled here and not raised.
         """
+        ring, pump = self.ring, self.pump
         if self.lost_error is None and not self.is_over:
             try:
-                self.pump.run(read_acks, write_bytes)
+                # Before pumping: rows that are written now are not slow yet.
+                if ring.has_waiters or ring.ready > ring.written:
+                    self.network_watch.look_if_due((ring.written - pump.acked) * ring.row_bytes, pump.socket_full)
+                pump.run(read_acks, write_bytes)
             except OSError as error:
                 self.mark_lost(error)
-        if self.ring.wake():
+        if ring.wake():
             self.ack_poller.wake()
 
     def mark_lost(self, error: OSError) -> None:
@@ -305,6 +316,7 @@ class Connection:
                 was_useful=made_progress or not (self.is_resending or self.ring.unacked), made_progress=made_progress
             )
             self._stalled_s_at_loss = self._stalled_seconds()
+            self.lost_at = self.lost_at or time.monotonic()
             self.lost_error = _without_traceback(error)
             # No caller may poll the dead socket.
             self.io_thread_polls_acks = True
@@ -351,6 +363,7 @@ class Connection:
                 kind, words = type(error), str(error)
             failure = kind(f"{self.peer}: {how or words}")
             failure.__cause__ = _without_traceback(error)
+            self.lost_at = self.lost_at or time.monotonic()
             self.failure_will_be_reported = self.ring.has_waiters
             # Nothing comes between the next two lines: once anybody can see the failure, the ring takes no row.
             self.failure = failure
@@ -373,12 +386,13 @@ class Connection:
             self.ring.written = self.ring.released
             self.pump.latencies.forget_unacked()
             self.pump = make_pump(sock, self.ring, self.pump.window, self.pump.latencies)
+            self.network_watch = NetworkWatch(sock)
             self._resent += resent
             self._reconnects += 1
             self._stalled_s_before = self._stalled_s_at_loss if self.ring.unacked else 0.0
             self._acked_at_open = self.ring.acked
             # From here on, callers may pump again.
-            self.lost_error = None
+            self.lost_error = self.lost_at = None
         self.ack_poller.set_socket(sock)
         return resent
 

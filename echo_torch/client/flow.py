@@ -19,14 +19,23 @@ samples themselves.
   as we do, it sends what it held back.
 * So while only the window holds rows back, the I/O thread sleeps before it polls. The sleep is short: at the rate of
   the latest acks, the server acks only a share of the window meanwhile.
+
+`NetworkWatch`: if rows wait for the peer, the learner or the network is slow. A full socket alone does not tell: it is
+full, too, if the server stops reading.
+
+* The kernel counts how long the peer's receive buffer was full. Then the learner is slow, or a proxy before it.
+* Otherwise, if most of what is un-acked is still in our kernel's send buffer, the network is slow.
+* If most of it is with the peer, and only its acks are missing, the learner is slow.
 """
 
 from __future__ import annotations
 
+import socket
 import time
 
 from echo_torch.ring.ring import Ring
 from echo_torch.support.deadline import Deadline
+from echo_torch.wire.tcp_info import read_tcp_info, send_queue_bytes
 
 # Bytes per second from which draining counts as fast. Memory is faster than this, and most networks are slower.
 FAST_BYTES_PER_S = 1e9
@@ -44,6 +53,10 @@ WINDOW_DIVISOR = 4
 # Seconds to sleep. Below the first, a sleep costs more than it saves. Above the second, it saves hardly more.
 MIN_POLL_INTERVAL_S = 0.0001
 MAX_POLL_INTERVAL_S = 0.002
+# Least seconds between two looks at the kernel's counters, which advance in steps of a few milliseconds.
+NETWORK_WATCH_INTERVAL_S = 0.05
+# So many segments may be on their way on a fast network, too: the peer's kernel delays its acknowledgment of the last.
+DELAYED_SEGMENTS = 2
 
 
 class SoftLimit:
@@ -121,3 +134,42 @@ class AckBatching:
         # The time in which 1 / WINDOW_DIVISOR of the window is acked at this rate.
         seconds = min(MAX_POLL_INTERVAL_S, elapsed * self._window / (WINDOW_DIVISOR * new_acks))
         return seconds if seconds >= MIN_POLL_INTERVAL_S else 0.0
+
+
+class NetworkWatch:
+    """Tells a slow network from a slow learner, for one socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        # The socket whose state the kernel tells.
+        self._sock = sock
+        # Whether the network, and not the learner, held rows up at the last look.
+        self.network_is_slow = False
+        # The kernel's counters at the last look, in microseconds.
+        self._busy_us = self._peer_full_us = 0
+        # When the next look is due, by ``time.monotonic``.
+        self._next_look = time.monotonic() + NETWORK_WATCH_INTERVAL_S
+
+    def look_if_due(self, unacked_bytes: int, socket_full: bool) -> None:
+        """Look at the kernel's counters, at most once in `NETWORK_WATCH_INTERVAL_S`; call this while rows wait.
+
+        Args:
+            unacked_bytes: bytes of the rows written and not acked by the learner.
+            socket_full: whether the socket took no more bytes. Where the kernel tells nothing, this decides.
+
+        Raises:
+            OSError: the socket is closed.
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + NETWORK_WATCH_INTERVAL_S
+        info = read_tcp_info(self._sock)
+        if info is None:
+            self.network_is_slow = socket_full
+            return
+        busy_us, peer_full_us = info.busy_us - self._busy_us, info.peer_full_us - self._peer_full_us
+        self._busy_us, self._peer_full_us = info.busy_us, info.peer_full_us
+        peer_was_full = busy_us > 0 and 2 * peer_full_us > busy_us
+        in_our_kernel = 2 * send_queue_bytes(self._sock) > unacked_bytes
+        delayed = info.unacked_segments <= DELAYED_SEGMENTS and not info.unsent_bytes
+        self.network_is_slow = in_our_kernel and not peer_was_full and not delayed

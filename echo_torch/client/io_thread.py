@@ -18,13 +18,14 @@ import time
 from typing import Any
 
 from echo_torch.errors import ConnectionClosedError, HandshakeError, SpecMismatchError
+from echo_torch.metrics.timing import LEARNER, NETWORK
 from echo_torch.support import shutdown
 from echo_torch.support.deadline import Deadline
 from echo_torch.wire.connect import shutdown_and_close
 from echo_torch.wire.keepalive import unreachable_reason
 
 from .connection import COALESCE_S, Connection
-from .flow import AckBatching
+from .flow import NETWORK_WATCH_INTERVAL_S, AckBatching
 from .reconnect import Reconnector
 
 _log = logging.getLogger(__name__)
@@ -256,6 +257,7 @@ class IoThread:
             # How long until the thread looks at everything again, if nothing wakes it? Cleared before looking: a caller
             # whose copy begins from here on and that reads False wakes this thread.
             connection.io_thread_polls_copies = False
+            bottleneck = connection.bottleneck
             copying_since = ring.copying_since
             if pump.has_writable_rows and not pump.socket_full:
                 timeout = 0.0
@@ -265,10 +267,12 @@ class IoThread:
                 timeout = min(max(elapsed * COPY_POLL_SHARE, COPY_POLL_S[0]), COPY_POLL_S[1])
             elif connection.is_coalescing:
                 timeout = COALESCE_S
+            elif bottleneck in (LEARNER, NETWORK):
+                timeout = NETWORK_WATCH_INTERVAL_S
             else:
                 timeout = ABANDONED_HEARTBEAT_S if self.abandoned else HEARTBEAT_S
 
-            bottleneck, began = connection.bottleneck, time.monotonic()
+            began = time.monotonic()
             events = dict(poller.poll(timeout * 1000))
             connection.waited_seconds[bottleneck] += time.monotonic() - began
             # POLLOUT, or an error or a closed connection, which the next write reports.

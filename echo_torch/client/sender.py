@@ -20,7 +20,7 @@ import time
 from typing import Any, NoReturn
 
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
-from echo_torch.metrics.stats import Counts, PeerCounts
+from echo_torch.metrics.stats import Counts, Outage, PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.ring.ring import Filler, Ring
 from echo_torch.support.deadline import NEVER, Deadline, Timeout, as_deadline
@@ -116,6 +116,14 @@ class Sender:
     def reconnecting(self) -> bool:
         """Whether the connection is lost and the I/O thread tries to open it again."""
         return self._connection.lost_error is not None and not self._connection.is_over
+
+    def outage(self) -> Outage | None:
+        """Return how long the connection has been lost; None while it is open, and after an orderly end."""
+        connection, lost_at = self._connection, self._connection.lost_at
+        if lost_at is None:
+            return None
+        tries = 0 if connection.reconnector is None else connection.reconnector.tries
+        return Outage(time.monotonic() - lost_at, tries)
 
     @property
     def free_rows(self) -> int:
@@ -338,7 +346,7 @@ class Sender:
         """Block until there is room for some of ``rows`` rows, and adjust the soft limit to how fast it came."""
         ring, soft_limit = self._ring, self._connection.soft_limit
         threshold = self._threshold_for_room(rows)
-        began, acked, bottleneck = time.monotonic(), ring.acked, self._connection.bottleneck
+        began, acked = time.monotonic(), ring.acked
         self._connection.send_is_blocked = True
         try:
             soft_deadline = soft_limit.deadline_for(threshold)
@@ -352,7 +360,6 @@ class Sender:
                 )
         finally:
             self._connection.send_is_blocked = False
-            self._blocked_seconds[bottleneck] += time.monotonic() - began
         soft_limit.update_after_wait(threshold, acked, began)
 
     def _wait_for_interrupted_copy(self, call: str, deadline: Deadline) -> None:
@@ -426,8 +433,11 @@ class Sender:
                 # Poll for all callers if nobody else does, or else block until someone wakes this caller.
                 pause = min(deadline.remaining(), self._seconds_until_stall(), WAITER_HEARTBEAT_S)
                 pause = min(pause, until.remaining()) if until else pause
+                bottleneck, began = connection.bottleneck, time.monotonic()
                 if not connection.try_poll_socket(waiter, pause):
                     waiter.wait(pause)
+                if call == "send":
+                    self._blocked_seconds[bottleneck] += time.monotonic() - began
             finally:
                 ring.remove_waiter(waiter)
         # This caller may have polled for the others, so let another one take over.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import sys
 from typing import Any, NamedTuple
 
 
@@ -31,6 +32,15 @@ class Counts(NamedTuple):
 
 # The counters of `Counts` that move only when connections are lost or closed.
 LOSS_FIELDS = Counts._fields[2:]
+
+
+class Outage(NamedTuple):
+    """A lost connection."""
+
+    seconds: float
+    """How long ago it was lost."""
+    tries: int
+    """How often it was tried to open it again."""
 
 
 class PeerCounts(NamedTuple):
@@ -79,6 +89,8 @@ BLOCKED_SHARE = 0.05
 WAITING_SHARE = 0.5
 # The log line is a warning if `send` was blocked for more than this share of the connected time.
 WARN_BLOCKED_SHARE = 1 / 3
+# What is slow if a socket is full. Only Linux counts how long the peer's buffer was full.
+_NETWORK = "network" if sys.platform == "linux" else "learner- or network"
 
 
 def _uncompared_field(default: Any = 0.0) -> Any:
@@ -127,15 +139,16 @@ class SinkStats:
     pack_seconds: float = _uncompared_field()
     """Seconds that ``send`` copied samples into the buffer, and wrote those that could be written at once."""
     blocked_by_learner_seconds: float = _uncompared_field()
-    """The part of ``blocked_seconds`` in which the window was full, because acks did not come."""
+    """The part of ``blocked_seconds`` in which the learner did not read, or did not ack."""
     blocked_by_network_seconds: float = _uncompared_field()
-    """The part of ``blocked_seconds`` in which the socket was full."""
+    """The part of ``blocked_seconds`` in which the network took no more. Only Linux tells this from the learner; other
+    systems count every full socket here."""
     blocked_by_device_seconds: float = _uncompared_field()
     """The part of ``blocked_seconds`` in which copies from a device were not done."""
     learner_seconds: float = _uncompared_field()
-    """Seconds that connections waited for acks while samples were left to write, or while you called `wait`."""
+    """Seconds that connections waited for the learner, while samples were left to write or you called `wait`."""
     network_seconds: float = _uncompared_field()
-    """Seconds that connections waited for the socket to take more."""
+    """Seconds that they waited for the network instead."""
     device_seconds: float = _uncompared_field()
     """Seconds that connections waited for copies from a device."""
     ack_p50_seconds: float = _uncompared_field()
@@ -150,6 +163,10 @@ class SinkStats:
     """How many of ``samples_sent`` belong to earlier runs, added by `EchoSink.load_state_dict`."""
     loaded_acked: int = _uncompared_field(0)
     """How many of ``samples_acked`` belong to earlier runs."""
+    disconnected_seconds: float = _uncompared_field()
+    """Seconds since this process lost its connection, or the last one that batches could go to; 0 while it is open."""
+    reconnect_tries: int = _uncompared_field(0)
+    """How often it was tried since to open the connection again."""
     peers: tuple[PeerStats, ...] = _uncompared_field(())
     """The counts of each learner."""
 
@@ -169,7 +186,9 @@ class SinkStats:
 
     @property
     def bottleneck(self) -> str:
-        """What limits the rate, in words: the learner, the network, the device or the training, and by how much.
+        """What limits the rate, in words: the learner, the network, the device or the producer, and by how much.
+
+        A proxy in front of the learner that reads slowly counts as the learner.
 
         Covers this run only, without the counts that `EchoSink.load_state_dict` added.
         """
@@ -180,6 +199,9 @@ class SinkStats:
         # Callers may be several threads, so the share can exceed 1.
         share = (self.check_seconds + self.pack_seconds + self._blocked_seconds_this_run) / connected
         cost = f"send took {share:.1%} of the time" if share <= 1 else f"send took the time of {share:.1f} threads"
+        if self.disconnected_seconds:
+            lost = f"the connection was lost {self.disconnected_seconds:,.1f} s ago"
+            return f"disconnected: {lost}, tried {self.reconnect_tries} times to open it again; {cost}"
         # Payload acked in this run; the totals tell the bytes per sample.
         megabytes = acked * self.bytes_acked / max(1, self.samples_acked) / 1e6
         # For each verdict, the seconds that I/O threads waited, and that callers of `send` were blocked.
@@ -188,7 +210,7 @@ class SinkStats:
                 self.learner_seconds,
                 self.blocked_by_learner_seconds,
             ),
-            f"network-bound: the connection takes {megabytes / elapsed:,.1f} MB/s": (
+            f"{_NETWORK}-bound: the connection takes {megabytes / elapsed:,.1f} MB/s": (
                 self.network_seconds,
                 self.blocked_by_network_seconds,
             ),
@@ -215,9 +237,18 @@ class SinkStats:
     def since(self, before: SinkStats) -> SinkStats:
         """Return what happened since ``before``, an earlier result of `EchoSink.stats`.
 
-        Samples in flight, latencies, rates and ``peers`` are those of now.
+        Samples in flight, latencies, rates, a lost connection and ``peers`` are those of now.
         """
-        as_now = ("in_flight", "peers", "ack_p50_seconds", "ack_p99_seconds", "sent_per_second", "acked_per_second")
+        as_now = (
+            "in_flight",
+            "peers",
+            "ack_p50_seconds",
+            "ack_p99_seconds",
+            "sent_per_second",
+            "acked_per_second",
+            "disconnected_seconds",
+            "reconnect_tries",
+        )
         names = [field.name for field in dataclasses.fields(self) if field.name not in as_now]
         return dataclasses.replace(self, **{name: getattr(self, name) - getattr(before, name) for name in names})
 

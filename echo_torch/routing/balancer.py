@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
-from echo_torch.metrics.stats import Counts, PeerCounts
+from echo_torch.metrics.stats import Counts, Outage, PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.samples.spec import Match
 from echo_torch.support.deadline import Deadline
@@ -99,6 +99,14 @@ class Balancer:
     def reconnecting(self) -> bool:
         lost = (learner.is_disconnected for learner in self._learners)
         return not self.closed and (all(lost) if self._failover_enabled else any(lost))
+
+    def outage(self) -> Outage | None:
+        outages = [learner.route.outage() for learner in self._learners]
+        lost = [outage for outage in outages if outage is not None]
+        # With failover, the outage began with the latest loss; without it, with the first.
+        if self._failover_enabled:
+            return min(lost) if len(lost) == len(outages) else None
+        return max(lost, default=None)
 
     def counts(self) -> Counts:
         return self._failover.counts(all_lost=self._is_lost)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from echo_torch.client.tcp_client import Client
 from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError
-from echo_torch.metrics.stats import Counts, PeerCounts
+from echo_torch.metrics.stats import Counts, Outage, PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.samples.spec import Match, SampleSpec
 from echo_torch.support.deadline import NEVER, Deadline
@@ -48,6 +48,9 @@ class Route(Protocol):
     @property
     def reconnecting(self) -> bool:
         """Whether the connection is lost and is being opened again, so that room comes only after that."""
+
+    def outage(self) -> Outage | None:
+        """Return how long no learner has been connected that a batch could go to; None while one is."""
 
     def send_match(self, match: Match, *, timeout: Deadline) -> None:
         """Send the samples of a batch; raises ConnectionClosedError or DeliveryTimeoutError."""
@@ -111,6 +114,10 @@ class OtherClientRoute:
     @property
     def closed(self) -> bool:
         return self._closed or self._lost
+
+    def outage(self) -> Outage | None:
+        lost_at = self._ended_at if self._lost else None
+        return None if lost_at is None else Outage(time.monotonic() - lost_at, tries=0)
 
     def counts(self) -> Counts:
         """Return the counts; what was sent since the last ``wait`` counts as un-acked."""
@@ -198,6 +205,11 @@ class NoRoute:
         self._peer = peer
         # Whether it counts as a lost connection.
         self._lost = lost
+        # When this route was made, by ``time.monotonic``.
+        self._made_at = time.monotonic()
+
+    def outage(self) -> Outage | None:
+        return Outage(time.monotonic() - self._made_at, tries=0) if self._lost else None
 
     def peer_counts(self) -> list[PeerCounts]:
         return [PeerCounts(lost=int(self._lost))]

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from echo_torch.metrics.stats import LOSS_FIELDS, SAVED_FIELDS, PeerCounts, PeerStats, SinkStats
-from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING, Times, quantile
+from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, Times, quantile
 from echo_torch.processes.parent import ChildProcesses
 from echo_torch.routing.route import Route
 from echo_torch.support.validation import check_count, check_seconds
@@ -121,7 +121,7 @@ class Totals:
 
     def _current_stats(self, route: Route) -> SinkStats:
         """Return the stats of this process and its children, without those of earlier runs."""
-        counts, theirs = route.counts(), self._children.counts()
+        counts, theirs, outage = route.counts(), self._children.counts(), route.outage()
         times = self.own_times(route).plus(self._children.times())
         sent, unacked = counts.sent + theirs["sent"], counts.unacked + theirs["sent"] - theirs["acked"]
         return SinkStats(
@@ -137,7 +137,7 @@ class Totals:
             connected_seconds=times.connected,
             check_seconds=times.checking,
             pack_seconds=max(0.0, times.sending - sum(times.blocked)),
-            blocked_by_learner_seconds=times.blocked[LEARNER] + times.blocked[NOTHING],
+            blocked_by_learner_seconds=times.blocked[LEARNER],
             blocked_by_network_seconds=times.blocked[NETWORK],
             blocked_by_device_seconds=times.blocked[DEVICE],
             learner_seconds=times.waiting[LEARNER],
@@ -145,6 +145,8 @@ class Totals:
             device_seconds=times.waiting[DEVICE],
             ack_p50_seconds=quantile(times.latencies, 0.5),
             ack_p99_seconds=quantile(times.latencies, 0.99),
+            disconnected_seconds=0.0 if outage is None else outage.seconds,
+            reconnect_tries=0 if outage is None else outage.tries,
         )
 
 

@@ -4,6 +4,7 @@
 * `connect`: from a host name to a socket that has completed the handshake, under one deadline.
 * `tls`, `tls_socket`: TLS for a proxy in front of the learner, over OpenSSL's memory buffers.
 * `keepalive`: detects a host that vanished without closing its connections.
+* `tcp_info`: what the kernel tells about a connection.
 * `poll`: waits for a socket in short pieces.
 
 Rules:

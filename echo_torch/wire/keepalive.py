@@ -16,7 +16,8 @@ The probe settings and the counters need Linux. Elsewhere you get the defaults o
 from __future__ import annotations
 
 import socket
-import struct
+
+from .tcp_info import read_tcp_info
 
 # Seconds of silence before the first probe, seconds between probes, and how many probes may stay unanswered. Together
 # they take a minute: as fast as is usual in data centers, and slow enough to survive a hiccup of the network.
@@ -30,9 +31,6 @@ MAX_RETRANSMITS = 5
 # Unanswered probes of a peer whose receive buffer was full, which ask whether it has room again. A host that is alive
 # answers the first.
 MAX_PROBES = 2
-# Where struct tcp_info of linux/tcp.h keeps these two counters, one byte each, and the round-trip time in microseconds.
-_RETRANSMITS_OFFSET, _PROBES_OFFSET = 2, 3
-_ROUND_TRIP_FIELD = struct.Struct("=68xI")
 
 
 def enable_keepalive(sock: socket.socket, greeted: bool = True) -> None:
@@ -58,20 +56,17 @@ def unreachable_reason(sock: socket.socket) -> str | None:
 
     Only for a socket with unacknowledged bytes; the kernel watches an idle one by itself.
     """
-    if not hasattr(socket, "TCP_INFO"):
+    info = read_tcp_info(sock)
+    if info is None:
         return None
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _PROBES_OFFSET + 1)
-    if info[_RETRANSMITS_OFFSET] >= MAX_RETRANSMITS:
-        return f"the peer's host does not answer: the same bytes were sent again {info[_RETRANSMITS_OFFSET]} times"
-    if info[_PROBES_OFFSET] >= MAX_PROBES:
-        return f"the peer's host does not answer: its buffer was full, we asked {info[_PROBES_OFFSET]} times in vain"
+    if info.retransmits >= MAX_RETRANSMITS:
+        return f"the peer's host does not answer: the same bytes were sent again {info.retransmits} times"
+    if info.probes >= MAX_PROBES:
+        return f"the peer's host does not answer: its buffer was full, we asked {info.probes} times in vain"
     return None
 
 
 def round_trip_seconds(sock: socket.socket) -> float:
     """Return the round-trip time in seconds, as measured by the kernel; 0 where it does not tell."""
-    if not hasattr(socket, "TCP_INFO"):
-        return 0.0
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ROUND_TRIP_FIELD.size)
-    microseconds: int = _ROUND_TRIP_FIELD.unpack(info)[0] if len(info) == _ROUND_TRIP_FIELD.size else 0
-    return microseconds / 1e6
+    info = read_tcp_info(sock)
+    return 0.0 if info is None else info.round_trip_us / 1e6

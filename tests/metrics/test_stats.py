@@ -77,10 +77,10 @@ def test_a_slow_learner() -> None:
         assert f"acks {rate:,.0f} samples/s" in stats.bottleneck
 
 
-def test_a_throttled_connection() -> None:
-    """It takes some MB/s, acks each sample at once, and the window would let all of them through."""
+def test_a_peer_that_reads_slowly() -> None:
+    """It acks each sample at once, and the window would let all of them through: a slow proxy, or a slow learner."""
 
-    def throttled(conn: PeerConnection) -> None:
+    def reads_slowly(conn: PeerConnection) -> None:
         conn.send_handshake(EXAMPLE.numpy())
         for _ in range(25 * len(BATCH)):
             conn.receive(SIZE)
@@ -88,16 +88,13 @@ def test_a_throttled_connection() -> None:
             time.sleep(0.002)
         conn.receive_all()
 
-    with connected_sink(throttled, max_inflight_msgs=10_000, buffer_bytes=32 << 20) as (_, sink):
+    with connected_sink(reads_slowly, max_inflight_msgs=10_000, buffer_bytes=32 << 20) as (_, sink):
         for _ in range(25):  # more than the kernel's buffers hold
             sink.send(BATCH)
         sink.wait(HANG_TIMEOUT_S)
         stats = sink.stats()
-        assert re.match(
-            r"network-bound: the connection takes \d+\.\d MB/s, and was waited for \d+% of the time; send took",
-            stats.bottleneck,
-        )
-        assert stats.network_seconds > stats.learner_seconds
+        assert stats.bottleneck.startswith("learner-bound: the server acks ")
+        assert stats.learner_seconds > stats.network_seconds
 
 
 def test_a_slow_producer() -> None:

@@ -407,7 +407,7 @@ class DistantTlsSocket(TlsSocket):
 
     def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
         if (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
-            return struct.pack("=68xI", 250_000)[:size]
+            return struct.pack("=68xI", 250_000).ljust(size, b"\0")
         return super().getsockopt(level, option, size)
 
 
