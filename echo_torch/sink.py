@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _Batch = TypeVar("_Batch")
 _Sink = TypeVar("_Sink", bound="EchoSink")
 
+# Default upper limit for un-acked samples. A learner that is not slower than its actors never has so many to ack.
+MAX_UNACKED = 4096
 # Default timeout of `EchoSink.close`, in seconds: a learner in the middle of an evaluation still gets everything.
 CLOSE_TIMEOUT_S = 60.0
 # Timeout of the close when an exception leaves the ``with`` block, in seconds.
@@ -70,6 +72,11 @@ class EchoSink(LoaderSender):
         max_inflight_msgs: most samples that are un-acked at a time; never more than 8 MiB of them.
         buffer_bytes: bytes of host memory for un-acked samples, for each learner; `send` blocks while it is full. By
             default 64 MiB, or 16 MiB in a DataLoader worker, or more if ``resend_acked + 2`` samples need it.
+        max_unacked: most samples accepted and not acked, at each learner and in each process; so small samples do not
+            run further ahead of the learner than this. Always two of the largest batch so far. None for as many as
+            ``buffer_bytes`` hold.
+        on_full: ``"block"``, so that `send` waits for room, or ``"drop"`` to drop a batch for which there is no room,
+            whole, and count it (``stats().dropped``): for actors that would rather act than wait.
         select: a function that turns what you send into what the server expects. Pass a module-level function if the
             sink must pickle.
         client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that returns a `Client`,
@@ -112,6 +119,8 @@ class EchoSink(LoaderSender):
         *,
         max_inflight_msgs: int = 1024,
         buffer_bytes: int | None = None,
+        max_unacked: int | None = MAX_UNACKED,
+        on_full: Literal["block", "drop"] = "block",
         select: Callable[[Any], Any] | None = None,
         client: Callable[..., Client] = TcpClient,
         route: Routing = "round_robin",
@@ -131,6 +140,8 @@ class EchoSink(LoaderSender):
                 raise TypeError(f"{name}: got {function!r}, expected something to call")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'warn'")
+        if on_full not in ("block", "drop"):
+            raise ValueError(f"on_full: got {on_full!r}, expected 'block' or 'drop'")
         self._learner_count = len(addresses)
         self._choose_learner = route if callable(route) and self._learner_count > 1 else None
         self._spec = SampleSpec(example)
@@ -143,6 +154,8 @@ class EchoSink(LoaderSender):
             make_client=client,
             max_inflight_msgs=check_count("max_inflight_msgs", max_inflight_msgs, least=1),
             buffer_bytes=None if buffer_bytes is None else check_count("buffer_bytes", buffer_bytes, least=1),
+            max_unacked=None if max_unacked is None else check_count("max_unacked", max_unacked, least=1),
+            drops_when_full=on_full == "drop",
             connect_timeout=check_timeout("connect_timeout", connect_timeout),
             stall_timeout=check_timeout("stall_timeout", stall_timeout),
             reconnect=check_seconds("reconnect", reconnect),

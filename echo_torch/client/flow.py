@@ -65,9 +65,8 @@ class SoftLimit:
     def __init__(self, ring: Ring, window: int) -> None:
         # The ring whose limit this is.
         self._ring = ring
-        limit_rows = max(1, window, SOFT_LIMIT_BYTES // ring.row_bytes)
-        # Most un-acked rows while the limit is set.
-        self._limit_rows = min(limit_rows, ring.max_unacked)
+        # Most un-acked rows while the limit is set, if the ring allows as many.
+        self._limit_rows = max(1, window, SOFT_LIMIT_BYTES // ring.row_bytes)
         # About how many bytes a caller writes itself before it leaves the rest to the I/O thread.
         self.caller_write_bytes = RUN_AHEAD_WRITE_BYTES if ring.max_unacked > window else LOCKSTEP_WRITE_BYTES
 
@@ -77,7 +76,7 @@ class SoftLimit:
         Call this if a device copies the rows. A caller that waits keeps the device waiting, and no cache gains from a
         limit.
         """
-        self._limit_rows = self._ring.max_unacked
+        self._limit_rows = self._ring.capacity
         self._ring.soft_limit = self._ring.max_unacked
 
     def lift_if_empty(self) -> None:
@@ -108,7 +107,7 @@ class SoftLimit:
             fast = ring.acked >= threshold
         else:
             fast = (ring.acked - acked) * ring.row_bytes >= FAST_BYTES_PER_S * (time.monotonic() - began)
-        ring.soft_limit = self._limit_rows if fast else ring.max_unacked
+        ring.soft_limit = min(self._limit_rows, ring.max_unacked) if fast else ring.max_unacked
 
 
 class AckBatching:

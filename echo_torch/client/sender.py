@@ -187,13 +187,23 @@ class Sender:
                 "the same thread; raise an exception there (sys.exit) and flush outside"
             )
 
-    def _put_rows(self, rows: int, fill: Filler, deadline: Deadline) -> None:
+    def has_room(self, rows: int) -> bool:
+        """Whether ``rows`` samples find room without waiting; if the ring never has so much, whether it is empty."""
+        ring = self._ring
+        most = min(rows, ring.max_unacked)
+        if ring.max_unacked - ring.reserved + ring.acked < most:
+            # Read the acks that have arrived.
+            self._connection.pump_or_wake()
+        return ring.max_unacked - ring.reserved + ring.acked >= most
+
+    def _put_rows(self, rows: int, fill: Filler, deadline: Deadline, whole: bool = False) -> None:
         """Put rows into the ring. Blocks until there is room for all of them.
 
         Args:
             rows: how many.
             fill: packs one run of them; called for each run that fits.
             deadline: when to stop waiting for room.
+            whole: whether to raise DeliveryTimeoutError at once if there is no room for all rows.
 
         Raises:
             ConnectionClosedError: the client was closed, or the peer is gone.
@@ -202,6 +212,12 @@ class Sender:
         """
         self._check_caller("send")
         ring, began, done = self._ring, time.monotonic(), 0
+        if 2 * rows > ring.max_unacked:
+            with ring.packing_lock:
+                ring.raise_limit(2 * rows)
+        if whole and not self.has_room(rows):
+            self._check_open("send")
+            self._raise_timeout("send", Deadline(0.0))
         self._connection.soft_limit.lift_if_empty()
         try:
             while done < rows:
@@ -404,7 +420,7 @@ class Sender:
             until: when to return although ``threshold`` is not reached. With it, this never raises
                 DeliveryTimeoutError.
         """
-        ring, connection = self._ring, self._connection
+        ring, connection, counted_at = self._ring, self._connection, time.monotonic()
         while ring.acked < threshold and not (until and until.expired):
             # Register before you pump and check, so that no ack is missed in between. After an interrupt, `finally`
             # removes the waiter.
@@ -433,11 +449,13 @@ class Sender:
                 # Poll for all callers if nobody else does, or else block until someone wakes this caller.
                 pause = min(deadline.remaining(), self._seconds_until_stall(), WAITER_HEARTBEAT_S)
                 pause = min(pause, until.remaining()) if until else pause
-                bottleneck, began = connection.bottleneck, time.monotonic()
+                bottleneck = connection.bottleneck
                 if not connection.try_poll_socket(waiter, pause):
                     waiter.wait(pause)
                 if call == "send":
-                    self._blocked_seconds[bottleneck] += time.monotonic() - began
+                    now = time.monotonic()
+                    self._blocked_seconds[bottleneck] += now - counted_at
+                    counted_at = now
             finally:
                 ring.remove_waiter(waiter)
         # This caller may have polled for the others, so let another one take over.

@@ -77,6 +77,8 @@ class TcpClient(Sender):
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for no limit.
         buffer_bytes: host memory for samples that are not acked; by default room for ``max_inflight_msgs`` samples.
             With more, `send` and `send_rows` run ahead of the window.
+        max_unacked: upper limit for samples that were accepted and are not acked, if fewer than the buffer holds; but
+            always two of the largest batch so far. None for as many as the buffer holds.
         reconnect: seconds for which the client tries to open a lost connection again, before calls raise. It then
             resends the last ``resend_acked`` acked samples and all un-acked ones, in order. So the server may store up
             to ``max_inflight_msgs + resend_acked`` samples twice. 0 turns reconnecting off.
@@ -111,6 +113,7 @@ class TcpClient(Sender):
         connect_timeout: float | None = 10.0,
         stall_timeout: float | None = 1800.0,
         buffer_bytes: int | None = None,
+        max_unacked: int | None = None,
         reconnect: float = 0.0,
         resend_acked: int | None = None,
         resend_at_close: bool = False,
@@ -122,6 +125,8 @@ class TcpClient(Sender):
         # The structure, shapes and dtypes of one sample.
         self._spec = SampleSpec(data_sample, root="data")
         window = check_count("max_inflight_msgs", max_inflight_msgs, least=1)
+        if max_unacked is not None:
+            check_count("max_unacked", max_unacked, least=1)
         check_timeout("connect_timeout", connect_timeout)
         check_timeout("stall_timeout", stall_timeout)
         check_seconds("reconnect", reconnect)
@@ -137,7 +142,7 @@ class TcpClient(Sender):
         dial_server = functools.partial(_dial, host, port, self._spec, check_tls(tls))
         sock = dial_server(Deadline(connect_timeout), retry_refused=retry_refused)
         try:
-            ring = Ring(buffer, size, keep_acked)
+            ring = Ring(buffer, size, keep_acked, max_unacked=max_unacked)
             super().__init__(
                 sock,
                 peer_name(host, port),
@@ -187,21 +192,22 @@ class TcpClient(Sender):
             return
         self._put_rows(1, self._packer.make_filler(arrays, False), as_deadline(timeout))
 
-    def send_match(self, match: Match, *, timeout: Timeout = None) -> None:
+    def send_match(self, match: Match, *, timeout: Timeout = None, whole: bool = False) -> None:
         """Send a batch, or a sample, that `SampleSpec.match` has checked. Raises the same errors as `send_rows`.
 
         Args:
             match: the checked leaves, from a spec with the same leaves as this client's.
             timeout: as for `send`.
+            whole: whether to raise DeliveryTimeoutError at once, and send nothing, if there is no room for all of it.
         """
         deadline = as_deadline(timeout)
         if not match.on_device:
-            self._put_rows(match.rows, self._packer.make_filler(match.arrays, match.batched), deadline)
+            self._put_rows(match.rows, self._packer.make_filler(match.arrays, match.batched), deadline, whole)
             return
         # Check the caller before the stager pins memory, which takes locks.
         self._check_caller("send")
         try:
-            self._put_rows(match.rows, self._stager.make_filler(match.arrays, match.batched), deadline)
+            self._put_rows(match.rows, self._stager.make_filler(match.arrays, match.batched), deadline, whole)
             return
         except StagingError as problem:
             why, first = str(problem), problem.first

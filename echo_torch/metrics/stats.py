@@ -116,8 +116,8 @@ class SinkStats:
     in_flight: int
     """Samples that were accepted and not acknowledged. After a lost connection, the server may have stored them."""
     dropped: int
-    """Samples that were not sent: those given to ``send`` after the learner was gone, with ``on_error="warn"``, and
-    those that a `SinkCallback` skipped because there was no room."""
+    """Samples that were not sent: those given to ``send`` after the learner was gone, with ``on_error="warn"``; those
+    that found no room, with ``on_full="drop"``; and those that a `SinkCallback` skipped because there was no room."""
     blocked_seconds: float
     """Seconds that ``send`` waited for room in the buffer."""
     reconnects: int = 0

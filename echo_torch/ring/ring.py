@@ -121,12 +121,20 @@ class Ring:
         row_bytes: bytes of one sample's payload.
         keep_acked: number of acked rows to keep, so that a new connection can resend them.
         chunk_bytes: upper limit for a chunk's size. A chunk has at least one row, however large.
+        max_unacked: upper limit for un-acked rows, if fewer than the buffer holds; None for all.
 
     Raises:
         ValueError: ``row_bytes`` is below 1, or the buffer has fewer than ``keep_acked + 1`` rows.
     """
 
-    def __init__(self, buffer: memoryview, row_bytes: int, keep_acked: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self,
+        buffer: memoryview,
+        row_bytes: int,
+        keep_acked: int = 0,
+        chunk_bytes: int = CHUNK_BYTES,
+        max_unacked: int | None = None,
+    ) -> None:
         if row_bytes < 1:
             raise ValueError(f"row_bytes: got {row_bytes}, expected at least 1")
         # Bytes of one row.
@@ -156,8 +164,9 @@ class Ring:
         self.pinned_rows: Any = None
         # Orders the callers that pack. Its holder moves ``reserved`` and ``packed``.
         self.packing_lock = threading.RLock()
-        # Upper limit for un-acked rows. The rest of the ring holds the acked rows that it keeps.
-        self.max_unacked = self.capacity - keep_acked
+        # Upper limit for un-acked rows. The buffer has room for as many beside the acked rows that it keeps, or more.
+        # `raise_limit` moves it.
+        self.max_unacked = min(self.capacity - keep_acked, max_unacked or self.capacity)
         # The present limit for un-acked rows. It is below ``max_unacked`` while more rows would only be slower.
         self.soft_limit = self.max_unacked
         # The counters start here, from the last stage to the first. This one: rows that the peer acknowledged.
@@ -226,6 +235,15 @@ class Ring:
         return self.buffer[start : start + min(end - row, left) * self.row_bytes]
 
     # Packing. Call these with `packing_lock` held.
+
+    def raise_limit(self, max_unacked: int) -> None:
+        """Allow so many un-acked rows, or as many as the buffer holds, if more are not allowed already."""
+        most = min(self.capacity - self.keep_acked, max_unacked)
+        if most > self.max_unacked:
+            # A soft limit that is set stays as it is.
+            if self.soft_limit == self.max_unacked:
+                self.soft_limit = most
+            self.max_unacked = most
 
     def next_free_run(self, want: int) -> tuple[int, int]:
         """Return the slot and the number of the next free rows in the chunk: at most ``want``, and maybe 0."""

@@ -150,11 +150,15 @@ class Balancer:
 
     # Sending.
 
-    def send_match(self, match: Match, *, timeout: Deadline) -> None:
+    def send_match(self, match: Match, *, timeout: Deadline, whole: bool = False) -> None:
         if self._closing:
             raise self._to_public_error(NoLearnerLeftError("closed"))
         done = 0
         shares = self._split_by_learner(match)
+        if whole:
+            for first, rows in shares:
+                if not self._has_room(first, match.rows if rows is None else len(rows)):
+                    raise self._to_public_error(NoRoomError("no learner has room"), "send", Deadline(0.0))
         for number, (first, rows) in enumerate(shares):
             share = match if rows is None else match.take_rows(rows)
             try:
@@ -167,6 +171,14 @@ class Balancer:
                 error.rows_accepted += done
                 raise
             done += share.rows
+
+    def _has_room(self, first: int, rows: int) -> bool:
+        """Whether the learner that would get ``rows`` samples now has room for them; see `_choose_learner`."""
+        try:
+            learner, _ = self._choose_learner(first, rows)
+        except NoLearnerLeftError:
+            return True  # sending raises it
+        return learner.client is None or learner.client.closed or learner.client.has_room(rows)
 
     def _split_by_learner(self, match: Match) -> list[tuple[int, Any]]:
         """Return pairs: a learner's index, and the indices of its samples or None for the whole batch."""

@@ -63,6 +63,10 @@ class Connector:
     max_inflight_msgs: int
     # Bytes of host memory for samples, at each learner; None for the default.
     buffer_bytes: int | None
+    # Most samples accepted and not acked, at each learner; None for as many as the buffer holds.
+    max_unacked: int | None
+    # Whether a batch for which there is no room is dropped.
+    drops_when_full: bool
     # Most seconds to connect; None for no limit.
     connect_timeout: float | None
     # Seconds without an ack after which waiting calls raise; None for no limit.
@@ -84,6 +88,8 @@ class Connector:
         """
         if self.tls is not None and not self._makes_tcp_client:
             raise ValueError("tls: only TcpClient has it; configure TLS in your own client instead")
+        if self.drops_when_full and not self._makes_tcp_client:
+            raise ValueError(f"on_full='drop': got client={self.make_client!r}, expected echo_torch.TcpClient")
         if self._makes_tcp_client:
             if self.buffer_bytes is not None:
                 rows_in_buffer(spec.payload_size, self.buffer_bytes, self.resend_acked)
@@ -170,6 +176,7 @@ class Connector:
             "connect_timeout": None if deadline.timeout is None else round(deadline.remaining(), 3),
             "stall_timeout": self.stall_timeout,
             "buffer_bytes": default if self.buffer_bytes is None else self.buffer_bytes,
+            "max_unacked": self.max_unacked,
             "reconnect": min(self.reconnect, WORKER_RECONNECT_S) if in_worker else self.reconnect,
             "resend_acked": self.resend_acked,
             "resend_at_close": self.resend_at_close,

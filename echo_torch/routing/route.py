@@ -52,8 +52,11 @@ class Route(Protocol):
     def outage(self) -> Outage | None:
         """Return how long no learner has been connected that a batch could go to; None while one is."""
 
-    def send_match(self, match: Match, *, timeout: Deadline) -> None:
-        """Send the samples of a batch; raises ConnectionClosedError or DeliveryTimeoutError."""
+    def send_match(self, match: Match, *, timeout: Deadline, whole: bool = False) -> None:
+        """Send the samples of a batch; raises ConnectionClosedError or DeliveryTimeoutError.
+
+        With ``whole``, raise DeliveryTimeoutError at once, and send nothing, if there is no room for all of them.
+        """
 
     def wait(self, deadline: Deadline, /) -> None:
         """Block until everything sent is acked; raises ConnectionClosedError or DeliveryTimeoutError."""
@@ -132,7 +135,8 @@ class OtherClientRoute:
         if self._sent > self._acked and not self._closed:
             self.wait(NEVER)
 
-    def send_match(self, match: Match, *, timeout: Deadline) -> None:
+    def send_match(self, match: Match, *, timeout: Deadline, whole: bool = False) -> None:
+        """Send the samples; ``whole`` changes nothing, because nobody knows what room such a client has."""
         started_at = time.monotonic()
         done = 0
         if owned_by_this_thread(self._send_lock):
@@ -226,7 +230,7 @@ class NoRoute:
     def poll_or_raise(self) -> None:
         """Do nothing: nothing was sent."""
 
-    def send_match(self, match: Match, *, timeout: Deadline) -> None:
+    def send_match(self, match: Match, *, timeout: Deadline, whole: bool = False) -> None:
         raise ConnectionClosedError(f"{self._peer}: could not be connected to")
 
     def wait(self, deadline: Deadline) -> None:

@@ -67,6 +67,8 @@ class Session:
         self._first_batch_logged = False
         # Whether the learner is lost and the log says so; stays False if the loss is raised instead.
         self._learner_gone = False
+        # Whether the log says that batches are dropped because there is no room for them.
+        self._drop_logged = False
         # Samples dropped since the connection was lost, while it was being opened again.
         self._dropped_while_lost = 0
         # The highest step up to which everything is acked.
@@ -157,7 +159,7 @@ class Session:
                 raise
             self.count_dropped(match.rows, error)
             return None
-        done = 0
+        done, whole = 0, {"whole": True} if self._connector.drops_when_full else {}
         while True:
             # With ``on_error="warn"``, do not sit out a lost connection in a full buffer. Look for it now and then.
             # Not if the rows go to several learners: those that are left are then no simple end of the batch.
@@ -165,7 +167,7 @@ class Session:
             if not self._raise_on_loss and match.shards is None:
                 limit = deadline.within(0.0 if route.reconnecting else LOSS_CHECK_S)
             try:
-                route.send_match(match.slice_rows(done, match.rows) if done else match, timeout=limit)
+                route.send_match(match.slice_rows(done, match.rows) if done else match, timeout=limit, **whole)
                 if self._dropped_while_lost:
                     _log.warning("%s: connected again; %d samples were dropped", self.peer, self._dropped_while_lost)
                     self._dropped_while_lost = 0
@@ -176,13 +178,24 @@ class Session:
                 self.count_dropped(match.rows - done - error.rows_accepted, error)
                 return None
             except DeliveryTimeoutError as error:
-                done += error.rows_accepted
+                if whole and not error.rows_accepted:
+                    self._drop_for_room(match.rows, error)
+                    return None
+                done, whole = done + error.rows_accepted, {}
                 if not self._raise_on_loss and route.reconnecting:
                     self._drop_while_lost(match.rows - done)
                     return None
                 if limit is deadline or deadline.expired or not limit.expired:
                     error.rows_accepted = done
                     raise
+
+    def _drop_for_room(self, rows: int, error: DeliveryTimeoutError) -> None:
+        """Count a batch as dropped for which there is no room, with ``on_full="drop"``; log the first."""
+        if not self._drop_logged:
+            self._drop_logged = True
+            text = "%s: no room, %d samples un-acked; batches that find no room are dropped (on_full='drop')"
+            _log.warning(text, self.peer, error.unacked)
+        self.count_dropped(rows)
 
     def _drop_while_lost(self, rows: int) -> None:
         """Count samples as dropped for which there is no room until the connection stands again; log the first."""
