@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0
 # Seconds after which a waiting caller reads acks itself, because fewer than LOW_WATER_ACKS acks wake nobody.
 WAITER_HEARTBEAT_S = 0.05
+# Seconds that a waiting caller waits for another thread's pump, which writes a megabyte at most.
+PUMP_PATIENCE_S = 0.005
 # Seconds to wait for the I/O thread to end after a connection failed. The thread has nothing left to do then.
 THREAD_EXIT_TIMEOUT_S = 1.0
 # Seconds between two queries of a device's copy whose caller was interrupted.
@@ -426,7 +428,9 @@ class Sender:
             # removes the waiter.
             waiter = ring.add_waiter(threshold)
             try:
-                connection.pump_or_wake()
+                # If the I/O thread pumps now, wait for it. Its acks may be ours. And until it has read them, the poll
+                # below would return at once, again and again, and keep the GIL from it.
+                connection.pump_or_wake(patience_s=PUMP_PATIENCE_S)
                 if ring.acked >= threshold:
                     break
                 self._check_open(call)

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
+from learner_process import Learner
 
+from echo_torch import TcpClient
 from echo_torch.client.wakeup import AckPoller, WakeUp
 from echo_torch.ring.ring import Ring
 from echo_torch.support.interrupts import owned_by_this_thread
@@ -206,3 +209,21 @@ def test_polling_for_no_time_or_a_time_that_has_passed_polls_once(ack_poller: Ac
     began = time.monotonic()
     assert ack_poller.try_poll_socket(waiter, seconds)
     assert time.monotonic() - began < 10.0
+
+
+def test_a_caller_does_not_poll_while_the_io_thread_reads_its_acks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would return at once, again and again, and keep the GIL from the I/O thread: 25 polls for each sample."""
+    polls, poll = 0, AckPoller.try_poll_socket
+
+    def count_and_poll(*arguments: Any) -> bool:
+        nonlocal polls
+        polls += 1
+        return poll(*arguments)
+
+    monkeypatch.setattr(AckPoller, "try_poll_socket", count_and_poll)
+    sample, count = {"x": np.zeros(29, np.uint8)}, 5000
+    with Learner(sample, batch_size=100, digest=len) as learner, TcpClient("127.0.0.1", learner.port, sample) as client:
+        for _ in range(count):
+            client.send(sample)
+        client.wait()
+    assert polls < 2 * count
