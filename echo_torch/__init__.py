@@ -11,6 +11,7 @@ from .errors import (
     ConnectionClosedError,
     DeliveryTimeoutError,
     HandshakeError,
+    LearnerGoneError,
     ProtocolError,
     SpecMismatchError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "EchoDataset",
     "EchoSink",
     "HandshakeError",
+    "LearnerGoneError",
     "PeerStats",
     "ProtocolError",
     "SinkStats",

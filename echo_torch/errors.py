@@ -51,6 +51,10 @@ class ConnectionClosedError(_CountedError, ConnectionError):
     """
 
 
+class LearnerGoneError(ConnectionClosedError):
+    """The learner has finished: it ended the connection in order, and nobody listens at its address any more."""
+
+
 class ProtocolError(ConnectionClosedError):
     """The peer sent something that wire version 1 does not allow. The connection was dropped."""
 

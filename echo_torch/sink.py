@@ -96,6 +96,11 @@ class EchoSink(LoaderSender):
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for never.
         on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and to drop and count all later
             samples. While the connection is being opened again, only samples that find no room are dropped.
+        on_learner_gone: what happens when the learner has finished, that is, when it ended the connection in order and
+            nobody has listened at its address for ``stop_after`` seconds. ``"raise"`` tries for all of ``reconnect``,
+            as after a crash, and then raises. ``"stop"`` ends sending quietly: `learner_gone` becomes True, and `send`
+            drops and counts all later samples. A crash is treated as ever.
+        stop_after: seconds, for ``on_learner_gone="stop"``.
         reconnect: seconds for which the sink tries to open a lost connection again; 0 for not at all. At most 2 in a
             DataLoader worker. It then sends again what may not be stored, so a learner may get samples twice. Put an
             index into your samples if that matters.
@@ -128,6 +133,8 @@ class EchoSink(LoaderSender):
         connect_timeout: float | None = 10.0,
         stall_timeout: float | None = 1800.0,
         on_error: Literal["raise", "warn"] = "raise",
+        on_learner_gone: Literal["raise", "stop"] = "raise",
+        stop_after: float = 3.0,
         reconnect: float = 60.0,
         resend_acked: int = SERVER_QUEUE_SAMPLES,
         resend_at_close: bool = True,
@@ -140,6 +147,9 @@ class EchoSink(LoaderSender):
                 raise TypeError(f"{name}: got {function!r}, expected something to call")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"on_error: got {on_error!r}, expected 'raise' or 'warn'")
+        if on_learner_gone not in ("raise", "stop"):
+            raise ValueError(f"on_learner_gone: got {on_learner_gone!r}, expected 'raise' or 'stop'")
+        check_seconds("stop_after", stop_after)
         if on_full not in ("block", "drop"):
             raise ValueError(f"on_full: got {on_full!r}, expected 'block' or 'drop'")
         self._learner_count = len(addresses)
@@ -161,6 +171,7 @@ class EchoSink(LoaderSender):
             reconnect=check_seconds("reconnect", reconnect),
             resend_acked=check_count("resend_acked", resend_acked, least=0),
             resend_at_close=resend_at_close,
+            gone_after=stop_after if on_learner_gone == "stop" else None,
             tls=check_tls(tls),
         )
         self._connector.check(self._spec)
@@ -363,6 +374,14 @@ class EchoSink(LoaderSender):
     def stats(self) -> SinkStats:
         """Return what this process and its DataLoader workers sent, and where the time went."""
         return self._session().stats()
+
+    @property
+    def learner_gone(self) -> bool:
+        """Whether a `send` of this process found that the learner is gone, so that samples are dropped.
+
+        Only with ``on_learner_gone="stop"`` or ``on_error="warn"``; otherwise `send` raises.
+        """
+        return self._session().learner_gone
 
     @property
     def peer(self) -> str:

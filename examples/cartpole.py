@@ -98,10 +98,12 @@ def act(mailbox: Mailbox, number: int, port: int, environments: int, seed: int) 
     unrolls["actor"].fill_(number)
     unrolls["number"].copy_(torch.arange(environments))
     room = (environments + RESENT) * sum(leaf.nbytes for leaf in EXAMPLE.values())
-    # No reconnecting, because a learner that is gone does not come back. `send` then raises, and the actor ends.
-    with EchoSink("127.0.0.1", port, EXAMPLE, buffer_bytes=room, resend_acked=RESENT, reconnect=0) as sink:
+    # No reconnecting, because a learner that is gone does not come back. If it has finished, the actor ends, too; if it
+    # crashed, `send` raises.
+    options = {"reconnect": 0, "on_learner_gone": "stop"}
+    with EchoSink("127.0.0.1", port, EXAMPLE, buffer_bytes=room, resend_acked=RESENT, **options) as sink:
         began = time.perf_counter()
-        while not mailbox.stopped():
+        while not mailbox.stopped() and not sink.learner_gone:
             version, weights = mailbox.newest()
             vector_to_parameters(weights, policy.parameters())
             unrolls["version"].fill_(version)

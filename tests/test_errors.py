@@ -11,12 +11,14 @@ from echo_torch.errors import (
     ConnectionClosedError,
     DeliveryTimeoutError,
     HandshakeError,
+    LearnerGoneError,
     ProtocolError,
     SpecMismatchError,
 )
 
 TREE: dict[type[Exception], set[type[Exception]]] = {
     ConnectionClosedError: {ConnectionError, OSError},
+    LearnerGoneError: {ConnectionClosedError, ConnectionError, OSError},
     ProtocolError: {ConnectionClosedError, ConnectionError, OSError},
     DeliveryTimeoutError: {TimeoutError, OSError},
     HandshakeError: {ValueError},
@@ -24,7 +26,7 @@ TREE: dict[type[Exception], set[type[Exception]]] = {
 }
 KINDS = list(TREE)
 FAMILIES = {*TREE, ConnectionError, TimeoutError, OSError, ValueError, TypeError, RuntimeError}
-UNACKED = [ConnectionClosedError, ProtocolError, DeliveryTimeoutError]
+UNACKED = [ConnectionClosedError, LearnerGoneError, ProtocolError, DeliveryTimeoutError]
 ACCEPTING = [*UNACKED, SpecMismatchError]
 TEXT = "learner:50051: nothing was acked for 3 s; 7 samples un-acked"
 

@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Any, TypeVar
 
-from echo_torch.errors import ConnectionClosedError, ProtocolError
+from echo_torch.errors import ConnectionClosedError, LearnerGoneError, ProtocolError
 from echo_torch.metrics.stats import Counts
 from echo_torch.metrics.timing import DEVICE, LEARNER, NETWORK, NOTHING
 from echo_torch.ring.ring import Ring, Waiter
@@ -55,6 +55,8 @@ class Connection:
         window: upper limit for rows that are written and not acked.
         tail: the rows to resend at the end.
         reconnector: opens another socket when one is lost; None to fail instead.
+        gone_after: seconds without anybody listening after which a peer that ended a connection in order counts as
+            gone; None for never.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Connection:
         window: int,
         tail: ClosingTail,
         reconnector: Reconnector | None,
+        gone_after: float | None = None,
     ) -> None:
         # The other side's name in messages.
         self.peer = peer
@@ -74,6 +77,8 @@ class Connection:
         self.closing_tail = tail
         # Opens another socket when one is lost; None if reconnecting is off.
         self.reconnector = reconnector
+        # Seconds without anybody listening after which a peer that ended a connection in order counts as gone.
+        self._gone_after = gone_after
         # Moves bytes over the current socket. The I/O lock guards it.
         self.pump = make_pump(sock, ring, window)
         # Decides how far callers run ahead of the acks, and how much they write themselves.
@@ -131,6 +136,11 @@ class Connection:
         packed = self.ring.packed
         start_row = self.closing_tail.start_row
         return packed if start_row is None else start_row
+
+    @property
+    def gone_after(self) -> float | None:
+        """Seconds after which the peer counts as gone, because the current socket ended in order; None for never."""
+        return self._gone_after if self.pump.ended_in_order else None
 
     @property
     def unacked(self) -> int:
@@ -312,7 +322,7 @@ class Connection:
         """
         # Do not reconnect to a peer that broke the protocol: it would do so again.
         if self.reconnector is None or isinstance(error, ProtocolError):
-            self.fail(error)
+            self.fail(error if self.gone_after is None else LearnerGoneError(str(error)))
         else:
             # A connection was useful if it acked new rows, or had none to ack. Only then does the time allowed for
             # reconnecting start anew.

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any
 
-from echo_torch.errors import ConnectionClosedError, HandshakeError, SpecMismatchError
+from echo_torch.errors import ConnectionClosedError, HandshakeError, LearnerGoneError, SpecMismatchError
 from echo_torch.metrics.timing import LEARNER, NETWORK
 from echo_torch.support import shutdown
 from echo_torch.support.deadline import Deadline
@@ -320,9 +320,14 @@ class IoThread:
         connection.ack_poller.set_socket(None)
         shutdown_and_close(connection.pump.sock)
         text = "%s: connection lost (%s); trying for up to %g s to reconnect, %d samples un-acked"
-        _log_safely(logging.WARNING, text, self.peer, cause, reconnector.give_up_after_s, connection.unacked)
+        # A peer that has just finished is no trouble, if that is expected.
+        gone_after = connection.gone_after
+        level = logging.WARNING if gone_after is None else logging.DEBUG
+        _log_safely(level, text, self.peer, cause, reconnector.give_up_after_s, connection.unacked)
         try:
-            sock = reconnector.connect(lambda: self._should_give_up(reconnector))
+            sock = reconnector.connect(lambda: self._should_give_up(reconnector), gone_after)
+        except LearnerGoneError as error:
+            connection.fail(error, f"the learner has finished: {error}, and nobody listens there any more")
         except (HandshakeError, SpecMismatchError) as error:
             connection.fail(error, f"connection lost: {cause}; {error}")
         except OSError as error:
@@ -355,7 +360,10 @@ class IoThread:
             shutdown_and_close(connection.pump.sock)
             connection.ended_at = time.monotonic()
         # If samples may be lost, and no call may come any more to raise that, log it.
-        if connection.at_risk and (self.abandoned or (failed and not connection.failure_will_be_reported)):
+        expected = isinstance(connection.failure, LearnerGoneError)
+        if connection.at_risk and (
+            self.abandoned or (failed and not expected and not connection.failure_will_be_reported)
+        ):
             how = f"{connection.failure};" if failed else f"{self.peer}:"
             _log_safely(logging.WARNING, "%s ended with %s", how, connection.describe_unacked())
         connection.ack_poller.close()

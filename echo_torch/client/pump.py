@@ -15,6 +15,7 @@ import contextlib
 import socket
 import time
 from collections import deque
+from typing import NoReturn
 
 from echo_torch.errors import ConnectionClosedError
 from echo_torch.metrics.timing import LatencyHistogram
@@ -62,6 +63,8 @@ class Pump:
         self.acked = ring.written
         # Whether the socket took no more at the last try; the thread that sees it writable again resets this.
         self.socket_full = False
+        # Whether the peer has ended the stream in order (FIN), and did not cut it off.
+        self.peer_has_ended = False
         # When the last ack came, or, if later, when more of the oldest un-acked row was written.
         self.progress_at = time.monotonic()
         # When the socket last took bytes.
@@ -134,7 +137,7 @@ class Pump:
             return
         count = received[0]
         if count == 0:
-            raise ConnectionClosedError("the peer closed the connection")
+            self._raise_ended()
         check_acks(self._ack_buffer, count, self.ring.written - self.acked)
         self.progress_at = time.monotonic()
         acked = self.acked + count
@@ -145,6 +148,15 @@ class Pump:
         self.ring.acked = settled
         received.clear()
         self.latencies.record_acked(acked, self.progress_at)
+
+    def _raise_ended(self) -> NoReturn:
+        self.peer_has_ended = True
+        raise ConnectionClosedError("the peer closed the connection")
+
+    @property
+    def ended_in_order(self) -> bool:
+        """Whether the peer has ended the stream at a row's border. A host that crashes rarely does."""
+        return self.peer_has_ended and not self._partial_bytes
 
     def _write_rows(self, max_bytes: int) -> None:
         """Write rows until the window or the socket is full, or about ``max_bytes`` are written."""

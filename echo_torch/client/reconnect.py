@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from echo_torch.errors import LearnerGoneError
 from echo_torch.support.backoff import Backoff
 from echo_torch.support.deadline import POLL_INTERVAL_S, Deadline, RevocableDeadline
 from echo_torch.wire.connect import is_transient
@@ -81,12 +82,16 @@ class Reconnector:
         """Seconds since the last useful connection was lost."""
         return time.monotonic() - self._lost_at
 
-    def connect(self, should_give_up: Callable[[], bool]) -> socket.socket:
+    def connect(self, should_give_up: Callable[[], bool], gone_after: float | None = None) -> socket.socket:
         """Try until a connection is open, the allowed time has passed, or ``should_give_up()`` returns True.
 
-        Calls ``should_give_up`` often.
+        Args:
+            should_give_up: called often.
+            gone_after: seconds of refused tries after which the peer counts as gone, also if the allowed time is
+                shorter; None for never.
 
         Raises:
+            LearnerGoneError: the peer is gone.
             OSError, TLSFileError: the error of the last try, or one that does not pass.
             HandshakeError, SpecMismatchError: another peer is there now, or it refuses our certificate.
         """
@@ -95,6 +100,7 @@ class Reconnector:
             self._lost_at = time.monotonic()
         deadline = RevocableDeadline(max(0.0, self._lost_at + self.give_up_after_s - time.monotonic()), should_give_up)
         last_error: OSError | TLSFileError = TimeoutError("no time was left to connect")
+        refused_since: float | None = None
         while self._wait_for_next_try(deadline):
             self.tries += 1
             try:
@@ -103,9 +109,19 @@ class Reconnector:
                 if isinstance(error, OSError) and not is_transient(error, was_connected=True):
                     raise
                 last_error = error
+                # A server that is closing may still accept a connection and end it. So refusals count from the first of
+                # the latest ones.
+                if not isinstance(error, ConnectionRefusedError):
+                    refused_since = None
+                elif gone_after is not None:
+                    refused_since = refused_since or time.monotonic()
+                    if time.monotonic() - refused_since >= gone_after:
+                        break
             else:
                 self._opened_at = time.monotonic()
                 return sock
+        if refused_since is not None and not should_give_up():
+            raise LearnerGoneError(f"it closed the connection {self.seconds_lost:.1f} s ago")
         try:
             raise last_error
         finally:

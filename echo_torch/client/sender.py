@@ -62,6 +62,7 @@ class Sender:
         resend_at_close: whether `close` writes the last ``ring.keep_acked`` rows once more.
         linger: seconds that `close` waits at the end, when everything is acked.
         reconnector: opens another socket when one is lost; None to fail instead.
+        gone_after: as for `TcpClient`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Sender:
         resend_at_close: bool = False,
         linger: float = 0.0,
         reconnector: Reconnector | None = None,
+        gone_after: float | None = None,
     ) -> None:
         # The other side's name in messages.
         self._peer = peer
@@ -93,7 +95,8 @@ class Sender:
         # The process that made this sender. A forked child must not use it.
         self._pid = os.getpid()
         # What callers share with the I/O thread.
-        self._connection = Connection(sock, peer, ring, window, ClosingTail(ring, resend_at_close), reconnector)
+        tail = ClosingTail(ring, resend_at_close)
+        self._connection = Connection(sock, peer, ring, window, tail, reconnector, gone_after)
         # The thread that writes what callers leave, and reconnects. The owner starts it.
         self._io_thread = IoThread(self._connection, linger)
 

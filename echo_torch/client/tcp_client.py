@@ -87,6 +87,9 @@ class TcpClient(Sender):
             ``reconnect`` nor ``resend_at_close`` is set.
         resend_at_close: whether `close` sends the last ``resend_acked`` samples once more. When a connection ends, the
             server may discard acked samples that are still in its queue. Resending pushes them out of the queue.
+        gone_after: seconds after which a server that ended the connection in order, and where nobody listens any more,
+            counts as gone: calls then raise `LearnerGoneError`. With ``reconnect=0``, it counts as gone at once. None
+            to try for all of ``reconnect``, as after a crash.
         linger: seconds that `close` waits after the last ack, so that the server can empty its queue.
         retry_refused: whether to try again, until ``connect_timeout``, while nobody listens at the address yet. With
             ``tls``, this includes the server behind the proxy.
@@ -117,6 +120,7 @@ class TcpClient(Sender):
         reconnect: float = 0.0,
         resend_acked: int | None = None,
         resend_at_close: bool = False,
+        gone_after: float | None = None,
         linger: float = 0.0,
         retry_refused: bool = False,
         tls: TLS | None = None,
@@ -130,6 +134,7 @@ class TcpClient(Sender):
         check_timeout("connect_timeout", connect_timeout)
         check_timeout("stall_timeout", stall_timeout)
         check_seconds("reconnect", reconnect)
+        check_timeout("gone_after", gone_after)
         check_seconds("linger", linger)
         if resend_acked is None:
             resend_acked = SERVER_QUEUE_SAMPLES if reconnect or resend_at_close else 0
@@ -152,6 +157,7 @@ class TcpClient(Sender):
                 resend_at_close=resend_at_close,
                 linger=linger,
                 reconnector=Reconnector(dial_server, reconnect, connect_timeout) if reconnect else None,
+                gone_after=gone_after,
             )
             # Packs samples in host memory into rows.
             self._packer = Packer(ring, self._spec.leaves)

@@ -67,10 +67,10 @@ class TlsPump(Pump):
                 self._decrypting = False
                 break
             if not count:
-                raise ConnectionClosedError("the peer closed the connection")
+                self._raise_ended()
             self._apply_acks(count)
         if sock.at_eof:
-            raise ConnectionClosedError("the peer closed the connection")
+            self._raise_ended()
 
     def _apply_received(self) -> None:
         """Add the acks that an interrupt left in the buffer to the counters; an ack is never a zero byte."""

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from echo_torch.support import accelerator
 
-from .prefetch import Prefetcher, sample_lock_for
+from .prefetch import EXIT_TIMEOUT_S, Prefetcher, sample_lock_for
 from .unpack import Convert, StreamUploader, SynchronousUploader, Unpacker, copy_arrays, wrap_arrays
 
 _ONE_CONSUMER = (
@@ -42,15 +42,17 @@ class EchoDataset(IterableDataset[Any]):
 
     Example::
 
-        batches = EchoDataset(server, example)  # the server was made with numpy_example(example)
-        for batch in batches:  # a leaf of shape (4,) comes as a tensor (batch_size, 4)
-            step(batch)
+        with EchoDataset(server, example) as batches:  # the server was made with numpy_example(example)
+            for batch in batches:  # a leaf of shape (4,) comes as a tensor (batch_size, 4)
+                step(batch)
 
     Iterate over it directly, or through ``DataLoader(dataset, batch_size=None)``, because the server makes the batches.
     A second iteration continues with the next batch. There is no length.
 
     * *The end.* ``server.close()``, called in any thread, ends all iterations, after the batches that the server still
       hands out. Samples that do not fill a batch are lost then, and full batches may be.
+    * *Close it*, by ``with`` or `close`, which closes the server, too. A process that ends while actors are connected
+      to an open server may end in a panic of the server's.
     * *Ctrl-C* interrupts waiting for a batch, which it cannot do in ``server.sample()``. The batch is not lost: you get
       it next. The same goes for a batch that was read ahead when you left a loop.
     * *One dataset.* Use one `EchoDataset` for the whole life of a server, because dropping it loses the batch that it
@@ -60,9 +62,9 @@ class EchoDataset(IterableDataset[Any]):
       all-reduce that each has a batch, or use ``torch.distributed.algorithms.join.Join``.
 
     Args:
-        server: an ``echo.Server`` made with ``numpy_example(example)``, or an object with the same ``sample()``. You
-            close it. Process exit closes it, too, if this dataset's thread is in ``server.sample()`` then: only a batch
-            or ``server.close()`` gets the thread out of there.
+        server: an ``echo.Server`` made with ``numpy_example(example)``, or an object with the same ``sample()``. Close
+            it, or this dataset. Process exit closes it, too, if this dataset's thread is in ``server.sample()`` then:
+            only a batch or ``server.close()`` gets the thread out of there.
         example: one sample, as `EchoSink` takes it. Only structure, shapes and dtypes count. Batches have its dtypes,
             bfloat16 and float8 included, and its containers: dict, OrderedDict, list, tuple and namedtuple.
             TensorDicts, dataclasses and other mappings come as dicts.
@@ -107,9 +109,14 @@ class EchoDataset(IterableDataset[Any]):
             server.sample,
             lambda sample: _Batch(unpacker.to_tensors(sample.batch, server), sample.info),
             getattr(server, "close", lambda: None),
+            describe_idle=lambda: _describe_idle(server),
             sample_lock=sample_lock_for(server),
             read_ahead=not self._shares_memory,
         )
+        # Closes the server.
+        self._close_server = getattr(server, "close", None)
+        # Whether `close` was called.
+        self._closed = False
         # The process that has the server and the thread.
         self._pid = os.getpid()
         # Guards `_consumer`, and the `thread` of each iterator.
@@ -129,6 +136,29 @@ class EchoDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         self._check_process()
         return _BatchIterator(self)
+
+    def close(self) -> None:
+        """Close the server, and end all iterations; idempotent. In a forked child, this does nothing.
+
+        With ``copy=True``, this first takes what the server still has, for half a second at most, and drops it. The
+        server then has read what actors sent, so that closing ends their connections in order. Otherwise the kernel
+        resets them, which looks like a crash.
+        """
+        if os.getpid() != self._pid or self._closed:
+            return
+        self._closed = True
+        self._prefetcher.stop()
+        if not self._shares_memory:
+            self._prefetcher.discard_samples()
+        if self._close_server is not None:
+            self._close_server()
+        self._prefetcher.join(EXIT_TIMEOUT_S)
+
+    def __enter__(self) -> EchoDataset:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"an EchoDataset cannot be pickled or copied: {self._remedy()}")
@@ -193,6 +223,17 @@ class _BatchIterator(Iterator[Any]):
             self.exhausted = True
             raise StopIteration
         return self._dataset._unflatten(batch.tensors)
+
+
+def _describe_idle(server: Any) -> str:
+    """Return why no batch comes, as far as the server tells."""
+    try:
+        server.port  # noqa: B018
+    except RuntimeError:
+        return "the transport of the server was not started; call server.start()"
+    except AttributeError:  # not an `echo.Server`
+        pass
+    return "the server has no full batch; does anybody send to it?"
 
 
 def _resolve_device(device: torch.device | str | int | None) -> torch.device:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -33,9 +34,17 @@ from echo_torch.support.deadline import Deadline
 
 # How long process exit waits for all threads together, in seconds.
 EXIT_TIMEOUT_S = 5.0
+# When a dataset is closed: most seconds to take what the server still has, and seconds without a batch after which that
+# was all.
+DISCARD_S = 0.5
+DISCARD_IDLE_S = 0.02
+# Seconds without a batch after which the log says so, once.
+IDLE_WARNING_S = 5.0
 # How long a thread waits for a batch before it looks again, in seconds. A Ctrl-C that comes just before the wait begins
 # does not interrupt it, so this bounds the delay.
 POLL_INTERVAL_S = 0.5
+
+_log = logging.getLogger(__name__)
 
 _Sample = TypeVar("_Sample")
 _Batch = TypeVar("_Batch")
@@ -55,6 +64,7 @@ class Prefetcher(Generic[_Sample, _Batch]):
         sample: blocks until there is a sample and returns it, or returns None at the end.
         convert: makes a batch of a sample. Called in the same thread, before the next call of ``sample``.
         close: makes ``sample`` return soon; called at process exit.
+        describe_idle: says why no batch comes; called once, after `IDLE_WARNING_S`.
         sample_lock: held during ``sample`` and ``convert``; `sample_lock_for` returns the one of a server.
         read_ahead: whether to take the next batch as soon as you fetch one, rather than when you ask for it.
     """
@@ -65,18 +75,24 @@ class Prefetcher(Generic[_Sample, _Batch]):
         convert: Callable[[_Sample], _Batch],
         close: Callable[[], object],
         *,
+        describe_idle: Callable[[], str],
         sample_lock: threading.Lock,
         read_ahead: bool,
     ) -> None:
         self._sample = sample
         self._convert = convert
         self._close = close
+        self._describe_idle = describe_idle
         self._sample_lock = sample_lock
         self._read_ahead = read_ahead
+        # Whether the log says that no batch comes.
+        self._idle_logged = False
         # Guards `_thread`, `_requested`, `_exhausted`, `_waiters` and `_ready`.
         self._lock = threading.Lock()
         # The thread, which stores itself here in its first step; None before.
         self._thread: threading.Thread | None = None
+        # The thread of `discard_samples`; None before.
+        self._discarding_thread: threading.Thread | None = None
         # requested: a batch is wanted and not ready yet. exhausted: there will be no more batches. stopped: `stop` was
         # called. in_sample: the thread is in `sample`, or about to call it.
         self._requested = self._exhausted = self._stopped = self._in_sample = False
@@ -97,7 +113,11 @@ class Prefetcher(Generic[_Sample, _Batch]):
             Exception: whatever ``sample`` or ``convert`` raised. The next call asks for another batch.
         """
         waiter: queue.SimpleQueue[None] = queue.SimpleQueue()
+        idle = Deadline(IDLE_WARNING_S)
         while (outcome := self._pop_or_request(waiter)) is None:
+            if idle.expired and not self._idle_logged:
+                self._idle_logged = True
+                _log.warning("no batch for %g s: %s", IDLE_WARNING_S, self._describe_idle())
             # An interrupt here loses nothing: the batch becomes ready all the same, and the next call returns it.
             with contextlib.suppress(queue.Empty):
                 waiter.get(timeout=POLL_INTERVAL_S)
@@ -123,10 +143,31 @@ class Prefetcher(Generic[_Sample, _Batch]):
         if self._in_sample:
             self._close()
 
+    def discard_samples(self) -> None:
+        """After `stop`: take what the server has and drop it, in a thread, until the server is closed.
+
+        Returns when the server has had nothing for a moment, and after `DISCARD_S` in any case.
+        """
+        taken = queue.SimpleQueue[bool]()
+
+        def discard() -> None:
+            with contextlib.suppress(Exception), self._sample_lock:
+                while self._sample() is not None:
+                    taken.put(True)
+
+        self._discarding_thread = threading.Thread(target=discard, name="echo_torch dataset discards", daemon=True)
+        self._discarding_thread.start()
+        deadline = Deadline(DISCARD_S)
+        with contextlib.suppress(queue.Empty):
+            while not deadline.expired:
+                taken.get(timeout=DISCARD_IDLE_S)
+
     def join(self, timeout: float) -> None:
-        """Wait for the thread to end, for at most ``timeout`` seconds."""
-        if self._thread is not None:
-            self._thread.join(timeout)
+        """Wait for the threads to end, for at most ``timeout`` seconds."""
+        deadline = Deadline(timeout)
+        for thread in (self._thread, self._discarding_thread):
+            if thread is not None:
+                thread.join(deadline.remaining())
 
     def _pop_or_request(self, waiter: queue.SimpleQueue[None]) -> _Outcome[_Batch] | None:
         """Return the outcome that is ready; else request one, register ``waiter`` to be woken, and return None."""
@@ -159,7 +200,8 @@ class Prefetcher(Generic[_Sample, _Batch]):
             # There may be more wake-ups than requests, so ask the state.
             with self._lock:
                 wanted = self._requested and not self._ready
-            done = self._stopped or (wanted and self._deliver(self._sample_and_convert()))
+            # Keep no outcome here while the thread waits: an error keeps alive whatever its frames hold.
+            done = self._deliver(_Outcome()) if self._stopped else wanted and self._deliver(self._sample_and_convert())
 
     def _sample_and_convert(self) -> _Outcome[_Batch]:
         """Take one sample and convert it; an error becomes the outcome, for `next` to raise."""

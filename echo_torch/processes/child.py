@@ -98,11 +98,14 @@ class FlagFiles:
         if self._parent is not None:
             (ledger.set_flag if gone else ledger.clear_flag)(self._token, self._parent, ledger.LEARNER_GONE)
 
+    @property
+    def learner_gone(self) -> bool:
+        """Whether an earlier worker did not find the learner."""
+        return self._parent is not None and ledger.has_flag(self._token, self._parent, ledger.LEARNER_GONE)
+
     def limit_connecting(self, deadline: Deadline) -> Deadline:
         """Return ``deadline``, cut to a few seconds if an earlier worker did not find the learner."""
-        if self._parent is None or not ledger.has_flag(self._token, self._parent, ledger.LEARNER_GONE):
-            return deadline
-        return deadline.within(WORKER_RECONNECT_S)
+        return deadline.within(WORKER_RECONNECT_S) if self.learner_gone else deadline
 
 
 class ReportedTotals(Protocol):

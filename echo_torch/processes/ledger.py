@@ -35,7 +35,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, ProtocolError
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, LearnerGoneError, ProtocolError
 from echo_torch.metrics.stats import LOSS_FIELDS, PeerCounts
 from echo_torch.metrics.timing import TIMES_BYTES, Times
 
@@ -58,7 +58,7 @@ FIELDS = (
 # The fields that add up over children.
 SUMMED_FIELDS = ("sent", "acked", "dropped", *LOSS_FIELDS)
 # The exceptions that ``error_kind`` stands for. If several children fail, the parent raises the one that comes last.
-ERROR_KINDS = (None, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
+ERROR_KINDS = (None, LearnerGoneError, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 # A file takes whole pages, of this many bytes.
 _PAGE = 4096
 # Where the parts of a file begin, and the most bytes of an error's text.

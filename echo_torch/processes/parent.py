@@ -295,8 +295,8 @@ class ChildProcesses:
         for entry in failed:
             unacked_here = entry["sent"] - entry["acked"]
             unacked += unacked_here
-            # A child that died without writing an error counts as a lost connection, which is kind 2.
-            kind = max(kind, entry["error_kind"] or 2)
+            # A child that died without writing an error counts as a lost connection.
+            kind = max(kind, entry["error_kind"] or ERROR_KINDS.index(ConnectionClosedError))
             how = entry.error if entry["error_kind"] else f"died with {unacked_here} samples un-acked"
             reasons.append(f"process {entry.child_pid}: {how}")
         error = ERROR_KINDS[kind](f"{self._peer}: {'; '.join(reasons)}")  # type: ignore[misc]  # kind is never 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, LearnerGoneError, raise_first
 from echo_torch.metrics.stats import Counts, Outage, PeerCounts
 from echo_torch.metrics.timing import Times
 from echo_torch.samples.spec import Match
@@ -374,6 +374,12 @@ class Balancer:
             else:
                 what = f"{error}, and nothing was acked for {self._stall_timeout:g} s (stall_timeout)"
             text = f"{self._name}: {what}; {unacked} samples un-acked"
-            public_error = DeliveryTimeoutError(f"{text}; delivery goes on") if late else ConnectionClosedError(text)
+            failures = [learner.client.failure for learner in self._learners if learner.client is not None]
+            if late:
+                public_error = DeliveryTimeoutError(f"{text}; delivery goes on")
+            elif failures and all(isinstance(failure, LearnerGoneError) for failure in failures):
+                public_error = LearnerGoneError(text)
+            else:
+                public_error = ConnectionClosedError(text)
         public_error.unacked = unacked
         return public_error

@@ -77,6 +77,8 @@ class Connector:
     resend_acked: int
     # Whether `close` sends these once more.
     resend_at_close: bool
+    # Seconds after which a learner that ended the connection in order counts as gone; None for never.
+    gone_after: float | None
     # How to speak TLS; None for plain connections.
     tls: TLS | None
 
@@ -88,6 +90,8 @@ class Connector:
         """
         if self.tls is not None and not self._makes_tcp_client:
             raise ValueError("tls: only TcpClient has it; configure TLS in your own client instead")
+        if self.gone_after is not None and not self._makes_tcp_client:
+            raise ValueError(f"on_learner_gone='stop': got client={self.make_client!r}, expected echo_torch.TcpClient")
         if self.drops_when_full and not self._makes_tcp_client:
             raise ValueError(f"on_full='drop': got client={self.make_client!r}, expected echo_torch.TcpClient")
         if self._makes_tcp_client:
@@ -180,6 +184,7 @@ class Connector:
             "reconnect": min(self.reconnect, WORKER_RECONNECT_S) if in_worker else self.reconnect,
             "resend_acked": self.resend_acked,
             "resend_at_close": self.resend_at_close,
+            "gone_after": self.gone_after,
             "linger": 0.0 if self.resend_at_close else CLOSE_LINGER_S,
             "retry_refused": True,
             "tls": self.tls,

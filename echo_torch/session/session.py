@@ -2,7 +2,8 @@
 
 * Connecting happens once, under the session's lock. Everything else reads ``route`` without it.
 * ``closed`` is set before anything is closed. A thread that is still connecting sees it and closes its new connection.
-* Only this module knows ``on_error="warn"``: it decides between raising the loss of a learner and logging it.
+* Only this module knows ``on_error`` and ``on_learner_gone``: it decides between raising the loss of a learner and
+  logging it.
 * In a child, the reporter starts before the first sample is sent, so the parent's ``wait`` knows of every sample.
 """
 
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, raise_first
+from echo_torch.errors import ConnectionClosedError, DeliveryTimeoutError, LearnerGoneError, raise_first
 from echo_torch.metrics.stats import SinkStats
 from echo_torch.processes.child import CHILD_CLOSE_S, FlagFiles, Reporter, find_parent_pid
 from echo_torch.processes.parent import ChildProcesses
@@ -155,7 +156,7 @@ class Session:
         try:
             route = self._get_route(deadline)
         except OSError as error:  # refused, unreachable, no such name, timed out: anything that prevents a connection
-            if self._raise_on_loss or self.closed:
+            if self._must_raise(error) or self.closed:
                 raise
             self.count_dropped(match.rows, error)
             return None
@@ -173,7 +174,7 @@ class Session:
                     self._dropped_while_lost = 0
                 return route
             except ConnectionClosedError as error:
-                if self._raise_on_loss or self.closed:
+                if self._must_raise(error) or self.closed:
                     raise
                 self.count_dropped(match.rows - done - error.rows_accepted, error)
                 return None
@@ -188,6 +189,17 @@ class Session:
                 if limit is deadline or deadline.expired or not limit.expired:
                     error.rows_accepted = done
                     raise
+
+    def _must_raise(self, error: OSError) -> bool:
+        """Whether the loss of the learner raises ``error``: not with ``on_error="warn"``, nor if it has finished."""
+        # A worker of a later epoch only learns from an earlier one that the learner has finished.
+        finished = isinstance(error, LearnerGoneError) or self._flag_files.learner_gone
+        return self._raise_on_loss and not (finished and self._connector.gone_after is not None)
+
+    @property
+    def learner_gone(self) -> bool:
+        """Whether the learner is lost, and samples are dropped."""
+        return self._learner_gone
 
     def _drop_for_room(self, rows: int, error: DeliveryTimeoutError) -> None:
         """Count a batch as dropped for which there is no room, with ``on_full="drop"``; log the first."""
@@ -224,27 +236,29 @@ class Session:
         try:
             self.route.wait(deadline)
         except ConnectionError as error:
-            if self._raise_on_loss:
+            if self._must_raise(error):
                 raise
             self.count_dropped(0, error)
         try:
             self._children.wait(deadline, self._connector.stall_timeout)
         except ConnectionError as error:
-            if self._raise_on_loss:
+            if self._must_raise(error):
                 raise
-            _log.warning("%s", str(error))
+            _log.log(logging.INFO if isinstance(error, LearnerGoneError) else logging.WARNING, "%s", str(error))
 
     def close(self, deadline: Deadline) -> None:
         """Close the connection while the daemonic children close theirs; raises as `EchoSink.close`."""
         try:
             self._close(deadline)
         except ConnectionError as error:
-            if self._raise_on_loss:
+            if self._must_raise(error):
                 raise
             self.count_dropped(0, error)
 
     def _close(self, deadline: Deadline) -> None:
         self.closed = True  # first: a thread that is connecting just now sees it, and closes its connection
+        if self._connector.gone_after is not None and self.route.outage() is not None:
+            self._flag_files.set_learner_gone(True)
         problems: list[Exception] = []
         steps: list[Callable[[], None]] = [
             # The flag before the request: it stops the children that start too late to be asked.
@@ -316,6 +330,9 @@ class Session:
             _log.warning("%s", str(error))
             return
         self._flag_files.set_learner_gone(True)
+        if self._connector.gone_after is not None and (self._raise_on_loss or isinstance(error, LearnerGoneError)):
+            _log.info("%s; samples are dropped from now on (on_learner_gone='stop')", str(error))
+            return
         _log.warning("the learner is gone; samples are dropped from now on (on_error='warn'): %s", str(error))
 
     def _get_route(self, deadline: Deadline) -> Route:

@@ -46,7 +46,7 @@ def with_port(program: str, port: int | str) -> str:
 )
 def test_the_trainer_delivers_to_the_learner(trainer: str) -> None:
     learner = with_port(LEARNER, 0).replace("server.start()\n", "server.start()\nprint(server.port, flush=True)\n")
-    learner += "    print(observation.shape, label.shape, flush=True)\n"
+    learner += "        print(observation.shape, label.shape, flush=True)\n"
     with subprocess.Popen([sys.executable, "-c", learner], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
