@@ -329,6 +329,10 @@ class EchoSink(LoaderSender):
         """Count the samples of ``batch`` as dropped for which `send` found no room."""
         self._session().count_dropped(self._match(batch, None, skip_last).rows - accepted)
 
+    def _sent_by_children(self) -> int:
+        """Return how many samples the children of this process have sent."""
+        return self._session().sent_by_children()
+
     def close(self, timeout: float | None = CLOSE_TIMEOUT_S) -> None:
         """Deliver everything, send the last ``resend_acked`` samples again, and close; idempotent.
 

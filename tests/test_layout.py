@@ -23,7 +23,8 @@ MOST_MODULES = 12
 """In one folder: more cannot be taken in at a glance."""
 PUBLIC = {
     "echo_torch": "CertificateError Client ConnectionClosedError DeliveryTimeoutError EchoDataset EchoSink "
-    "HandshakeError LearnerGoneError PeerStats ProtocolError SinkStats SpecMismatchError TLS TcpClient __version__ numpy_example",
+    "HandshakeError LearnerGoneError PeerStats ProtocolError SinkStats SpecMismatchError TLS TcpClient __version__ "
+    "numpy_example",
     "echo_torch.callbacks.fabric": "FabricSinkCallback",
     "echo_torch.callbacks.ignite": "SinkHandler",
     "echo_torch.callbacks.lightning": "FabricSinkCallback SinkCallback",

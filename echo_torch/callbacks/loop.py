@@ -63,6 +63,7 @@ class SinkCallback(LoaderSender):
         select: ``select(batch, outputs)`` returns what to send, or None to send nothing. Gradients are off during the
             call. The tensors in ``outputs`` are detached, also those in dicts, lists and tuples. By default the batch
             is sent.
+        send: whether to send at all. With False this only flushes, for batches that a loader's workers send.
         every_n_batches: send only every n-th batch.
         flush: ``"epoch"`` waits at the end of each epoch, before checkpoints, and at the end of the training. ``"end"``
             waits only at the end of the training.
@@ -86,6 +87,7 @@ class SinkCallback(LoaderSender):
         sink: EchoSink,
         *,
         select: Callable[[Any, Any], Any] | None = None,
+        send: bool = True,
         every_n_batches: int = 1,
         flush: Literal["epoch", "end"] = "epoch",
         flush_timeout: float | None = FLUSH_TIMEOUT_S,
@@ -109,6 +111,10 @@ class SinkCallback(LoaderSender):
         self.skipped = 0
         # Picks what to send from a batch and its outputs; None to send the batch.
         self._select = select
+        # Whether to send batches.
+        self._sends = send
+        # What children had sent at the last flush; None once the log says that they send, too.
+        self._sent_by_children: int | None = 0
         # Only every n-th batch is sent.
         self._every_n = check_count("every_n_batches", every_n_batches, least=1)
         # Whether to flush at the end of an epoch and before a checkpoint.
@@ -121,6 +127,8 @@ class SinkCallback(LoaderSender):
         self._closes_sink = close
         # Batches seen so far, the ones not sent included.
         self._batch_count = 0
+        # Whether this has looked for what children send, since the last flush.
+        self._looked_at_children = False
         # The id of the process that has connected. A forked child or a loader's worker connects for itself.
         self._connected_pid: int | None = None
         # How many samples were acked when the learner was found stalled; None if it is not stalled.
@@ -154,7 +162,7 @@ class SinkCallback(LoaderSender):
             DeliveryTimeoutError: there was no room for ``flush_timeout`` seconds, with ``on_stall="raise"``.
         """
         self._batch_count += 1
-        if self._batch_count % self._every_n:
+        if self._batch_count % self._every_n or not self._sends:
             return
         selected = batch
         if self._select is not None:
@@ -162,6 +170,7 @@ class SinkCallback(LoaderSender):
                 selected = self._select(batch, optree.tree_map(_detach, outputs, none_is_leaf=True))
         if selected is None:
             return
+        self._warn_if_children_send()
         timeout = self._next_timeout(0.0)
         # This send also connects if the process, such as a loader's worker, is new. Leave time for that.
         if timeout is not None and self._connected_pid != os.getpid():
@@ -179,6 +188,22 @@ class SinkCallback(LoaderSender):
 
     def _send_from_loader(self, batch: Any) -> None:
         self.on_batch_end(batch)
+
+    def _warn_if_children_send(self) -> None:
+        """Log once if loader workers send by the same sink what this callback is about to send again."""
+        if self._sent_by_children is None or self._looked_at_children:
+            return
+        # Look once after each flush: workers have sent a batch before the loop gets it.
+        self._looked_at_children = True
+        sent = self.sink._sent_by_children()
+        if sent > self._sent_by_children:
+            text = (
+                "%s: %d samples were sent by child processes since the last flush, and %s sends its batches, too; if "
+                "they are the same, use %s(sink, send=False), or leave out the sink in the loader"
+            )
+            name = type(self).__name__
+            _log.warning(text, self.sink.peer, sent - self._sent_by_children, name, name)
+            self._sent_by_children = None
 
     def on_epoch_end(self) -> None:
         """Block until everything sent is acked.
@@ -266,6 +291,8 @@ class SinkCallback(LoaderSender):
             self._handle_stall(f"at {when}", error)
         else:
             self._report_recovery()
+        if self._sent_by_children is not None:
+            self._sent_by_children, self._looked_at_children = self.sink._sent_by_children(), False
 
     def _close(self) -> None:
         # Make the next `setup` connect again. That raises, because the sink is closed.

@@ -1,8 +1,8 @@
 """Hooks for torchrl's ``Trainer`` and collectors.
 
 A frame is a sample. A collected batch of size ``[frames]`` or ``[envs, T]`` is sent as one batch of frames, without the
-padding of ``split_trajs=True``. Make the sink with an example like ``collected.reshape(-1)[0]``, unless ``select``
-makes something else. ``select`` gets the flattened batch, and None for the outputs::
+padding of ``split_trajs=True``. Make the sink with ``example(collector)``, unless ``select`` makes something else.
+``select`` gets the flattened batch, and None for the outputs::
 
     hook = SinkHook(sink, select=lambda batch, outputs: batch.select("observation", "action", ("next", "reward")))
 
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 
 from echo_torch.callbacks import require_extra
 from echo_torch.callbacks.loop import SinkCallback
+from echo_torch.callbacks.torchrl_samples import example, flatten_frames
 
 with require_extra(__name__, "torchrl"):
     from torchrl.trainers.trainers import TrainerHookBase
+
+__all__ = ["SinkCollectorHook", "SinkHook", "example"]
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -54,7 +57,7 @@ class SinkHook(SinkCallback, TrainerHookBase):
         trainer.register_op("shutdown", self.on_train_end)
 
     def _send(self, batch: TensorDictBase) -> TensorDictBase:
-        self.on_batch_end(_flatten_frames(batch))
+        self.on_batch_end(flatten_frames(batch))
         return batch
 
 
@@ -72,11 +75,5 @@ class SinkCollectorHook(SinkCallback):
 
     def __call__(self, collected: TensorDictBase) -> None:
         self.setup()
-        self.on_batch_end(_flatten_frames(collected))
+        self.on_batch_end(flatten_frames(collected))
         self.on_epoch_end()
-
-
-def _flatten_frames(batch: TensorDictBase) -> TensorDictBase:
-    """Flatten a batch and drop its padding, as torchrl does before it fills a replay buffer."""
-    mask = batch.get(("collector", "mask"), None)
-    return batch.reshape(-1) if mask is None else batch[mask]

@@ -17,9 +17,8 @@ from .reach import REACH_TIMEOUT_S, reach
 from .table import table
 
 _REMEDY = "start the server as the command `example` prints it, or send what the server expects"
-_DTYPE_WARNING = """\
-warning: the wire tells the size of items and not their dtype: float32 and int32 look the same here, and so do float64
-and int64, bfloat16 and float16, or two leaves of one size and shape that are swapped; compare with the learner"""
+# What no comparison with a server can tell.
+_CAVEAT = "the wire carries no names and no dtypes: compare these with the learner yourself"
 
 
 def add_command(commands: Any) -> None:
@@ -57,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
         print("\n" + table([("leaf", "server", "", "example", "", "", ""), *rows], "><<<<<<"), end="\n\n")
         if theirs != [leaf.wire for leaf in ours]:
             raise CommandError(f"{peer}: {_describe_mismatch(theirs, ours)}")
-        verdict = "the example fits"
-    print(f"{_DTYPE_WARNING}\n\nOK: {peer} takes samples; {verdict}")
+        verdict = "the sizes of the example fit"
+    print(f"OK: {peer} takes samples; {verdict}; {_CAVEAT}")
     return 0
 
 

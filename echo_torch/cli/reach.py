@@ -148,5 +148,5 @@ def _describe_silence(sock: socket.socket, peer: str, deadline: Deadline) -> str
     if waits:
         what = "no echo server: it waits for its client to speak first, as HTTP servers do, and proxies with TLS"
         return f"{peer}: {what}; check the port, or give --tls-ca"
-    what = f"accepts connections and says nothing, not even when it is hung up on (waited {deadline.timeout:g} s)"
+    what = f"accepts connections, but sends nothing and does not notice that we closed (waited {deadline.timeout:g} s)"
     return f"{peer}: {what}; its process is stopped or hangs, or it is a forwarded port: look at the learner's process"

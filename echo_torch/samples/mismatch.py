@@ -36,7 +36,11 @@ def server_spec_error(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf], peer: 
         peer: the server, as messages name it.
     """
     summary = f"Server spec mismatch: {peer} expects {len(theirs)} arrays, the example has {len(leaves)}"
-    return SpecMismatchError(_format_message(summary, _truncate(_server_differences(leaves, theirs))))
+    hint = []
+    # A server may announce thousands of leaves, so look at their shapes only if there are as many as ours.
+    if len(theirs) == len(leaves):
+        hint = _hint_if_example_is_batch(leaves, [server.shape for server in theirs])
+    return SpecMismatchError(_format_message(summary, _truncate(_server_differences(leaves, theirs)), hint))
 
 
 def _server_differences(leaves: Sequence[Leaf], theirs: Sequence[WireLeaf]) -> Iterator[str]:
@@ -145,6 +149,9 @@ def _unexpected_nodes(
         if key in wanted or top in wanted:
             continue
         got = f"{root}{format_key_path(top)}: unexpected {theirs.get(top, '')}".rstrip()
+        if top != key and top and theirs[top].endswith(" of 1"):
+            # Name the one key in it, so that you know what it is.
+            got += f": {format_key_path(key[len(top) :])}"
         if top in ours and ours[top] != "None":
             got = f"{root}{format_key_path(top)}: unexpected leaf, expected {ours[top]}"
         elif ours.get(top[:-1]) != theirs.get(top[:-1]) and format_key_path(top) in map(format_key_path, wanted):
@@ -215,8 +222,7 @@ def _hint_if_example_is_batch(leaves: Sequence[Leaf], shapes: Sequence[tuple[int
         return []
     ((rows,),) = ours
     return [
-        f"if the example is a batch of {rows} samples: give one of them as the example, such as dataset[0], or "
-        "make the sink with EchoSink.from_batch"
+        f"the example looks like a batch of {rows}; pass one sample, such as dataset[0], or use EchoSink.from_batch"
     ]
 
 

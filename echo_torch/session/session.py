@@ -419,6 +419,9 @@ class Session:
     def stats(self) -> SinkStats:
         return self.totals.stats(self.route)
 
+    def sent_by_children(self) -> int:
+        return self._children.counts()["sent"]
+
     def acked_through(self) -> int:
         self.route.counts()  # reads the acks that have arrived
         return self._watermark.acked_through(self.route.progress()[1])

@@ -611,3 +611,40 @@ def test_the_first_batch_may_take_as_long_as_connecting() -> None:
         sink.wait(LONG_S)
         assert sink.stats().samples_acked == 1
         sink.close()
+
+
+@pytest.mark.parametrize("send", [True, False])
+def test_samples_that_workers_send_too_are_noticed(send: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """By a callback that would send each of them again; one with ``send=False`` only flushes."""
+    example = torch.zeros((), dtype=torch.int64)
+    with Learner(example.numpy(), batch_size=32) as server:
+        sink = EchoSink("127.0.0.1", server.port, example)
+        data = torch.arange(128)
+        loader = DataLoader(data, 32, num_workers=1, collate_fn=sink.collate(), persistent_workers=True)  # type: ignore[arg-type]
+        with SinkCallback(sink, send=send) as callback:
+            for _ in range(2):
+                for batch in loader:
+                    callback.on_batch_end(batch)
+                callback.on_epoch_end()
+        assert sink.stats().samples_acked == (512 if send else 256)
+        sink.close()
+    lines = [record.getMessage() for record in caplog.records if "sent by child processes" in record.message]
+    if send:
+        (line,) = lines
+        assert "SinkCallback(sink, send=False)" in line
+    else:
+        assert lines == []
+
+
+def test_a_sink_whose_children_sent_in_an_earlier_epoch_only_is_not_suspected(caplog: pytest.LogCaptureFixture) -> None:
+    example = torch.zeros((), dtype=torch.int64)
+    with Learner(example.numpy(), batch_size=32) as server:
+        sink = EchoSink("127.0.0.1", server.port, example)
+        with SinkCallback(sink) as callback:
+            for _ in DataLoader(torch.arange(64), 32, num_workers=1, collate_fn=sink.collate()):  # type: ignore[arg-type]
+                pass
+            callback.on_epoch_end()
+            callback.on_batch_end(torch.arange(32))
+        assert sink.stats().samples_acked == 96
+        sink.close()
+    assert not [record for record in caplog.records if "sent by child processes" in record.message]

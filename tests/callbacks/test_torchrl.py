@@ -23,7 +23,9 @@ from torchrl.trainers import DefaultOptimizationStepper, Trainer
 from training import IMAGES, LABELS, STALLING_COUNT, Classifier, arrived, learner, sink_to
 
 from echo_torch import ConnectionClosedError, DeliveryTimeoutError, EchoSink, numpy_example
-from echo_torch.callbacks.torchrl import SinkCollectorHook, SinkHook
+from echo_torch.callbacks.torchrl import SinkCollectorHook, SinkHook, example
+from echo_torch.callbacks.torchrl_samples import flatten_frames
+from echo_torch.samples.spec import SampleSpec
 
 EPISODE = 5
 """Frames of an episode; those of a batch are no multiple of it."""
@@ -427,3 +429,28 @@ def test_a_worker_that_fails_has_sent_what_it_collected() -> None:
         collector.shutdown()
         got = arrived(server, 3 * BATCH)
         assert got.keys() >= {*range(2 * BATCH), *range(900, 900 + BATCH)}
+
+
+@pytest.mark.parametrize("what", ["collector", "split", "environment", "several environments", "workers"])
+def test_the_example_of_a_collector_is_like_what_it_collects(what: str) -> None:
+    """Which the environment's own rollouts are not: a collector numbers its trajectories."""
+    environment = SerialEnv(2, Digits) if what == "several environments" else Digits()
+    if what == "workers":
+        collector = collector_of([Digits, Digits], None, MultiSyncCollector, total_frames=2 * BATCH)
+    else:
+        collector = collector_of(environment, split_trajs=what == "split", total_frames=2 * BATCH)
+    try:
+        one = example(environment if what in ("environment", "workers") else collector)
+        spec = SampleSpec(one)
+        for collected in collector:
+            match = spec.match(flatten_frames(collected))
+            assert match.rows == BATCH
+    finally:
+        collector.shutdown()
+
+
+def test_the_example_of_something_else() -> None:
+    with pytest.raises(
+        TypeError, match="source: got int, expected a collector that works in one process, or an environment"
+    ):
+        example(1)  # type: ignore[arg-type]

@@ -402,8 +402,9 @@ def matching_batch(rows: int = 4) -> dict[str, Any]:
         ),
         ({"names": ["a", "b"] * 20}, ["batch['names']: unexpected list of 40"]),
         ({"info": {"names": ["a"], "tags": ["b"]}}, ["batch['info']: unexpected dict of 2"]),
+        ({"collector": {"traj_ids": torch.zeros(2)}}, ["batch['collector']: unexpected dict of 1: ['traj_ids']"]),
     ],
-    ids=["None", "extra", "renamed", "list for leaf", "dict for leaf", "leaf for dict", "strings", "more strings"],
+    ids=["None", "extra", "renamed", "list for leaf", "dict for leaf", "leaf for dict", "strings", "more", "one key"],
 )
 def test_another_structure_is_refused_by_key_path(change: dict[str, Any], parts: list[str]) -> None:
     """Names every missing and every unexpected leaf, and the remedy; also when it is met again."""
@@ -561,8 +562,13 @@ AS_BATCH = {"x": torch.zeros(32, 3), "y": torch.zeros(32, dtype=torch.int64)}
 def test_an_example_that_is_a_batch_is_suspected(batch: Any, batched: bool | None) -> None:
     with pytest.raises(SpecMismatchError) as caught:
         SampleSpec(AS_BATCH).match(batch, batched)
-    for part in ["example is a batch of 32 samples", "dataset[0]", "EchoSink.from_batch"]:
+    for part in ["the example looks like a batch of 32; pass one sample", "dataset[0]", "EchoSink.from_batch"]:
         assert part in str(caught.value)
+
+
+def test_a_server_for_the_samples_of_an_example_that_is_a_batch() -> None:
+    with pytest.raises(SpecMismatchError, match=r"the example looks like a batch of 32; pass one sample, .*from_batch"):
+        SampleSpec(AS_BATCH).check_server([WireLeaf(4, (3,)), WireLeaf(8, ())], "learner:50051")
 
 
 @pytest.mark.parametrize(
