@@ -1,6 +1,6 @@
 """`EchoSink`: sends the batches of a training loop to an ``echo.Server``.
 
-* A sink is configuration, and pickles as such. What it has in one process is a `Session`.
+* A sink is configuration, so you can pickle it. Its state in one process is a `Session`, which is not pickled.
 * Each process that uses the sink opens its own connection, at the first use.
 * The sink looks up its process id before it touches any lock, so you may fork at any moment.
 """
@@ -72,11 +72,11 @@ class EchoSink(LoaderSender):
         max_inflight_msgs: most samples that are un-acked at a time; never more than 8 MiB of them.
         buffer_bytes: bytes of host memory for un-acked samples, for each learner; `send` blocks while it is full. By
             default 64 MiB, or 16 MiB in a DataLoader worker, or more if ``resend_acked + 2`` samples need it.
-        max_unacked: most samples accepted and not acked, at each learner and in each process; so small samples do not
-            run further ahead of the learner than this. Always two of the largest batch so far. None for as many as
-            ``buffer_bytes`` hold.
-        on_full: ``"block"``, so that `send` waits for room, or ``"drop"`` to drop a batch for which there is no room,
-            whole, and count it (``stats().dropped``): for actors that would rather act than wait.
+        max_unacked: most samples accepted and not acked, at each learner and in each process. It keeps small samples
+            from running too far ahead of the learner. Rises to two of the largest batch so far, if the buffer holds
+            them. None for as many as ``buffer_bytes`` hold.
+        on_full: what `send` does without room for a batch. ``"block"`` waits for room. ``"drop"`` drops the whole batch
+            and counts it (``stats().dropped``), for actors that would rather act than wait.
         select: a function that turns what you send into what the server expects. Pass a module-level function if the
             sink must pickle.
         client: `TcpClient`, or any callable ``(host, port, data_sample, max_inflight_msgs)`` that returns a `Client`,
@@ -91,19 +91,19 @@ class EchoSink(LoaderSender):
             or for a batch an integer tensor ``(B,)`` of indices; a module-level one if the sink must pickle.
         failover: whether the other learners take over from one that is gone, at the next `send`, `wait` or `close`.
             They also get the samples that it may not have. A learner is gone when it could not be reached for
-            ``reconnect`` seconds; until then batches pass it over. Without ``failover``, losing one learner is losing
-            all.
+            ``reconnect`` seconds; until then the sink skips it. Without ``failover``, the loss of one learner counts as
+            the loss of all.
         stall_timeout: seconds without any ack after which `send` and `wait` raise; None for never.
         on_error: ``"raise"``, or ``"warn"`` to log the loss of the learner once, and to drop and count all later
             samples. While the connection is being opened again, only samples that find no room are dropped.
         on_learner_gone: what happens when the learner has finished, that is, when it ended the connection in order and
             nobody has listened at its address for ``stop_after`` seconds. ``"raise"`` tries for all of ``reconnect``,
             as after a crash, and then raises. ``"stop"`` ends sending quietly: `learner_gone` becomes True, and `send`
-            drops and counts all later samples. A crash is treated as ever.
+            drops and counts all later samples. A crash has the same effect with either value.
         stop_after: seconds, for ``on_learner_gone="stop"``.
         reconnect: seconds for which the sink tries to open a lost connection again; 0 for not at all. At most 2 in a
-            DataLoader worker. It then sends again what may not be stored, so a learner may get samples twice. Put an
-            index into your samples if that matters.
+            DataLoader worker. Once connected, the sink sends the samples again that the server may not have stored, so
+            a learner may get samples twice. Put an index into your samples if that matters.
         resend_acked: how many acked samples the sink keeps, to send them again on a new connection and in `close`. With
             fewer than the server's ``producer_queue_size``, samples may be lost when a connection ends.
         resend_at_close: whether `close` sends those samples again. Without it, `close` waits 0.1 s instead, and a
@@ -260,14 +260,14 @@ class EchoSink(LoaderSender):
     def wait(self, timeout: float | None = None, group: ProcessGroup | None = None, *, progress: bool = False) -> None:
         """Block until everything sent so far, by this process and by its DataLoader workers, is acked.
 
-        It covers other child processes, too, with all samples whose `send` has returned, if they use this sink.
+        If other child processes use this sink, it also covers every sample of theirs whose `send` has returned.
 
         Args:
             timeout: most seconds to wait; None for the limit ``stall_timeout``.
             group: in a distributed job, a group of processes that all call this, each for its own sink. If the wait
-                fails for one, it raises in all, so that none goes on to wait for the others in vain. Pass a group for
-                CPU tensors, such as ``torch.distributed.new_group(backend="gloo")``. The wait for the other processes
-                may take up to a minute longer than that for the server.
+                fails in one process, it raises in all, so that none goes on and waits for the others forever. Pass a
+                group for CPU tensors, such as ``torch.distributed.new_group(backend="gloo")``. The wait for the other
+                processes may take up to a minute longer than the wait for the server.
             progress: whether to show a bar of the samples in flight; needs tqdm.
 
         Raises:
@@ -326,7 +326,7 @@ class EchoSink(LoaderSender):
         return match.without_last_rows(check_count("skip_last", skip_last, least=0)) if skip_last else match
 
     def _count_dropped(self, batch: Any, skip_last: int, accepted: int) -> None:
-        """Count the samples of ``batch`` as dropped for which `send` found no room."""
+        """Count as dropped the samples of ``batch`` that `send` did not accept. It accepted ``accepted``."""
         self._session().count_dropped(self._match(batch, None, skip_last).rows - accepted)
 
     def _sent_by_children(self) -> int:
@@ -343,8 +343,8 @@ class EchoSink(LoaderSender):
             timeout: most seconds to wait for acks; None for the limit ``stall_timeout``.
 
         Raises:
-            DeliveryTimeoutError: samples were un-acked when the time was up; ``unacked`` says how many. It is 0 if only
-                the samples that were sent again were not acked again.
+            DeliveryTimeoutError: samples were un-acked when the time was up; ``unacked`` says how many. It is 0 if all
+                were acked, and only those that `close` sent again were not.
             ConnectionClosedError: the connection had failed with samples un-acked, and no call has raised that yet.
         """
         self._session().close(as_deadline(timeout))
@@ -400,7 +400,7 @@ class EchoSink(LoaderSender):
         close_without_masking(error, functools.partial(self.close, timeout), self.peer)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The copy may be for a child.
+        # A child may use the copy and report to this process.
         self._session().prepare_for_children()
         return {**self.__dict__, "_sessions": {}}
 

@@ -227,19 +227,19 @@ class Connection:
         else:
             self.pump_or_wake(read_acks=False)
 
-    def pump_or_wake(self, read_acks: bool = True, patience_s: float = 0.0) -> None:
+    def pump_or_wake(self, read_acks: bool = True, lock_timeout_s: float = 0.0) -> None:
         """Pump on this thread if the I/O lock is free, and wake the I/O thread if work is left for it.
 
         Args:
             read_acks: whether to read acks even if few are outstanding.
-            patience_s: seconds to wait for the I/O lock.
+            lock_timeout_s: seconds to wait for the I/O lock.
         """
         ring, pump, lock, pumped = self.ring, self.pump, self.io_lock, False
         if not owned_by_this_thread(lock):
             # Release the lock inline on both paths: an interrupt can strike where a helper function begins, and would
             # leave the lock held. Only the lock itself knows whether an interrupted `acquire` took it.
             try:
-                if lock.acquire(timeout=patience_s):
+                if lock.acquire(timeout=lock_timeout_s):
                     self.run_pump(read_acks, self.soft_limit.caller_write_bytes)
                     pumped = True
                     lock.release()

@@ -4,8 +4,8 @@
 
 * Callers pack one after the other (`echo_torch.ring.ring`). To wait, a caller blocks on a lock of its own, or polls the
   socket for acks on behalf of all, until ``acked`` is far enough.
-* A signal handler or finalizer may interrupt its own thread while that holds a lock. It can neither proceed nor wait
-  for itself, so its call raises RuntimeError.
+* A signal handler or finalizer may interrupt a call that holds a lock in the same thread. Its own call would then wait
+  for that lock forever, so it raises RuntimeError.
 * Every error names the peer and the counts.
 """
 
@@ -34,13 +34,13 @@ _log = logging.getLogger(__name__)
 
 # Seconds that `close` waits for acks by default. A learner that drains at all needs far less.
 CLOSE_TIMEOUT_S = 5.0
-# Seconds after which a waiting caller reads acks itself, because fewer than LOW_WATER_ACKS acks wake nobody.
+# Seconds after which a waiting caller looks for acks itself. Fewer than `pump.LOW_WATER_ACKS` acks wake nobody.
 WAITER_HEARTBEAT_S = 0.05
 # Seconds that a waiting caller waits for another thread's pump, which writes a megabyte at most.
-PUMP_PATIENCE_S = 0.005
+IO_LOCK_TIMEOUT_S = 0.005
 # Seconds to wait for the I/O thread to end after a connection failed. The thread has nothing left to do then.
 THREAD_EXIT_TIMEOUT_S = 1.0
-# Seconds between two queries of a device's copy whose caller was interrupted.
+# Seconds between two checks whether an interrupted caller's device copy is done.
 SETTLE_POLL_S = 0.001
 
 
@@ -51,7 +51,7 @@ class CloseDefault(enum.Enum):
 
 
 class Sender:
-    """Delivers the rows of a ring over a socket, and over other sockets if that is lost: what `TcpClient` builds on.
+    """Delivers the rows of a ring over a socket, and over a new one after each loss. The base of `TcpClient`.
 
     Args:
         sock: connected and non-blocking, after the handshake. The sender owns it from now on.
@@ -193,7 +193,7 @@ class Sender:
             )
 
     def has_room(self, rows: int) -> bool:
-        """Whether ``rows`` samples find room without waiting; if the ring never has so much, whether it is empty."""
+        """Whether ``rows`` samples fit into the ring now; for more than it ever holds, whether it is empty."""
         ring = self._ring
         most = min(rows, ring.max_unacked)
         if ring.max_unacked - ring.reserved + ring.acked < most:
@@ -234,8 +234,7 @@ class Sender:
                         # An interrupted caller's copy may still write into these rows.
                         if ring.uncommitted_copy is not None and not self._interrupted_copy_is_done():
                             run = 0
-                        # The ring takes no rows if the connection ended meanwhile. Then nothing counts, and this
-                        # raises.
+                        # If the connection ended meanwhile, `commit` takes none of these rows. Then raise.
                         elif not ring.commit(run, copy=fill(slot, done, run)):
                             self._check_open("send")
                 done += run
@@ -298,10 +297,10 @@ class Sender:
                 5 s and raises nothing, as the stock client does, but logs what is un-acked.
 
         Raises:
-            DeliveryTimeoutError: samples were un-acked when the time was up, or, with ``resend_at_close``, their
-                repetition was. The client is closed all the same.
+            DeliveryTimeoutError: samples were un-acked when the time was up. With ``resend_at_close``, also if only
+                those that `close` sent again were un-acked. The client is closed all the same.
             ConnectionClosedError: the connection failed with samples un-acked, and no call has raised that yet. If all
-                are acked and only the last ones are at risk, this logs a warning instead.
+                are acked, but the server may have lost the last ones, this logs a warning instead.
         """
         if timeout is not CloseDefault.LOG:
             self._close(as_deadline(timeout))
@@ -346,7 +345,7 @@ class Sender:
             self._ring.free_buffer()
 
     def _deliver_all(self, deadline: Deadline) -> None:
-        """Block until all rows are acked, and then until the closing tail is."""
+        """Block until all rows are acked. Then send the closing tail, and block until it is acked, too."""
         tail = self._connection.closing_tail
         self._check_open("close")
         self._wait_until_acked("close", self._connection.sent, deadline)
@@ -364,7 +363,7 @@ class Sender:
     # Waiting.
 
     def _wait_for_room(self, rows: int, deadline: Deadline) -> None:
-        """Block until there is room for some of ``rows`` rows, and adjust the soft limit to how fast it came."""
+        """Block until there is room for some of ``rows`` rows. Then set the soft limit if that was fast, or lift it."""
         ring, soft_limit = self._ring, self._connection.soft_limit
         threshold = self._threshold_for_room(rows)
         began, acked = time.monotonic(), ring.acked
@@ -374,8 +373,8 @@ class Sender:
             if soft_deadline is None:
                 self._wait_until_acked("send", threshold, deadline)
             else:
-                # Under the soft limit, wait only until it counts as slow. `update_after_wait` then lifts the limit, and
-                # the rest of the ring may have room at once. So this wait never times out.
+                # While the soft limit is set, wait only until the ring counts as slow. `update_after_wait` then lifts
+                # the limit, and the rest of the ring may have room at once. So this wait never raises for time.
                 self._wait_until_acked(
                     "send", threshold, NEVER, min(soft_deadline, deadline, key=lambda moment: moment.at)
                 )
@@ -431,9 +430,10 @@ class Sender:
             # removes the waiter.
             waiter = ring.add_waiter(threshold)
             try:
-                # If the I/O thread pumps now, wait for it. Its acks may be ours. And until it has read them, the poll
-                # below would return at once, again and again, and keep the GIL from it.
-                connection.pump_or_wake(patience_s=PUMP_PATIENCE_S)
+                # If the I/O thread pumps now, wait until it is done, because it may read the acks that this caller
+                # needs. Until they are read, the poll below returns at once. Repeating it would take the GIL from the
+                # I/O thread.
+                connection.pump_or_wake(lock_timeout_s=IO_LOCK_TIMEOUT_S)
                 if ring.acked >= threshold:
                     break
                 self._check_open(call)
@@ -451,7 +451,7 @@ class Sender:
                 # The I/O thread must not wait for itself.
                 if self._io_thread.is_current:
                     raise RuntimeError(
-                        f"{call}() was called by a logging handler or finalizer on the I/O thread, which it waits for"
+                        f"{call}() in a logging handler or finalizer on the I/O thread would wait for itself"
                     )
                 # Poll for all callers if nobody else does, or else block until someone wakes this caller.
                 pause = min(deadline.remaining(), self._seconds_until_stall(), WAITER_HEARTBEAT_S)
@@ -497,7 +497,8 @@ class Sender:
             what = f"nothing was acked for {self._stall_timeout:g} s (stall_timeout)"
         connection = self._connection
         text = f"{self._peer}: {what}; {connection.describe_unacked()}"
-        # `close` ends the connection now, so nothing goes on. If it was lost, the loss is the reason.
+        # `close` ends the connection now, so delivery does not go on. If the connection is lost, the loss is the
+        # reason, so raise ConnectionClosedError.
         if call == "close":
             connection.failure_reported = True
             raise self._with_unacked(

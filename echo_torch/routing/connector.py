@@ -40,8 +40,8 @@ WINDOW_BYTES = 8 * 1024 * 1024
 # Bytes of host memory for samples by default, and in each DataLoader worker, of which there may be many.
 BUFFER_BYTES = 64 * 1024 * 1024
 WORKER_BUFFER_BYTES = 16 * 1024 * 1024
-# Seconds that `close` waits for the server to empty its queue if it does not send the closing tail: five times as long
-# as a server took that was not busy.
+# Without the closing tail, seconds that `close` waits for the server to empty its queue. A server that was not busy
+# took a fifth of this.
 CLOSE_LINGER_S = 0.1
 # Most seconds that a DataLoader worker tries to reconnect: the loader waits only 5 s for a worker to end.
 WORKER_RECONNECT_S = 2.0
@@ -176,7 +176,8 @@ class Connector:
         least = min_buffer_bytes(spec.payload_size, self.resend_acked)
         default = max(WORKER_BUFFER_BYTES if in_worker else BUFFER_BYTES, least)
         return {
-            # In seconds, as a subclass of `TcpClient` may read it; to the millisecond, because messages quote it.
+            # Pass seconds and not the deadline, because a subclass of `TcpClient` may read them. Round them, because
+            # messages quote them.
             "connect_timeout": None if deadline.timeout is None else round(deadline.remaining(), 3),
             "stall_timeout": self.stall_timeout,
             "buffer_bytes": default if self.buffer_bytes is None else self.buffer_bytes,

@@ -6,8 +6,8 @@
 
 Rules:
 
-* A sink is configuration and pickles. A session belongs to one process and never leaves it. The sink looks its session
-  up by process id before it takes any lock.
+* A sink is configuration, so you can pickle it. A session belongs to one process and never leaves it. The sink looks
+  its session up by process id before it takes any lock.
 * Locks, outermost first: session, report, then those of `routing`. Nobody takes another lock while holding the
   watermark's.
 """

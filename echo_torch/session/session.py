@@ -34,7 +34,7 @@ from .watermark import Watermark
 
 _log = logging.getLogger(__name__)
 
-# Seconds after which a `send` without room looks whether the connection is lost, with ``on_error="warn"``.
+# With ``on_error="warn"``: seconds after which a `send` that waits for room checks whether the connection is lost.
 LOSS_CHECK_S = 0.25
 
 
@@ -64,11 +64,11 @@ class Session:
         self._connector = connector
         # What a sample is.
         self._spec = spec
-        # Whether the log says how the first batch was read.
+        # Whether `send` has logged how it read the first batch.
         self._first_batch_logged = False
-        # Whether the learner is lost and the log says so; stays False if the loss is raised instead.
+        # Whether the learner is lost and `count_dropped` has logged that. Stays False if `send` raises the loss.
         self._learner_gone = False
-        # Whether the log says that batches are dropped because there is no room for them.
+        # Whether `send` has logged that it drops batches for which there is no room.
         self._drop_logged = False
         # Samples dropped since the connection was lost, while it was being opened again.
         self._dropped_while_lost = 0
@@ -120,7 +120,8 @@ class Session:
             raise RuntimeError("send() was called by a signal handler that interrupted send() in the same thread")
         if self._reporter is not None and self._reporter.entry_removed:
             raise self._cannot_report("its file was removed")
-        # A step of the caller's begins before the check, so that a refused batch holds the watermark down.
+        # If the caller numbers its steps, begin this one before the check. A refused batch then holds the watermark
+        # down.
         if step is not None:
             step = watermark.begin_step(step)
         began = time.monotonic()
@@ -132,7 +133,7 @@ class Session:
                 self._first_batch_logged = True
                 what = f"{match.rows} samples" if match.batched else "one sample"
                 _log.info("%s: the first batch is %s of %s", self.peer, what, self._spec.describe())
-            # Count only now, so that a refused batch uses up no number.
+            # If the caller does not, number the batch only now. A refused batch then uses up no number.
             if step is None:
                 step = watermark.begin_step(None)
             route = self._deliver(match, as_deadline(timeout))
@@ -160,15 +161,18 @@ class Session:
                 raise
             self.count_dropped(match.rows, error)
             return None
-        done, whole = 0, {"whole": True} if self._connector.drops_when_full else {}
+        done, options = 0, {"whole": True} if self._connector.drops_when_full else {}
         while True:
-            # With ``on_error="warn"``, do not sit out a lost connection in a full buffer. Look for it now and then.
-            # Not if the rows go to several learners: those that are left are then no simple end of the batch.
-            limit = deadline
+            # With ``on_error="warn"``, do not wait for room until a lost connection is open again. Check now and then
+            # whether it is lost. Not with ``shards``: if the rows go to several learners, those left over are not
+            # simply the last ones.
+            attempt_deadline = deadline
             if not self._raise_on_loss and match.shards is None:
-                limit = deadline.within(0.0 if route.reconnecting else LOSS_CHECK_S)
+                attempt_deadline = deadline.within(0.0 if route.reconnecting else LOSS_CHECK_S)
             try:
-                route.send_match(match.slice_rows(done, match.rows) if done else match, timeout=limit, **whole)
+                route.send_match(
+                    match.slice_rows(done, match.rows) if done else match, timeout=attempt_deadline, **options
+                )
                 if self._dropped_while_lost:
                     _log.warning("%s: connected again; %d samples were dropped", self.peer, self._dropped_while_lost)
                     self._dropped_while_lost = 0
@@ -179,20 +183,23 @@ class Session:
                 self.count_dropped(match.rows - done - error.rows_accepted, error)
                 return None
             except DeliveryTimeoutError as error:
-                if whole and not error.rows_accepted:
+                if options and not error.rows_accepted:
                     self._drop_for_room(match.rows, error)
                     return None
-                done, whole = done + error.rows_accepted, {}
+                done, options = done + error.rows_accepted, {}
                 if not self._raise_on_loss and route.reconnecting:
                     self._drop_while_lost(match.rows - done)
                     return None
-                if limit is deadline or deadline.expired or not limit.expired:
+                if attempt_deadline is deadline or deadline.expired or not attempt_deadline.expired:
                     error.rows_accepted = done
                     raise
 
     def _must_raise(self, error: OSError) -> bool:
-        """Whether the loss of the learner raises ``error``: not with ``on_error="warn"``, nor if it has finished."""
-        # A worker of a later epoch only learns from an earlier one that the learner has finished.
+        """Whether to raise ``error``, rather than to log it and drop samples.
+
+        Returns False with ``on_error="warn"``, and with ``on_learner_gone="stop"`` if the learner has finished.
+        """
+        # In a later epoch's worker, only the flag that an earlier worker left says that the learner has finished.
         finished = isinstance(error, LearnerGoneError) or self._flag_files.learner_gone
         return self._raise_on_loss and not (finished and self._connector.gone_after is not None)
 
@@ -202,7 +209,7 @@ class Session:
         return self._learner_gone
 
     def _drop_for_room(self, rows: int, error: DeliveryTimeoutError) -> None:
-        """Count a batch as dropped for which there is no room, with ``on_full="drop"``; log the first."""
+        """With ``on_full="drop"``, drop a batch that finds no room: count it, and log the first one."""
         if not self._drop_logged:
             self._drop_logged = True
             text = "%s: no room, %d samples un-acked; batches that find no room are dropped (on_full='drop')"
@@ -210,7 +217,7 @@ class Session:
         self.count_dropped(rows)
 
     def _drop_while_lost(self, rows: int) -> None:
-        """Count samples as dropped for which there is no room until the connection stands again; log the first."""
+        """Drop samples that find no room while the connection is lost: count them, and log the first ones."""
         if not self._dropped_while_lost:
             what = "the connection is lost and the buffer is full: samples are dropped until it is open again"
             _log.warning("%s: %s (on_error='warn')", self.peer, what)
@@ -261,7 +268,7 @@ class Session:
             self._flag_files.set_learner_gone(True)
         problems: list[Exception] = []
         steps: list[Callable[[], None]] = [
-            # The flag before the request: it stops the children that start too late to be asked.
+            # Set the flag before the request. It stops children that start after the request.
             self._children.set_closed,
             self._children.request_close,
             # The children close while this process does.
@@ -280,7 +287,7 @@ class Session:
         raise_first(problems)
 
     def begin_exit(self) -> None:
-        """Ask the children to deliver, because this process ends. Its own connection registers its own exit step."""
+        """Ask the children to deliver, because this process ends. The connection has an exit handler of its own."""
         self._children.request_close()
 
     def finish_exit(self, deadline: Deadline) -> None:
@@ -310,8 +317,8 @@ class Session:
     def count_dropped(self, rows: int, error: OSError | None = None) -> None:
         """Count ``rows`` samples as dropped, and log ``error``.
 
-        An error also marks the learner as gone, unless the route is still open, because another learner may have taken
-        over, or another thread is still connecting.
+        An error also marks the learner as gone, with two exceptions: another thread is still connecting, or the route
+        is still open, because another learner may have taken over.
         """
         if owned_by_this_thread(self._count_lock):
             what = (
@@ -325,7 +332,8 @@ class Session:
                 return
             if not isinstance(error, _StillConnectingError):
                 self._learner_gone = self.route.closed
-        # As text: a record that somebody keeps would keep the error's frames, and with them the batch.
+        # Log the error as text. A log handler may keep its records, and the error itself would keep its frames and the
+        # batch alive.
         if not self._learner_gone:
             _log.warning("%s", str(error))
             return
@@ -359,8 +367,8 @@ class Session:
                 except RuntimeError:
                     pass
                 raise
-            # `close` may have run while this thread was connecting, and found no route to close. A route that has been
-            # sent anything was there for `close` to find: whoever sent had seen that the sink was open.
+            # `close` may have run while this thread was connecting, and found no route to close. If samples were sent
+            # over the route, the sender saw it while the sink was still open. Then `close` ran later, and finds it.
             if self.closed and not self.route.progress()[0]:
                 self.route.close(Deadline(0))
         if self.closed:
@@ -397,8 +405,7 @@ class Session:
                 raise self._mark_closed_by_parent() from None
             except OSError as error:
                 raise self._cannot_report(str(error)) from error
-            # An interrupt here must not leave the file open: the parent would take this process for one that still
-            # sends.
+            # An interrupt here must not leave the file open. The parent would think that this process still sends.
             try:
                 reporter.start()
             except BaseException:

@@ -18,9 +18,9 @@ from echo_torch.support.validation import check_count, check_seconds
 
 _log = logging.getLogger(__name__)
 
-# The counters that continue from an earlier run. What was in flight then cannot be any more.
+# The counters that continue from an earlier run. ``in_flight`` does not: nothing of that run is in flight any more.
 _PERSISTENT = [name for name in SAVED_FIELDS if name != "in_flight"]
-# Rates are averages over at most so many seconds, computed from so many snapshots.
+# Rates are averages over about this many seconds. This many snapshots of the counters are kept for them.
 RATE_SPAN_S = 10.0
 RATE_SNAPSHOTS = 8
 # Least seconds between two verdicts in the log.
@@ -104,7 +104,7 @@ class Totals:
         self._earlier = {name: loaded[name] - getattr(counted, name) for name in _PERSISTENT}
 
     def _rates(self, counted: SinkStats) -> dict[str, Any]:
-        """Return samples per second since the latest snapshot of at least `RATE_SPAN_S`, or else since the first."""
+        """Return samples per second since the latest snapshot at least `RATE_SPAN_S` old, or else since the first."""
         now, snapshots = time.monotonic(), self._rate_snapshots
         while len(snapshots) > 1 and now - snapshots[1][0] >= RATE_SPAN_S:
             snapshots.popleft()

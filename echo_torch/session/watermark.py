@@ -1,7 +1,7 @@
 """`Watermark`: the highest step up to which everything is acked.
 
-Threads send steps in any order, and acks count rows. Rows are acked in the order in which they were sent. So a step is
-acked as soon as as many rows are acked as had been sent when the step was complete.
+Threads send steps in any order, and acks count rows. Rows are acked in the order in which they were sent. When a step
+is complete, the watermark notes how many rows have been sent in all. The step is acked once that many rows are acked.
 
 A step holds the watermark down while it is being sent, while its rows are not acked, and after its `send` failed.
 """
@@ -12,8 +12,8 @@ import math
 import threading
 from collections import deque
 
-# Most failed steps that are remembered one by one. With more, every step from the lowest of them on counts as missing
-# for good, so the memory stays small.
+# Most failed steps that are remembered one by one. If more fail, every step from the lowest failed one on counts as
+# missing for good. This bounds the memory.
 MAX_MISSING = 1000
 
 
@@ -27,9 +27,9 @@ class Watermark:
     def __init__(self, through: int = -1) -> None:
         # Hold it to read or change anything here.
         self.lock = threading.RLock()
-        # The highest step that is acked; the steps below may hold the watermark further down.
+        # The highest acked step. The watermark is lower if a step below it is not acked.
         self._acked_through = through
-        # The number of the next batch that comes without one.
+        # The step that the next batch gets if the caller passes none.
         self._next = through + 1
         # Steps that are being sent now, with the number of threads that send each.
         self._in_progress: dict[int, int] = {}
