@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from echo_torch import EchoSink, TcpClient
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "echo_torch"
@@ -70,7 +73,8 @@ def test_names_in_the_map_exist(name: str) -> None:
 
 def test_the_map_names_every_wing_and_is_short() -> None:
     wings = {f"{folder.name}/" for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
-    assert wings <= set(PATHS)
+    # Each has its line in the spine.
+    assert wings == set(re.findall(r"^(\w+/)", MAP, re.MULTILINE))
     assert len(NAMES) > 30
     assert MAP.count("\n") <= 150
 
@@ -100,6 +104,19 @@ def test_public_names_are_imported_from_where_users_do(module: str) -> None:
     assert missing == []
     if module == "echo_torch":
         assert sorted(imported.__all__) == sorted(PUBLIC[module].split())
+
+
+@pytest.mark.parametrize(("kind", "column"), [(EchoSink, 1), (TcpClient, 2)])
+def test_the_table_of_options_is_that_of_the_signatures(kind: type, column: int) -> None:
+    """Names and defaults, both ways; an option that one of the two lacks has a dash there."""
+    rows = [
+        line.strip("| ").split(" | ") for line in MAP.partition("## Options")[2].splitlines() if line.startswith("| `")
+    ]
+    table = {row[0].strip("`"): row[column].strip('"') for row in rows if row[column] != "-"}
+    signature = inspect.signature(kind).parameters.values()
+    options = {option.name: option.default for option in signature if option.default is not option.empty}
+    assert table == {name: getattr(default, "__name__", str(default)) for name, default in options.items()}
+    assert all(len(row) == 5 and all(row) for row in rows)
 
 
 @pytest.mark.slow
