@@ -25,6 +25,8 @@ import pytest
 import torch
 from calls import eventually
 from fake_device import install_immediate_device
+from learner_process import Learner
+from torch.nn.utils import parameters_to_vector
 
 from echo_torch import EchoSink, numpy_example
 
@@ -647,3 +649,50 @@ def test_cartpole_says_what_it_needs(
     with pytest.raises(SystemExit):
         cartpole.main()
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autoreset", ["next_step", "same_step"])
+def test_vector_environments_learn(autoreset: str) -> None:
+    """To balance twice as long as they can at random, in a few seconds; the actors end with their learner."""
+    with running(EXAMPLES / "vector_env.py", "--autoreset", autoreset, "--target", "60") as process:
+        out, err = process.communicate(timeout=RUN_S)
+    assert (process.returncode, err) == (0, "")
+    assert re.fullmatch(r"\d+ updates, mean return \d\d+\n", out)
+
+
+def test_a_window_of_vector_environments_has_each_transition_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What followed a step is the first of the next, but where an episode ended; reset steps are not valid."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("vector_env")
+    for autoreset in ("next_step", "same_step"):
+        with Learner(numpy_example(example.EXAMPLE), batch_size=32) as learner:
+            weights = parameters_to_vector(example.Agent().parameters()).detach()
+            actor = threading.Thread(target=example.act, args=(0, learner.port, weights, autoreset))
+            actor.start()
+            got = {name: torch.from_numpy(leaf) for name, leaf in learner.take(320).items()}
+            learner.stop_server()
+            actor.join(RUN_S)
+            assert not actor.is_alive()
+        obs, followed, done, valid = got["obs"], got["next_obs"], got["done"], got["valid"]
+        goes_on = ~done[:, :-1]
+        assert torch.equal(followed[:, :-1][goes_on], obs[:, 1:][goes_on])
+        if autoreset == "same_step":
+            assert valid.all()
+            # The last observation of an episode is out of bounds, and not the first of the next.
+            assert (followed[got["terminated"]].abs()[:, [0, 2]] > torch.tensor([2.4, 0.2])).any(1).all()
+        else:
+            assert torch.equal(~valid[:, 1:], done[:, :-1])
+            assert torch.equal(followed[:, :-1], obs[:, 1:])
+        assert done.any()
+        assert (got["episode_return"][done] >= 8).all()
+
+
+def test_a_replay_memory_behind_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    replayed = importlib.import_module("vector_env").replayed
+    batches = [{"obs": torch.arange(32) + 32 * number} for number in range(5)]
+    for number, memory in enumerate(replayed(batches, capacity=64, size=16)):
+        assert memory["obs"].shape == (16,)
+        assert memory["obs"].min() >= 32 * (number - 1)
+        assert memory["obs"].max() < 32 * (number + 1)
