@@ -360,10 +360,9 @@ class IoThread:
             shutdown_and_close(connection.pump.sock)
             connection.ended_at = time.monotonic()
         # If samples may be lost, and no call may come any more to raise that, log it.
+        reported = connection.failure_reported or connection.failure_will_be_reported
         expected = isinstance(connection.failure, LearnerGoneError)
-        if connection.at_risk and (
-            self.abandoned or (failed and not expected and not connection.failure_will_be_reported)
-        ):
+        if connection.at_risk and (self.abandoned or (failed and not expected and not reported)):
             how = f"{connection.failure};" if failed else f"{self.peer}:"
             _log_safely(logging.WARNING, "%s ended with %s", how, connection.describe_unacked())
         connection.ack_poller.close()

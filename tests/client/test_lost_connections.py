@@ -862,3 +862,16 @@ def test_a_blocked_send_is_said_sooner_than_a_wait(
         assert bool(warnings) == (call == "send")
         with pytest.raises(DeliveryTimeoutError):
             client.close(0)
+
+
+def test_a_close_that_gives_up_while_the_connection_is_lost_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As after Ctrl-C: the error of `close` names the loss, and the I/O thread does not log it once more."""
+    with Peer(hears(1, 0)) as peer:
+        client = TcpClient("127.0.0.1", peer.port, SAMPLE, reconnect=60)
+    # Nobody listens there any more.
+    client.send(sample(1))
+    eventually(lambda: client.reconnecting)
+    with pytest.raises(ConnectionClosedError, match=r"close\(\) not done within 0.2 s; 1 samples un-acked; .* lost"):
+        client.close(0.2)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "trying for up to 60 s to reconnect" in line
