@@ -34,8 +34,8 @@ from .resend import ClosingTail
 from .tls_pump import make_pump
 from .wakeup import AckPoller, WakeUp
 
-# Seconds that a few rows may wait to be written together, if the last write was as recent and acks are outstanding. One
-# system call costs as much as several samples, or as copying 16 KB.
+# Seconds that a few rows may wait for others, to be written together. They wait only if acks are outstanding and the
+# last write is no longer ago than this. One system call costs as much as several samples, or as copying 16 KB.
 COALESCE_S = 0.001
 # Rows wait only while they are fewer bytes than this.
 COALESCE_BYTES = 16 * 1024
@@ -55,8 +55,8 @@ class Connection:
         window: upper limit for rows that are written and not acked.
         tail: the rows to resend at the end.
         reconnector: opens another socket when one is lost; None to fail instead.
-        gone_after: seconds without anybody listening after which a peer that ended a connection in order counts as
-            gone; None for never.
+        gone_after: a peer that ended its connection in order counts as gone when nobody has listened there for this
+            many seconds; None for never.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Connection:
         self.closing_tail = tail
         # Opens another socket when one is lost; None if reconnecting is off.
         self.reconnector = reconnector
-        # Seconds without anybody listening after which a peer that ended a connection in order counts as gone.
+        # A peer that ended its connection in order is gone when nobody has listened there for this many seconds.
         self._gone_after = gone_after
         # Moves bytes over the current socket. The I/O lock guards it.
         self.pump = make_pump(sock, ring, window)
@@ -113,7 +113,7 @@ class Connection:
         self._locks = (self.io_lock, ring.packing_lock, self.wake_up.lock, self.ack_poller.lock)
         # The value of ``ring.acked`` when the current socket was opened.
         self._acked_at_open = 0
-        # Seconds without acks on earlier sockets: what still counts now, and the sum at the last loss.
+        # Seconds without acks. First: on earlier sockets, as far as they still count. Second: in all, at the last loss.
         self._stalled_s_before = self._stalled_s_at_loss = 0.0
         # Number of reconnects, and number of rows that they sent again.
         self._reconnects = self._resent = 0
@@ -149,7 +149,7 @@ class Connection:
 
     @property
     def is_resending(self) -> bool:
-        """Whether the current socket's peer has yet to ack rows again that an earlier one acked."""
+        """Whether the current peer has not acked all rows yet that an earlier socket's peer acked."""
         return self.pump.acked < self.ring.acked
 
     @property
@@ -221,7 +221,7 @@ class Connection:
             if not self.is_coalescing:
                 self.is_coalescing = True
                 self.wake_up.wake()
-        # Large amounts are the thread's. If the window is full, pump here anyway: that reads the acks that open it.
+        # Leave large amounts to the thread. But if the window is full, pump here, to read the acks that open it.
         elif pending > self.soft_limit.caller_write_bytes and ring.written - pump.acked < pump.window:
             self.wake_up.wake()
         else:
@@ -306,7 +306,7 @@ class Connection:
         ring, pump = self.ring, self.pump
         if self.lost_error is None and not self.is_over:
             try:
-                # Before pumping: rows that are written now are not slow yet.
+                # Look before pumping, because rows that this pump writes cannot be slow yet.
                 if ring.has_waiters or ring.ready > ring.written:
                     self.network_watch.look_if_due((ring.written - pump.acked) * ring.row_bytes, pump.socket_full)
                 pump.run(read_acks, write_bytes)

@@ -2,7 +2,7 @@
 
 * The thread holds the connection but never the client. So Python can collect a client that you drop. The thread then
   delivers what is packed, for a bounded time, and ends.
-* Whatever ends the thread becomes the failure that all callers see.
+* If an exception ends the thread, it becomes the failure that all callers see.
 * The thread looks at everything once in `HEARTBEAT_S`, and so completes what an interrupt left undone elsewhere.
 * A forked child has no such thread. It closes its copies of the descriptors and touches no lock.
 """
@@ -30,14 +30,14 @@ from .reconnect import Reconnector
 
 _log = logging.getLogger(__name__)
 
-# Seconds after which the thread looks at everything although nobody woke it. So an interrupted call, or a dropped
-# client, stays unnoticed for no longer. A look costs about 30 us of CPU.
+# Seconds after which the thread looks at everything although nobody woke it. So it notices an interrupted call, or a
+# dropped client, within that time. A look costs about 30 us of CPU.
 HEARTBEAT_S = 1.0
 # The same while the thread delivers what a dropped client has sent.
 ABANDONED_HEARTBEAT_S = 0.05
-# The thread asks again whether a device's copy is done after this share of the time that the copy has taken so far, but
-# not earlier and not later than so many seconds. A copy waits for the kernels before it, which may take a whole step
-# of training.
+# The pause before the thread asks again whether a device's copy is done: this share of the time that the copy has taken
+# so far, and the shortest and longest pause in seconds. A copy waits for the kernels before it, which may take a whole
+# step of training.
 COPY_POLL_SHARE = 0.5
 COPY_POLL_S = (0.001, 0.01)
 # Seconds without an ack after which the log says that a caller waits, and between two such warnings. The first is for a
@@ -54,8 +54,7 @@ JOIN_TIMEOUT_S = 1.0
 JOIN_POLL_S = 0.001
 # Most bytes for one pump: enough for system calls to cost little, and few enough to hold the lock for a short time.
 WRITE_BYTES = 1024 * 1024
-# Whether `poll` can report that the peer closed the connection without reporting acks too. If not, every ack wakes the
-# thread.
+# Whether `poll` can watch for the peer's close alone, and ignore acks. If not, every ack wakes the thread.
 _HAS_POLLRDHUP = hasattr(select, "POLLRDHUP")
 _POLLRDHUP = getattr(select, "POLLRDHUP", 0)
 
@@ -145,7 +144,7 @@ class IoThread:
     def stop(self) -> None:
         """End the thread at once, and block until it has ended; call this on another thread."""
         self._stopping = True
-        # Forced, because an interrupt inside an earlier `wake` may have lost a wake-up that seems pending.
+        # Force it: after an interrupt inside an earlier `wake`, a lost wake-up may seem pending.
         self._connection.wake_up.wake(force=True)
         # The thread releases this lock as the last thing it does.
         with self._running_lock:
@@ -214,8 +213,8 @@ class IoThread:
                 # there were any, wait for COALESCE_S once more, because others may follow.
                 was_coalescing, connection.is_coalescing = connection.is_coalescing, False
                 written = ring.written
-                # Copies first: rows whose copy is done can be written by this very pump. Only this thread may ask
-                # (`accelerator.dedicate_thread_and_query`).
+                # Poll the copies first, so that the pump below can write the rows whose copy is done. Only this thread
+                # may poll them (`accelerator.dedicate_thread_and_query`).
                 try:
                     ring.poll_copies()
                 except RuntimeError as error:
@@ -243,8 +242,8 @@ class IoThread:
                 time.sleep(pause)
 
             # Poll for acks only if this thread needs them itself. Otherwise one of the waiting callers becomes the ack
-            # poller. Cleared before looking at the counters: a caller that packs from here on and reads False wakes
-            # this thread.
+            # poller. Clear the flag before you look at the counters: a caller that packs from here on, and reads
+            # False, wakes this thread.
             connection.io_thread_polls_acks = False
             rows_wait = ring.packed > ring.written or connection.is_resending
             if rows_wait or self.abandoned or connection.lost_error is not None or not _HAS_POLLRDHUP:
@@ -254,8 +253,8 @@ class IoThread:
             poll_in = select.POLLIN if connection.io_thread_polls_acks else 0
             poller.register(pump.sock, _POLLRDHUP | poll_in | (select.POLLOUT if pump.socket_full else 0))
 
-            # How long until the thread looks at everything again, if nothing wakes it? Cleared before looking: a caller
-            # whose copy begins from here on and that reads False wakes this thread.
+            # How long until the thread looks at everything again, if nothing wakes it? Clear this flag before you look,
+            # too: if a caller begins a copy from here on, and reads False, it wakes this thread.
             connection.io_thread_polls_copies = False
             bottleneck = connection.bottleneck
             copying_since = ring.copying_since
@@ -275,9 +274,9 @@ class IoThread:
             began = time.monotonic()
             events = dict(poller.poll(timeout * 1000))
             connection.waited_seconds[bottleneck] += time.monotonic() - began
-            # POLLOUT, or an error or a closed connection, which the next write reports.
+            # True for POLLOUT. Also true for an error or a closed connection, because the next write reports it.
             writable = bool(events.get(pump.sock.fileno(), 0) & ~select.POLLIN)
-            # Before the next look, so that a wake-up during it is not lost.
+            # Clear the wake-up before the next look, so that one that comes during the look is not lost.
             connection.wake_up.clear(connection.wake_up.reader.fileno() in events)
         return connection.lost_error is not None and not self._should_stop()
 
@@ -295,7 +294,7 @@ class IoThread:
             _log_safely(logging.WARNING, text, self.peer, stalled_s, self._connection.describe_unacked())
 
     def _deliver_if_abandoned(self) -> bool:
-        """Whether the client was dropped, and nothing or no time is left to deliver."""
+        """If the client was dropped, go on delivering; return whether everything is delivered or the time is up."""
         if not self.abandoned:
             return False
         connection, deadline = self._connection, self._get_exit_deadline()
@@ -320,7 +319,7 @@ class IoThread:
         connection.ack_poller.set_socket(None)
         shutdown_and_close(connection.pump.sock)
         text = "%s: connection lost (%s); trying for up to %g s to reconnect, %d samples un-acked"
-        # A peer that has just finished is no trouble, if that is expected.
+        # With `gone_after`, you expect the learner to finish some day. So its orderly end deserves no warning.
         gone_after = connection.gone_after
         level = logging.WARNING if gone_after is None else logging.DEBUG
         _log_safely(level, text, self.peer, cause, reconnector.give_up_after_s, connection.unacked)
@@ -359,7 +358,7 @@ class IoThread:
             failed = connection.failure is not None
             shutdown_and_close(connection.pump.sock)
             connection.ended_at = time.monotonic()
-        # If samples may be lost, and no call may come any more to raise that, log it.
+        # If samples may be lost, and perhaps no later call raises that, log it.
         reported = connection.failure_reported or connection.failure_will_be_reported
         expected = isinstance(connection.failure, LearnerGoneError)
         if connection.at_risk and (self.abandoned or (failed and not expected and not reported)):
@@ -367,12 +366,12 @@ class IoThread:
             _log_safely(logging.WARNING, "%s ended with %s", how, connection.describe_unacked())
         connection.ack_poller.close()
         connection.wake_up.close()
-        # After the end is recorded, so that a woken caller finds it.
+        # Wake the callers only after `ended_at` is set, so that they see it.
         connection.ring.stop()
         try:
             connection.ring.abandon_copies()
         finally:
-            # Last: when `stop` or `join` returns, the caller may free the memory.
+            # Release the lock last: it lets `stop` and `join` return, and then their caller may free the memory.
             shutdown.unregister_connection(self)
             self._running_lock.release()
 

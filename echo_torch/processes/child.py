@@ -1,8 +1,9 @@
 """The child's half of the ledger: a thread that reports to the parent what this process sent for a sink.
 
-* Ctrl-C and signal handlers may interrupt any line of a sender. So the lock that wakes the thread is a plain one: C
-  code waits for it and releases it. The lock that guards the file is an RLock: a handler may take it a second time.
-* Nobody waits for the thread without a limit.
+* Ctrl-C and signal handlers may interrupt any line of a sender. So the lock that wakes the thread is a plain
+  ``threading.Lock``, which C code acquires and releases. The lock that guards the file is an RLock, because a handler
+  may acquire it while its own thread holds it.
+* Every wait for the thread has a limit.
 * Three events cannot wake the thread, so it polls for them: the parent asks this child to finish, the parent dies, or
   the session is dropped.
 """
@@ -61,7 +62,7 @@ def find_parent_pid(origin: int) -> int | None:
 
 def make_death_check(parent: int) -> Callable[[], bool]:
     """Return a function that checks whether process ``parent`` has died."""
-    # The system gives an orphan another parent.
+    # When the parent dies, the system gives this process another parent.
     if os.getppid() == parent:
         return lambda: os.getppid() != parent
     # A forkserver's child asks multiprocessing, which watches a pipe. Other children of the parent may still hold the
@@ -94,7 +95,7 @@ class FlagFiles:
         return self._parent is not None and ledger.has_flag(self._token, self._parent, ledger.SINK_CLOSED)
 
     def set_learner_gone(self, gone: bool) -> None:
-        """Tell the workers of later epochs whether this one found the learner."""
+        """Tell the workers of later epochs whether this one failed to find the learner."""
         if self._parent is not None:
             (ledger.set_flag if gone else ledger.clear_flag)(self._token, self._parent, ledger.LEARNER_GONE)
 
@@ -149,7 +150,7 @@ class Reporter:
         self._entry = ledger.create_entry(token, parent, multiprocessing.current_process().daemon, learners)
         # Returns whether the parent has died.
         self._parent_died = make_death_check(parent)
-        # Whether somebody has removed the file, so that the parent may not see it.
+        # Whether somebody other than the parent has removed the file. The parent may then miss it.
         self.entry_removed = False
         # The session, by a weak reference. If nobody else holds the session, it is dropped, and the thread closes it.
         self._session = weakref.ref(session)
@@ -214,7 +215,8 @@ class Reporter:
             self._entry["closed"] = 1
             self._ended = True
         self._wake()
-        # Wait for the thread, unless this call comes from it or from the thread that it waits for.
+        # Wait for the reporting thread. But do not wait on that thread itself, nor on the closing thread, for which it
+        # waits.
         if threading.current_thread() not in (self._thread, self._close_thread) and self._thread.is_alive():
             self._thread.join(JOIN_S)
         self._entry.close()
@@ -268,7 +270,7 @@ class Reporter:
             return False
         self._next_parent_check = Deadline(IDLE_POLL_S)
         parent_died = self._parent_died()
-        # At its own end, the parent removes all files.
+        # A parent that ends removes all files itself. So a missing file means something only while the parent lives.
         self.entry_removed = self._entry.was_removed and not parent_died
         return bool(self._entry["daemon"]) and parent_died
 

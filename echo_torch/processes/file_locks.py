@@ -1,7 +1,8 @@
 """Whether another process is alive, by the lock that it holds on a file, or by its pid.
 
 A lock belongs to a process. The kernel drops it when the process ends, in whatever way. It also drops it when the
-process closes any descriptor of the file: so never open a file again whose lock your own process holds.
+process closes any descriptor of the file. So if your own process holds a file's lock, never open that file again:
+closing it would drop the lock.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def has_ended(child: int) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process with this pid exists; one that has ended and was not waited for still does."""
+    """Whether a process with this pid exists. A zombie, whose parent has not waited for it yet, still exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

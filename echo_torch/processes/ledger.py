@@ -6,13 +6,13 @@ Each sink has a folder for its files. It lies in the temporary folder of the pro
 
 * A file begins with `FIELDS`, numbers of 8 bytes that are each stored atomically. Behind them come the times, an
   error's text, and the counts of each learner. Those are not atomic: a reader may see them half written.
-* The child writes everything but ``finish``. With ``finish`` the parent asks a daemonic child, such as a DataLoader
-  worker, to deliver and close. Such a child does not end by itself: it ends with its parent.
+* The child writes everything but ``finish`` and ``counted``. With ``finish`` the parent asks a daemonic child, such as
+  a DataLoader worker, to deliver and close. Such a child does not end by itself: it ends with its parent.
 * A child locks its file for life, see `file_locks`. So its parent learns of its death, and every file has one writer.
 * A file gets its name once it is locked. Until then the name begins with a dot.
 * A parent makes the folder before its first child starts, and marks it as its own by the file
-  ``<pid of the parent>.0.parent``. So a folder that is missing later was removed by somebody else, and nobody removes
-  or takes the folder of a sink that lives.
+  ``<pid of the parent>.0.parent``. So no other sink removes or takes the folder while the parent lives. If the folder
+  is missing later, something else removed it.
 * The parent removes a file once it has counted what the file says. If parent and child are dead, the next sink that
   makes a folder removes the file.
 * ``<pid of the parent>.0.<flag>`` is an empty file, a flag for children that start later. The parent removes it, with
@@ -57,7 +57,8 @@ FIELDS = (
 )
 # The fields that add up over children.
 SUMMED_FIELDS = ("sent", "acked", "dropped", *LOSS_FIELDS)
-# The exceptions that ``error_kind`` stands for. If several children fail, the parent raises the one that comes last.
+# The exceptions that ``error_kind`` stands for. If several children fail, the parent raises the one that stands last
+# in this tuple.
 ERROR_KINDS = (None, LearnerGoneError, DeliveryTimeoutError, ConnectionClosedError, ProtocolError)
 # A file takes whole pages, of this many bytes.
 _PAGE = 4096
@@ -254,7 +255,7 @@ def entry_paths(token: str, parent: int) -> list[Path]:
     """Return the files of the children of process ``parent``, which has called `make_folder`.
 
     Raises:
-        OSError: they cannot be seen, because somebody has removed or taken the folder, for instance.
+        OSError: the folder cannot be read, for instance because somebody has removed it, or made it in our place.
     """
     folder = folder_path(token)
     names = os.listdir(folder)
@@ -292,7 +293,8 @@ def make_folder(token: str, parent: int) -> None:
     folder, marker = folder_path(token), f"{parent}.0.{_PARENT}"
     if not folder.exists():
         remove_leftovers(folder.parent)
-        # The folder gets its name once it is marked. Until then the name begins with a dot, and nobody sweeps it.
+        # Mark the folder, then give it its name. Until then the name begins with a dot, and nobody removes the folder
+        # before it is marked.
         unnamed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
         unnamed.mkdir(mode=0o700)
         (unnamed / marker).touch(0o600)
@@ -325,7 +327,8 @@ def remove_files(token: str, parent: int, keep_living: bool = False) -> None:
             mine, flags = f"{parent}.", f"{parent}.0."
             if path.name.startswith(mine) and not keep_living:
                 path.unlink(missing_ok=True)
-            # Its child is making the file, or died at it; or, with ``keep_living``, may still live.
+            # Remove these only if nobody holds their lock. A name with a dot: the child is making the file, or died
+            # while making it. Any other name, with ``keep_living``: the child may still live.
             elif path.name.lstrip(".").startswith(mine):
                 if not path.name.startswith(flags):
                     with contextlib.suppress(FileNotFoundError):
@@ -338,7 +341,7 @@ def remove_files(token: str, parent: int, keep_living: bool = False) -> None:
 def remove_leftovers(home: Path) -> None:
     """Remove what crashed runs have left in ``home``: files whose child and parent are both dead, and empty folders."""
     for folder in (*home.glob(f"{_PREFIX}*"), *home.glob(f".{_PREFIX}*/*.{_PARENT}")):
-        # A folder without its name yet is looked at once it is marked.
+        # The first pattern finds folders. The second finds the markers in folders that have no final name yet.
         folder = folder if folder.name.startswith(_PREFIX) else folder.parent
         # Skip a folder that belongs to another user, is in use, or has files with names that are not ours.
         with contextlib.suppress(OSError, ValueError):

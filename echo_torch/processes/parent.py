@@ -4,8 +4,8 @@
   added to the totals, and its file is removed. Any other is kept until `ChildProcesses.wait` has raised its failure.
 * A process without children has no folder and looks at none. The folder is made just before the first child starts: at
   a fork, or when the sink is pickled.
-* What cannot be looked at, because the folder was removed or no descriptors are left, is no success: `wait` raises, and
-  the counts say what is known.
+* If the files cannot be read, because the folder was removed or no descriptors are left, `wait` raises. The counts then
+  hold what is known.
 * Ctrl-C may interrupt any line here. So a child moves from the open entries to the totals in one assignment, after its
   file is gone, and its failure is marked as reported in the last step before it is raised.
 """
@@ -79,10 +79,10 @@ class ChildProcesses:
         self._folder_made = False
         # Whether the sink is closed, so that later children must not send.
         self._closed = False
-        # Why the children's files could not be looked at the last time; None if they could.
+        # Why the last look at the children's files failed; None if it succeeded.
         self._blindness: OSError | None = None
-        # Children may live on, or start later, with a sink that is dropped here. Not at exit, where they may still
-        # deliver: `get_or_create` sees to that.
+        # You may drop the sink here while children still use it, or start with it later. So this keeps their files. It
+        # does not run at exit, because children may still deliver then: `get_or_create` registers what runs at exit.
         self._finalizer = weakref.finalize(self, ledger.remove_files, token, self._parent, keep_living=True)
         self._finalizer.atexit = False
 
@@ -100,11 +100,11 @@ class ChildProcesses:
     def prepare(self) -> None:
         """Make the folder, because a child may start now. If that fails, the child says so when it sends."""
         if not self._folder_made and os.getpid() == self._parent:
-            # First: from here on, a folder that is missing is no sign that there are no children.
+            # Set this first: from here on, a missing folder does not mean that there are no children.
             self._has_folder = True
             try:
                 ledger.make_folder(self._token, self._parent)
-                self._folder_made = True  # only now: another thread that forks must not take it for made before
+                self._folder_made = True  # only now: another thread that forks must not rely on it earlier
             except OSError as error:  # children cannot report, and so do not send
                 self._has_folder = self._folder_made
                 _log.debug("%s: no folder for the reports of children: %s", self._peer, error)
@@ -119,7 +119,7 @@ class ChildProcesses:
             return
         if self._has_folder:
             ledger.set_flag(self._token, self._parent, ledger.SINK_CLOSED)
-        # With the sink, the folder goes.
+        # From now on, dropping the sink removes the folder and all files.
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, ledger.remove_files, self._token, self._parent)
         self._finalizer.atexit = False
@@ -165,9 +165,9 @@ class ChildProcesses:
         goals = [(entry, entry["sent"]) for entry in self._poll()]
         acked, acked_at, pause = -1, time.monotonic(), FIRST_POLL_S
         while True:
-            # Read ``acked`` before you ask whether a child has finished. With several learners, it counts the first
-            # samples in order until the connection ends, and any samples after that. In the other order, a child that
-            # ends between the two lines could look done although it has lost some of the first ones.
+            # Read ``acked`` before you ask whether a child has finished. With several learners, ``acked`` counts up to
+            # the first gap while the connection lives, and all acked samples once it has ended. In the other order, a
+            # child that ends between the two lines could look done although it has lost some of the first samples.
             done = [(entry, goal) for entry, goal in goals if entry["acked"] >= goal]
             finished = [(entry, goal) for entry, goal in goals if self._is_finished(entry)]
             self._raise_failures([entry for entry, goal in finished if _has_lost_samples(entry, goal)])
@@ -238,7 +238,7 @@ class ChildProcesses:
                         except FileNotFoundError:
                             continue
                         self._state = {**entries, path.name: new}, ended, times, peers
-                        # Do this for each file at once: more children may have ended than files can be open.
+                        # Do this before opening the next file: more children may have ended than files can be open.
                         self._count_and_remove_if_done(new)
                 self._blindness = None
             except OSError as error:
@@ -273,8 +273,8 @@ class ChildProcesses:
     def _count_and_remove(self, entry: LedgerEntry) -> None:
         name = entry.path.name
         died = not entry["closed"] and self._is_dead(entry)
-        # Remove the file first. An interrupt before the assignment to `_state` leaves the entry open, and it is counted
-        # at the next look; the other way round, the file would be found again and counted twice.
+        # Remove the file first. If an interrupt strikes before the assignment to `_state`, the entry stays open and the
+        # next poll counts it. In the other order, the next poll would find the file again and count it twice.
         entry["counted"] = 1
         entry.path.unlink(missing_ok=True)
         entries, ended, times, peers = self._state

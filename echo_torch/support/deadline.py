@@ -61,7 +61,7 @@ class RevocableDeadline(Deadline):
 
     def __init__(self, timeout: float | None, revoked: Callable[[], bool]) -> None:
         super().__init__(timeout)
-        # Whether the operation has become useless.
+        # Returns whether the operation has become useless.
         self._revoked = revoked
 
     def remaining(self) -> float:
@@ -82,7 +82,7 @@ POLL_INTERVAL_S = 0.05
 NEVER = Deadline(None)
 
 Timeout = float | Deadline | None
-"""Seconds, None for no limit, or the deadline of a call that this one is a step of."""
+"""Seconds, None for no limit, or the deadline of the outer call that this call is a step of."""
 
 
 def as_deadline(timeout: Timeout) -> Deadline:

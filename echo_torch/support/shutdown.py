@@ -49,9 +49,10 @@ class Connection(ExitHandler, Protocol):
 
 # All connections whose threads run. Strong references: a connection must deliver even if its client is gone.
 _open_connections: set[Connection] = set()
-# What uses connections and has work to do before they end, as long as it exists.
+# Objects that use connections and have work to do before the connections end. This keeps none of them alive.
 _exit_handlers: weakref.WeakSet[ExitHandler] = weakref.WeakSet()
-# The multiprocessing child that has our finalizer. Compared with the current pid, because a fork copies the variable.
+# Pid of the multiprocessing child that registered our finalizer; 0 for none. A fork copies this variable, so compare it
+# with the current pid.
 _finalizer_pid = 0
 
 
@@ -85,12 +86,12 @@ def _on_exit() -> None:
     try:
         _run_all(list(_exit_handlers), Deadline(DELIVER_AT_EXIT_S))
     finally:
-        # Also after an interrupt: it ends the wait for a handler, not the delivery of samples.
+        # Do this after an interrupt, too: an interrupt ends the wait for a handler, but not the delivery of samples.
         _run_all(list(_open_connections), Deadline(DELIVER_AT_EXIT_S + _JOIN_GRACE_S))
 
 
 def _run_all(handlers: Sequence[ExitHandler], deadline: Deadline) -> None:
-    """Run both steps of all handlers, even if some raise. All begin before the first is waited for.
+    """Begin the exit of all handlers, then wait for each of them, even if some raise.
 
     Logs errors. An interrupt such as Ctrl-C ends only the step that it strikes, and is raised after the last step.
     """

@@ -101,7 +101,7 @@ def _why_no_host(host: str) -> str:
     inner, bracket, _ = host.removeprefix("[").partition("]")
     name, colon, rest = host.rpartition(":")
     if not host:
-        return "the learner's machine is meant, or 'localhost'"
+        return "give the learner's machine, or 'localhost'"
     if "://" in host or "/" in host:
         return "leave out what a URL has before and after the name"
     if host.startswith("[") and bracket and _is_literal(inner):
@@ -161,8 +161,8 @@ def connect_and_handshake(
         host: name, IPv4 or IPv6 address.
         port: 1 to 65535.
         deadline: covers resolving, connecting and all handshakes.
-        retry_refused: try again until the deadline while the error is a transient one (`is_transient`): the server is
-            not there yet. A name that nobody knows is tried for `UNKNOWN_NAME_RETRY_S`.
+        retry_refused: keep trying until the deadline while errors are transient (`is_transient`), for example because
+            the server is not there yet. If nobody knows the name, give up after `UNKNOWN_NAME_RETRY_S`.
         tls: settings for TLS; None for a plain connection.
 
     Returns:
@@ -256,8 +256,8 @@ def resolve(host: str, port: int, deadline: Deadline) -> Sequence[ResolvedAddres
     try:
         threading.Thread(target=look_up, name=f"echo_torch resolve {host}", daemon=True).start()
     except RuntimeError as error:
-        # The interpreter is exiting and starts no more threads: look up here, without a limit. Otherwise the system has
-        # no thread left, which may pass.
+        # An interpreter that is exiting starts no more threads: look up on this thread, without a limit. In any other
+        # case the system has no thread left. That may pass, so raise a transient error.
         if "shutdown" not in str(error) and not sys.is_finalizing():
             what = f"no thread left to look up the name ({peer_name(host, port)})"
             raise OSError(errno.EAGAIN, what) from None
