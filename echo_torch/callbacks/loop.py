@@ -113,7 +113,7 @@ class SinkCallback(LoaderSender):
         self._select = select
         # Whether to send batches.
         self._sends = send
-        # What children had sent at the last flush; None once the log says that they send, too.
+        # What children had sent at `setup` or at the last flush; None once the log says that they send, too.
         self._sent_by_children: int | None = 0
         # Only every n-th batch is sent.
         self._every_n = check_count("every_n_batches", every_n_batches, least=1)
@@ -146,6 +146,8 @@ class SinkCallback(LoaderSender):
         if self._connected_pid != os.getpid():
             self.sink.connect()
             self._connected_pid = os.getpid()
+            # What children sent for an earlier loop is not sent again.
+            self._note_sent_by_children()
 
     def on_batch_end(self, batch: Any, outputs: Any = None, *, padding: int = 0) -> None:
         """Send ``batch`` after the step on it.
@@ -188,6 +190,10 @@ class SinkCallback(LoaderSender):
 
     def _send_from_loader(self, batch: Any) -> None:
         self.on_batch_end(batch)
+
+    def _note_sent_by_children(self) -> None:
+        if self._sent_by_children is not None:
+            self._sent_by_children, self._looked_at_children = self.sink._sent_by_children(), False
 
     def _warn_if_children_send(self) -> None:
         """Log once if loader workers send by the same sink what this callback is about to send again."""
@@ -291,8 +297,7 @@ class SinkCallback(LoaderSender):
             self._handle_stall(f"at {when}", error)
         else:
             self._report_recovery()
-        if self._sent_by_children is not None:
-            self._sent_by_children, self._looked_at_children = self.sink._sent_by_children(), False
+        self._note_sent_by_children()
 
     def _close(self) -> None:
         # Make the next `setup` connect again. That raises, because the sink is closed.

@@ -195,11 +195,19 @@ class Sender:
     def has_room(self, rows: int) -> bool:
         """Whether ``rows`` samples fit into the ring now; for more than it ever holds, whether it is empty."""
         ring = self._ring
+        self._allow_two_batches(rows)
         most = min(rows, ring.max_unacked)
         if ring.max_unacked - ring.reserved + ring.acked < most:
             # Read the acks that have arrived.
             self._connection.pump_or_wake()
         return ring.max_unacked - ring.reserved + ring.acked >= most
+
+    def _allow_two_batches(self, rows: int) -> None:
+        """Raise the limit for un-acked rows if it is below two batches of ``rows``."""
+        ring = self._ring
+        if 2 * rows > ring.max_unacked:
+            with ring.packing_lock:
+                ring.raise_limit(2 * rows)
 
     def _put_rows(self, rows: int, fill: Filler, deadline: Deadline, whole: bool = False) -> None:
         """Put rows into the ring. Blocks until there is room for all of them.
@@ -217,9 +225,7 @@ class Sender:
         """
         self._check_caller("send")
         ring, began, done = self._ring, time.monotonic(), 0
-        if 2 * rows > ring.max_unacked:
-            with ring.packing_lock:
-                ring.raise_limit(2 * rows)
+        self._allow_two_batches(rows)
         if whole and not self.has_room(rows):
             self._check_open("send")
             self._raise_timeout("send", Deadline(0.0))

@@ -115,7 +115,7 @@ class EchoDataset(IterableDataset[Any]):
         )
         # Closes the server.
         self._close_server = getattr(server, "close", None)
-        # Whether `close` was called.
+        # Whether `close` is done.
         self._closed = False
         # The process that has the server and the thread.
         self._pid = os.getpid()
@@ -146,13 +146,16 @@ class EchoDataset(IterableDataset[Any]):
         """
         if os.getpid() != self._pid or self._closed:
             return
-        self._closed = True
         self._prefetcher.stop()
-        if not self._shares_memory:
-            self._prefetcher.discard_samples()
-        if self._close_server is not None:
-            self._close_server()
-        self._prefetcher.join(EXIT_TIMEOUT_S)
+        try:
+            if not self._shares_memory:
+                self._prefetcher.discard_samples()
+        finally:
+            # After an interrupt, too: only this gets the threads out of ``server.sample()``.
+            if self._close_server is not None:
+                self._close_server()
+            self._prefetcher.join(EXIT_TIMEOUT_S)
+        self._closed = True
 
     def __enter__(self) -> EchoDataset:
         return self

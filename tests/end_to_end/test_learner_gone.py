@@ -223,6 +223,24 @@ def test_close_is_idempotent_and_ends_the_iteration() -> None:
     dataset.close()
 
 
+def test_an_interrupted_close_closes_the_server_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the thread that takes what the server still has would be in ``server.sample()`` at exit."""
+    discard = prefetch.Prefetcher.discard_samples
+
+    def interrupted(prefetcher: prefetch.Prefetcher[Any, Any]) -> None:
+        discard(prefetcher)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prefetch.Prefetcher, "discard_samples", interrupted)
+    server = echo.Server(numpy_example(EXAMPLE), batch_size=32)
+    dataset = EchoDataset(server, EXAMPLE)
+    with pytest.raises(KeyboardInterrupt):
+        dataset.close()
+    assert server.sample() is None
+    assert dataset._prefetcher._discarding_thread is not None
+    assert not dataset._prefetcher._discarding_thread.is_alive()
+
+
 @pytest.mark.parametrize("started", [False, True])
 def test_a_dataset_without_batches_says_why(
     started: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -113,6 +113,25 @@ def test_on_full_drop_with_several_learners(route: Any) -> None:
         sink.close(HANG_TIMEOUT_S)
 
 
+@pytest.mark.parametrize("learners", [1, 2])
+def test_on_full_drop_takes_a_larger_batch_beside_a_smaller_one(learners: int) -> None:
+    """Although both exceed ``max_unacked``: there is always room for two of the largest batch."""
+    sample = np.zeros((), np.int64)
+    with Learner(sample, batch_size=32) as one, Learner(sample, batch_size=32) as other:
+        ports = [one.port, other.port][:learners]
+        sink = EchoSink("127.0.0.1", ports, sample, max_unacked=10, on_full="drop").connect()
+        for learner in (one, other):
+            learner.pause()
+        for _ in range(learners):
+            sink.send(torch.arange(100))
+        for _ in range(learners):
+            sink.send(torch.arange(300))
+        assert (sink.stats().samples_sent, sink.stats().dropped) == (400 * learners, 0)
+        for learner in (one, other):
+            learner.resume()
+        sink.close(HANG_TIMEOUT_S)
+
+
 def test_callbacks_and_workers_follow() -> None:
     sample = torch.zeros((), dtype=torch.int64)
     with Learner(sample.numpy(), batch_size=32) as learner:
