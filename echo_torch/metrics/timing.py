@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-# What rows wait for: the learner, which does not read or does not ack; the network; a copy from a device; or there are no
-# rows that wait. These index the tuples of seconds in `Times`.
+# What rows wait for: the learner, which does not read or does not ack; the network; a copy from a device; or no rows
+# wait. These index the tuples of seconds in `Times`.
 LEARNER, NETWORK, DEVICE, NOTHING = range(4)
 
 # The upper ends of the histogram's buckets: the first, in seconds, and the logarithm of the factor from each to the

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from echo_torch import DeliveryTimeoutError, EchoSink, SinkStats, TcpClient
 
 BATCH_SIZE = 64
+# Of samples that a slow producer or loader makes at a time. They fit into the buffer, whatever their size.
+SMALL_BATCH = 8
 SECONDS = 1.0
 # The socket option that limits the rate at which the kernel sends, as a slow link does; Python has no name for it.
 SO_MAX_PACING_RATE = 47
@@ -43,10 +45,10 @@ def connected(example: torch.Tensor, busy: float = 0.0) -> Iterator[tuple[Learne
                 sink.close(0.1)
 
 
-def send_for(sink: EchoSink, example: torch.Tensor, pause: float = 0.0) -> SinkStats:
+def send_for(sink: EchoSink, example: torch.Tensor, pause: float = 0.0, rows: int = BATCH_SIZE) -> SinkStats:
     """Send batches for `SECONDS`; return what the stats say of that time."""
     before, end = sink.stats(), time.monotonic() + SECONDS
-    batch = example.expand(BATCH_SIZE, -1)
+    batch = example.expand(rows, -1)
     with contextlib.suppress(DeliveryTimeoutError):
         while time.monotonic() < end:
             sink.send(batch, timeout=max(0.01, end - time.monotonic()))
@@ -96,28 +98,28 @@ def test_a_throttled_link(example: torch.Tensor) -> None:
 
 def test_a_slow_producer(example: torch.Tensor) -> None:
     with connected(example) as (_, sink):
-        stats = send_for(sink, example, pause=0.2)
+        stats = send_for(sink, example, pause=0.05, rows=SMALL_BATCH)
     assert stats.bottleneck.startswith("producer-bound: the sink waits for data, ")
 
 
 class SlowItems(Dataset[torch.Tensor]):
-    """Items that take 0.5 ms each to load."""
+    """Items that take 3 ms each to load."""
 
     def __init__(self, example: torch.Tensor) -> None:
         self.example = example
 
     def __len__(self) -> int:
-        return 16 * BATCH_SIZE
+        return 40 * SMALL_BATCH
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        time.sleep(0.0005)
+        time.sleep(0.003)
         return self.example
 
 
 def test_a_slow_loader(example: torch.Tensor) -> None:
     with connected(example) as (_, sink):
         before = sink.stats()
-        for batch in DataLoader(SlowItems(example), BATCH_SIZE, num_workers=1, multiprocessing_context="fork"):
+        for batch in DataLoader(SlowItems(example), SMALL_BATCH, num_workers=1, multiprocessing_context="fork"):
             sink.send(batch)
         stats = sink.stats().since(before)
     assert stats.samples_sent == len(SlowItems(example))
