@@ -10,8 +10,7 @@
 * The server is a queue (FIFO), not a replay memory: it hands out each sample once. For DQN, keep a memory behind it
   (`replayed`). A queue makes data old, so it is short: two batches in the server, and ``max_unacked`` in the sink.
 * Weights get back to the actors by shared memory. Between hosts, put a file or a parameter server in its place.
-
-The exit code is 0 if the mean return of the last 100 episodes reached ``--target``.
+* The exit code is 0 if the mean return of the last 100 episodes reached ``--target``.
 """
 
 from __future__ import annotations
@@ -65,8 +64,9 @@ def act(seed: int, port: int, weights: torch.Tensor, autoreset: str) -> None:
     obs, _ = envs.reset(seed=seed)
     windows = {name: torch.stack([leaf] * ENVS) for name, leaf in EXAMPLE.items()}  # (ENVS, T, ...)
     returns, resets = np.zeros(ENVS), np.zeros(ENVS, bool)
-    # When the learner has finished, `learner_gone` becomes True, and nothing raises.
-    with EchoSink("127.0.0.1", port, EXAMPLE, max_unacked=2 * ENVS, on_learner_gone="stop", stop_after=0.5) as sink:
+    # When the learner has finished, or was lost for 2 s, `learner_gone` becomes True, and nothing raises.
+    gone = {"on_learner_gone": "stop", "stop_after": 0.5, "on_error": "warn", "reconnect": 2}
+    with EchoSink("127.0.0.1", port, EXAMPLE, max_unacked=2 * ENVS, **gone) as sink:
         while not sink.learner_gone:
             vector_to_parameters(weights.clone(), agent.parameters())
             for t in range(T):

@@ -141,8 +141,9 @@ class EchoDataset(IterableDataset[Any]):
         """Close the server, and end all iterations; idempotent. In a forked child, this does nothing.
 
         With ``copy=True``, this first takes what the server still has, for half a second at most, and drops it. The
-        server then has read what actors sent, so that closing ends their connections in order. Otherwise the kernel
-        resets them, which looks like a crash.
+        server then has read what actors sent, so that closing ends their connections in order. If bytes come in that
+        very moment, from an actor that never pauses for instance, the kernel resets the connection: it looks like a
+        crash.
         """
         if os.getpid() != self._pid or self._closed:
             return

@@ -657,7 +657,9 @@ def test_vector_environments_learn(autoreset: str) -> None:
     """To balance twice as long as they can at random, in a few seconds; the actors end with their learner."""
     with running(EXAMPLES / "vector_env.py", "--autoreset", autoreset, "--target", "60") as process:
         out, err = process.communicate(timeout=RUN_S)
-    assert (process.returncode, err) == (0, "")
+    assert process.returncode == 0, err
+    # An actor that sends in the very moment in which the server closes sees a reset, and logs that.
+    assert "Traceback" not in err
     assert re.fullmatch(r"\d+ updates, mean return \d\d+\n", out)
 
 

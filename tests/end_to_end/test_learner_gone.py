@@ -21,7 +21,15 @@ from learner_process import Learner
 from peers import Peer, PeerConnection
 from torch.utils.data import DataLoader, Dataset
 
-from echo_torch import ConnectionClosedError, EchoDataset, EchoSink, LearnerGoneError, TcpClient, numpy_example
+from echo_torch import (
+    ConnectionClosedError,
+    DeliveryTimeoutError,
+    EchoDataset,
+    EchoSink,
+    LearnerGoneError,
+    TcpClient,
+    numpy_example,
+)
 from echo_torch.learner import prefetch
 
 EXAMPLE = torch.zeros(64, dtype=torch.uint8)
@@ -208,11 +216,33 @@ def test_a_dataset_closes_its_server() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         sink = sink_to(int(process.stdout.readline()))
+        for _ in range(3):
+            sink.send(BATCH)
+        sink.wait(HANG_TIMEOUT_S)
+        # Nothing is under way when the server closes: bytes that it has not read would make it a crash.
+        out = process.stdout.readline()
         send_until_gone(sink)
-        out, err = process.communicate(timeout=HANG_TIMEOUT_S)
+        _, err = process.communicate(timeout=HANG_TIMEOUT_S)
         sink.close()
     assert (process.returncode, out) == (0, "closed\n")
     assert "panic" not in err
+
+
+def test_close_takes_what_the_server_still_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than its buffers hold. Otherwise it would close with bytes unread, which resets the connection."""
+    monkeypatch.setattr(prefetch, "DISCARD_S", HANG_TIMEOUT_S)
+    monkeypatch.setattr(prefetch, "DISCARD_IDLE_S", 1.0)
+    server = echo.Server(numpy_example(EXAMPLE), batch_size=32, transport=echo.TcpTransport(port=0))
+    server.start()
+    sink = sink_to(server.port)
+    with EchoDataset(server, EXAMPLE) as dataset:
+        sink.send(torch.zeros((2048, 64), dtype=torch.uint8))
+        next(iter(dataset))
+        with pytest.raises(DeliveryTimeoutError):
+            sink.wait(0.2)
+    assert sink.stats().samples_acked == 2048
+    send_until_gone(sink)
+    sink.close()
 
 
 def test_close_is_idempotent_and_ends_the_iteration() -> None:
